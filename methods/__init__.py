@@ -1,0 +1,46 @@
+"""Joint pruning and quantization of trained networks: one module per paper, one call for all.
+
+    compressed = deep_compression.compress(model, task, Budget(density=0.1, bits=5), deep_compression.Config(),
+                                           torch.Generator().manual_seed(0))
+    encode(compressed, "net.jc"); network = apply(decode("net.jc"), skeleton)
+
+Every method module has DATA ("train", "calibration" or "none"), a frozen `Config`, and `compress`.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from .core.artifact import (
+    ActivationQuantizer,
+    Affine,
+    Codebook,
+    CompressedModel,
+    CompressedTensor,
+    Levels,
+    Topology,
+    Window,
+)
+from .core.budget import Budget
+from .core.build import apply
+from .core.errors import BudgetError, CompressError, ConfigError, FormatError, GraphError, TrainingDiverged
+from .core.finetune import Recipe
+from .core.task import Task
+
+__all__ = [
+    "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressedModel",
+    "CompressedTensor", "ConfigError", "FormatError", "GraphError", "Levels", "Recipe", "Task", "Topology",
+    "TrainingDiverged", "Window", "apply", "find_method", "method_names",
+]
+
+
+def method_names() -> list[str]:
+    """The methods there are: every module beside this file."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg)
+
+
+def find_method(name: str) -> ModuleType:
+    """The module of a method; ConfigError, listing the names, if there is none."""
+    if name not in method_names():
+        raise ConfigError(f"unknown method {name!r}; there are: {', '.join(method_names())}")
+    return importlib.import_module(f".{name}", __name__)

@@ -1,0 +1,1 @@
+"""Shared primitives: they know no paper, no data set and no file path."""

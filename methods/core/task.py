@@ -1,0 +1,114 @@
+"""What a method is allowed to see: batches to train on, held-out batches to choose on, inputs to calibrate on.
+
+No task holds a test set.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import CompressError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Batches(Protocol):
+    """A data set in batches (inputs [N, ...] float32, targets [N])."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+
+    def epoch(self, generator: torch.Generator | None) -> Iterator[Batch]:
+        """One pass; shuffled and augmented with `generator`, or in fixed order and plain if it is None."""
+
+
+class LoaderBatches:
+    """A user's DataLoader (or any sized iterable of batches) as `Batches`; its own shuffling applies."""
+
+    def __init__(self, loader: Iterable[Batch]):
+        self.loader = loader
+
+    def __len__(self):
+        return len(self.loader)
+
+    def epoch(self, generator):
+        yield from self.loader
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and loss for a method.
+
+    train          batches to train on, or None where the method may only calibrate
+    held_out       batches for choices (sensitivity, rates); never trained on
+    loss           (outputs, targets) -> scalar
+    device         where batches and model live while training and scoring
+    autocast       torch.bfloat16 to train under autocast, or None for float32
+    channels_last  train 4-d tensors in channels_last memory
+    """
+
+    train: Batches | None
+    held_out: Batches
+    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    autocast: torch.dtype | None = None
+    channels_last: bool = False
+    calibration: Batches | None = None
+
+    @classmethod
+    def from_loader(cls, train: Iterable[Batch], held_out: Iterable[Batch], **fields) -> "Task":
+        """A task from two data loaders that yield (inputs, targets)."""
+        return cls(LoaderBatches(train), LoaderBatches(held_out), **fields)
+
+    def calibration_inputs(self, n: int) -> Tensor:
+        """`n` training inputs without augmentation, in fixed order (fewer if the set is smaller)."""
+        source = self.calibration if self.calibration is not None else self.train
+        if source is None:
+            raise CompressError("this task holds no data to calibrate on")
+        found, count = [], 0
+        for inputs, _ in source.epoch(None):
+            found.append(inputs[:n - count])
+            count += len(found[-1])
+            if count >= n:
+                break
+        return torch.cat(found)
+
+    def placed(self, model: nn.Module) -> nn.Module:
+        """`model` moved (in place) to the task's device and memory format."""
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(self.device, memory_format=layout)
+
+    def placed_batch(self, batch: Batch) -> Batch:
+        inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
+        if self.channels_last and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        return inputs, targets
+
+    def precision(self) -> contextlib.AbstractContextManager:
+        """The autocast context for forward passes while training."""
+        if self.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.autocast)
+
+    def score(self, model: nn.Module) -> float:
+        """Top-1 on the held-out batches, in percent, in float32."""
+        return top1(model, (self.placed_batch(batch) for batch in self.held_out.epoch(None)))
+
+
+@torch.no_grad()
+def top1(model: nn.Module, batches: Iterable[Batch]) -> float:
+    """Percent of targets that are the arg-max of the model's outputs, in eval mode (restored afterwards)."""
+    was_training, right, seen = model.training, 0, 0
+    model.eval()
+    for inputs, targets in batches:
+        right += int((model(inputs).argmax(1) == targets).sum())
+        seen += len(targets)
+    model.train(was_training)
+    if seen == 0:
+        raise CompressError("there is nothing to score: the data set is empty")
+    return 100.0 * right / seen
