@@ -38,7 +38,8 @@ class Affine:
             raise CompressError(f"Affine scale {list(self.scale.shape)} and zero {list(self.zero.shape)} must be "
                                 "two scalars or two vectors of one length")
         if self.scale.dtype != torch.float32 or self.zero.dtype != torch.int32:
-            raise CompressError(f"Affine takes a float32 scale and an int32 zero, not {self.scale.dtype}, {self.zero.dtype}")
+            raise CompressError(f"Affine takes a float32 scale and an int32 zero, not {self.scale.dtype}, "
+                                f"{self.zero.dtype}")
         if not bool(((self.scale > 0) & self.scale.isfinite()).all()):
             raise CompressError("Affine scale must be positive and finite")
 

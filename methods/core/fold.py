@@ -15,7 +15,7 @@ def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, Topology]:
     W <- W * gamma / sqrt(var + eps),  b <- (b - mean) * gamma / sqrt(var + eps) + beta, in float64, so that the
     result is the float32 nearest to the exact fold. The topology names what was folded. Zeros stay zeros.
     """
-    model = copy.deepcopy(model).eval()
+    model = copy.deepcopy(model).cpu().eval()
     graph = trace(model)
     folded = {}
     for node in list(graph):

@@ -1,0 +1,90 @@
+"""The command line: `python -m benchmarks COMMAND`. Everything a person reads is printed from here."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from methods.core.errors import CompressError
+
+from . import commands
+from .rows import RESULTS
+
+EPILOG = "Data: --data-dir, else $JOINTCOMPRESS_DATA, else the user's cache folder. Progress goes to stderr."
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m benchmarks", description="Compress, store, decode, measure, compare.",
+                                  epilog=EPILOG)
+    subs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = argparse.ArgumentParser(add_help=False)
+    run.add_argument("--data-dir", type=Path, help="folder with cifar10.npz or mnist.npz")
+    run.add_argument("--results", type=Path, default=RESULTS, help="folder for rows, models and reports")
+    run.add_argument("--device", default="cpu", help="cpu or cuda")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--checkpoint", type=Path, help="start from this one (.safetensors, .pt, .pth, .tar, .npz)")
+    run.add_argument("--epochs", type=int, help="epochs of the baseline, where it is trained now")
+    run.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
+
+    def command(name, function, text, parents=()):
+        sub = subs.add_parser(name, help=text, description=text, parents=list(parents))
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("compare", commands.compare, "every method on one task: a table and a report", [run])
+    sub.add_argument("--task", default="digits", help="digits, mnist, cifar10 or folder:DIR")
+    sub.add_argument("--network", help="default: the one usual for the task")
+    sub.add_argument("--methods", nargs="+", default=[], help="only these")
+    sub = command("reproduce", commands.reproduce, "the rows of one paper table, beside the printed numbers", [run])
+    sub.add_argument("config", type=Path, help="a file of paper_configs")
+    sub.add_argument("--row", nargs="+", default=[], help="only these rows")
+    sub = command("train", commands.train, "train a baseline by paper_configs/baselines.toml", [run])
+    sub.add_argument("--task", required=True)
+    sub.add_argument("--network", required=True)
+    sub.add_argument("--out", type=Path, help="checkpoint to write (default: where the project ships it)")
+    sub = command("compress", commands.compress, "one method on one network", [run])
+    sub.add_argument("method")
+    sub.add_argument("--task", default="digits")
+    sub.add_argument("--network", default="resnet18w16")
+    sub.add_argument("--budget", nargs="+", default=[], metavar="KEY=VALUE", help="such as density=0.1 bits=4")
+    sub.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
+                     help="configuration, such as retrain.epochs=3")
+    sub.add_argument("--index-bits", type=int, default=5)
+    sub.add_argument("--name", help="of the row and file (default: the method)")
+    sub.add_argument("--rows-name", default="own", help="rows file to append to (default: own)")
+    sub = command("report", commands.report, "tables, plots and page from existing rows")
+    sub.add_argument("name", nargs="?", default="compare_digits", help="rows file of results/rows, without .jsonl")
+    sub.add_argument("--rows", type=Path, help="any other rows file")
+    sub.add_argument("--results", type=Path, default=RESULTS)
+    sub = command("measure", commands.measure_file, "everything a row says about a file")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("--task", required=True)
+    sub.add_argument("--network", required=True)
+    sub.add_argument("--data-dir", type=Path)
+    sub.add_argument("--index-bits", type=int, default=5)
+    sub = command("inspect", commands.inspect_file, "what a compressed file holds")
+    sub.add_argument("file", type=Path)
+    sub = command("decode", commands.decode_file, "a compressed file as plain float weights")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("out", type=Path, help="a .safetensors file")
+    return top
+
+
+def main(words: list[str]) -> int:
+    options = parser().parse_args(words)
+    options.words = words
+    try:
+        options.function(options, Console())
+    except CompressError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command with --resume continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

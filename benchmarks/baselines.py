@@ -1,0 +1,112 @@
+"""The trained networks that every method starts from: recipes, training, and finding the right checkpoint."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods.core.errors import ConfigError
+from methods.core.finetune import Recipe, train
+from methods.core.run import Run
+from methods.core.task import Task, top1
+
+from .checkpoints import digest_of, load_into, read_checkpoint, read_provenance, write_checkpoint
+from .data import Dataset, make_task, test_batches
+from .networks import build, check_fits, find
+from .rows import RESULTS, ROOT, provenance
+from .settings import build as build_settings
+from .settings import plain, read_toml
+
+RECIPES = ROOT / "paper_configs" / "baselines.toml"
+SHIPPED = RESULTS / "baselines"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a network is trained on a task; methods fine-tune with the same batches and augmentation."""
+
+    recipe: Recipe
+    batch_size: int = 128
+    augment: str = "none"
+    autocast: bool = False
+
+    def task(self, dataset: Dataset, network: str, device: torch.device) -> Task:
+        """Training and held-out data for this network, in its input scaling."""
+        return make_task(dataset, batch_size=self.batch_size, device=device, augment=self.augment,
+                         autocast=torch.bfloat16 if self.autocast else None, scaling=find(network).scaling)
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A trained network and where it came from."""
+
+    model: nn.Module
+    digest: str
+    source: str
+    provenance: Mapping[str, Any]
+
+
+def find_setup(task: str, network: str, recipes: Path = RECIPES) -> Setup:
+    """The setup of paper_configs/baselines.toml for a task and network, else its [default]."""
+    tables = read_toml(recipes)
+    found = tables.get(task, {}).get(network, tables.get("default"))
+    if found is None:
+        raise ConfigError(f"{recipes.name} has no table [{task}.{network}] and no [default]")
+    return build_settings(Setup, found, f"{task}.{network}.")
+
+
+def shipped_path(task: str, network: str) -> Path:
+    """Where the project ships the checkpoint of a task and network, if it does."""
+    return SHIPPED / f"{task.partition(':')[0]}_{network}.safetensors"
+
+
+def skeleton(dataset: Dataset, network: str) -> nn.Module:
+    """The untrained network for a data set; ConfigError if the two do not fit."""
+    check_fits(network, dataset)
+    return build(network, dataset.classes, dataset.image_shape[2])
+
+
+def load_baseline(dataset: Dataset, network: str, checkpoint: Path) -> Baseline:
+    """Anyone's checkpoint as the baseline."""
+    model = skeleton(dataset, network)
+    load_into(model, read_checkpoint(checkpoint))
+    where = checkpoint.resolve()
+    source = str(where.relative_to(ROOT)) if where.is_relative_to(ROOT) else where.name
+    return Baseline(model.eval(), digest_of(checkpoint), source, read_provenance(checkpoint))
+
+
+def train_baseline(dataset: Dataset, network: str, setup: Setup, seed: int, device: torch.device, out: Path, run: Run,
+                   *, half: bool = True, log_test: bool = True) -> Baseline:
+    """Train from scratch, write `out` (float16 weights if `half`) and return what the file holds.
+
+    The scores in the provenance are those of the stored, rounded network: held-out, and test, read once, after
+    the last epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    check_fits(network, dataset)
+    model = build(network, dataset.classes, dataset.image_shape[2], seed)
+    task = setup.task(dataset, network, device)
+    history = train(model, task, setup.recipe, generator, run=run)
+    facts: dict[str, Any] = {"task": dataset.name, "network": network, "setup": plain(setup), "seed": seed,
+                             "data": dataset.digest, "log": history, **provenance()}
+    write_checkpoint(out, model.state_dict(), facts, half=half)
+    stored = load_baseline(dataset, network, out)
+    facts["held_out_top1"] = task.score(task.placed(stored.model))
+    if log_test:
+        facts["test_top1"] = test_top1(stored.model, dataset, network, device)
+    write_checkpoint(out, stored.model.state_dict(), facts, half=half)
+    return load_baseline(dataset, network, out)
+
+
+def test_top1(model: nn.Module, dataset: Dataset, network: str, device: torch.device) -> float:
+    """Top-1 on the test set, in percent, in float32."""
+    batches = test_batches(dataset, batch_size=250, device=device, scaling=find(network).scaling)
+    return top1(model.to(device), batches.epoch(None))
+
+
+def shorter(setup: Setup, epochs: int | None) -> Setup:
+    """The setup with another number of epochs, if one is given."""
+    return setup if epochs is None else replace(setup, recipe=replace(setup.recipe, epochs=epochs))

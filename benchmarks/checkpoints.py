@@ -1,0 +1,179 @@
+"""Trained weights in and out of files: state dicts, without ever running code that a file carries."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from methods.core.build import COUNTER
+from methods.core.errors import ConfigError
+
+NESTED = ("state_dict", "model", "net")  # where training scripts keep the state dict
+PREFIX = "module."  # nn.DataParallel puts it before every name
+PROVENANCE = "provenance"
+UNREADABLE = (safetensors.SafetensorError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError)
+SHOWN = 4  # names listed in an error message
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in `path` on the CPU, floating-point tensors as float32.
+
+    Formats: .safetensors; .npz (one array per name); .pt .pth .th .tar (a state dict, or a dict that holds
+    one as "state_dict", "model" or "net"; no object is unpickled). A "module." common to all names is
+    removed. Raises ConfigError for a file that is missing, damaged, of another format, or holds anything
+    but tensors.
+    """
+    path = _existing(path)
+    if path.suffix not in _READERS:
+        raise ConfigError(f"checkpoint {path} has the suffix {path.suffix!r}; allowed: {', '.join(_READERS)}")
+    try:
+        found = _READERS[path.suffix](path)
+    except pickle.UnpicklingError:
+        raise ConfigError(f"checkpoint {path} is damaged or holds pickled objects; allowed is a state "
+                          "dict of plain tensors") from None
+    except UNREADABLE as error:
+        raise ConfigError(f"checkpoint {path} is no readable {path.suffix}: {_first_line(error)}") from error
+    state = {name: _plain(path, name, value) for name, value in _inner(path, found).items()}
+    if all(name.startswith(PREFIX) for name in state):
+        state = {name.removeprefix(PREFIX): value for name, value in state.items()}
+    return state
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into `model`: same names, same shapes, or a ConfigError with the first few differences.
+
+    Only the batch norms' `num_batches_tracked` may be missing or superfluous: evaluation never reads it.
+    """
+    want = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
+    have = {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
+    shapes = [f"{name} {list(have[name].shape)} instead of {list(want[name].shape)}"
+              for name in want if name in have and have[name].shape != want[name].shape]
+    faults = {"lacks": [name for name in want if name not in have],
+              "holds unknown": [name for name in have if name not in want],
+              "has other shapes:": shapes}
+    found = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
+    if found:
+        raise ConfigError(f"the checkpoint does not fit {type(model).__name__}: it {'; it '.join(found)}")
+    model.load_state_dict(have, strict=False)
+
+
+def write_checkpoint(path: str | Path, state: Mapping[str, Tensor], provenance: Mapping[str, object], *,
+                     half: bool = False) -> None:
+    """Write `state` as safetensors with `provenance` (JSON values) in its header; equal input, equal bytes.
+
+    half    store floating-point tensors as float16 (score the file that was read back, not `state`)
+    Raises ConfigError for another suffix, a provenance that is not JSON, or values beyond float16 if `half`.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ConfigError(f"checkpoint {path} has the suffix {path.suffix!r}; written are only .safetensors")
+    try:
+        header = {PROVENANCE: json.dumps(dict(provenance), sort_keys=True, allow_nan=False)}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"provenance of {path} takes JSON values only: {_first_line(error)}") from error
+    stored = {name: _stored(name, tensor, half) for name, tensor in state.items()}
+    with replacing(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(stored, header))
+
+
+def read_provenance(path: str | Path) -> dict[str, object]:
+    """The provenance that `write_checkpoint` stored in `path`; {} for a file that carries none."""
+    path = _existing(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as opened:
+            header = opened.metadata()
+        return json.loads(header[PROVENANCE]) if header is not None and PROVENANCE in header else {}
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ConfigError(f"checkpoint {path} has no readable provenance: {_first_line(error)}") from error
+
+
+def digest_of(path: str | Path) -> str:
+    """The first 16 hex digits of the file's sha256."""
+    with _existing(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that becomes `path` if the block succeeds, and else vanishes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read_torch(path: Path) -> object:
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as archive:
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is a single array")
+        return {name: archive[name] for name in archive.files}
+
+
+_READERS = {".safetensors": safetensors.torch.load_file, ".npz": _read_npz,
+            ".pt": _read_torch, ".pth": _read_torch, ".th": _read_torch, ".tar": _read_torch}
+
+
+def _existing(path: str | Path) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no checkpoint file {path}")
+    return path
+
+
+def _inner(path: Path, found: object) -> Mapping[str, object]:
+    """The state dict in what the file holds."""
+    if isinstance(found, Mapping):
+        nested = [found[key] for key in NESTED if isinstance(found.get(key), Mapping)]
+        found = nested[0] if nested else found
+    if not isinstance(found, Mapping) or not found:
+        raise ConfigError(f"checkpoint {path} holds no state dict; allowed is a non-empty {{name: tensor}}")
+    return found
+
+
+def _plain(path: Path, name: str, value: object) -> Tensor:
+    numeric = isinstance(value, np.ndarray) and value.dtype.kind in "bif"
+    tensor = torch.from_numpy(value.copy()) if numeric else value
+    if not isinstance(tensor, Tensor) or not isinstance(name, str):
+        what = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise ConfigError(f"checkpoint {path} holds {name!r} of {what}; allowed are plain tensors only")
+    return tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor.detach()
+
+
+def _stored(name: str, tensor: Tensor, half: bool) -> Tensor:
+    """A contiguous copy on the CPU (safetensors takes no channels_last and no shared memory)."""
+    tensor = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    if not (half and tensor.is_floating_point()):
+        return tensor
+    short = tensor.to(torch.float16)
+    if not torch.equal(short.isfinite(), tensor.isfinite()):
+        raise ConfigError(f"{name} holds {float(tensor.abs().max()):g}, beyond float16 (65504): store it "
+                          "with half=False")
+    return short
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" … ({len(names)} in all)" if len(names) > SHOWN else "")
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__

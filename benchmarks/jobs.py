@@ -1,0 +1,177 @@
+"""A job is one row: a method with a budget and a configuration, on a task and network. Running it makes the
+file, reads it back, measures that, and appends the row."""
+
+import ast
+import inspect
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from methods import find_method
+from methods.core.artifact import CompressedModel
+from methods.core.budget import Budget
+from methods.core.errors import ConfigError
+from methods.core.storage import encode
+from methods.core.task import Task
+
+from .baselines import Baseline, Setup, find_setup, skeleton
+from .data import Dataset, test_batches
+from .measure import measure, with_ranges
+from .networks import find
+from .rows import ROOT, append_row, provenance
+from .runs import DiskRun, Screen, run_key
+from .settings import build, count_knobs, merge, plain, read_toml
+
+CONFIGS = ROOT / "paper_configs"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of a paper_configs file.
+
+    name          of the row; method, budget, config: what is called
+    task, network where it runs;  seed of the method's generator
+    index_bits    relative-index width of paper mode and of the papers' accountings
+    float_policy  layers that the integer kernels leave in float (a paper's policy)
+    setup         overrides of the baseline's batches ({batch_size, augment})
+    paper         the printed numbers of this row, and [{layer, ...}] per layer
+    """
+
+    name: str
+    method: str
+    task: str
+    network: str
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    index_bits: int = 5
+    float_policy: tuple[str, ...] = ()
+    setup: Mapping[str, Any] = field(default_factory=dict)
+    paper: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """A paper_configs file: a method, where its numbers come from, and its rows."""
+
+    name: str
+    method: str
+    title: str
+    rows: tuple[Job, ...]
+    compare: tuple[Job, ...]
+    smoke: Mapping[str, Any]
+
+
+def read_table(path: Path) -> Table:
+    """A paper_configs file; ConfigError names a key or value that is not allowed."""
+    content = read_toml(path)
+    unknown = sorted(set(content) - {"method", "title", "row", "compare", "smoke"})
+    if unknown or "method" not in content:
+        fault = f"unknown key {unknown[0]!r}" if unknown else "no method"
+        raise ConfigError(f"{path.name}: {fault}; allowed are: method, title, smoke, [[compare]], [[row]]")
+    method = content["method"]
+
+    def jobs(key: str) -> tuple[Job, ...]:
+        return tuple(build(Job, {"method": method, **row}, f"{path.name} {key} {i}: ")
+                     for i, row in enumerate(content.get(key, []), 1))
+
+    return Table(path.stem, method, content.get("title", path.stem), jobs("row"), jobs("compare"),
+                 content.get("smoke", {}))
+
+
+def all_tables() -> list[Table]:
+    """Every method's paper_configs file."""
+    return [read_table(path) for path in sorted(CONFIGS.glob("*.toml")) if path.name != "baselines.toml"]
+
+
+def prepare(job: Job) -> tuple[Any, Budget, Any]:
+    """The method's module, its budget and its config; ConfigError or BudgetError if the job is not well-formed."""
+    method = find_method(job.method)
+    return method, build(Budget, job.budget, "budget "), build(method.Config, job.config, "config ")
+
+
+def task_for(method: Any, setup: Setup, dataset: Dataset, network: str, device: torch.device) -> Task | None:
+    """What the method is allowed to see, by its DATA."""
+    views = {"train": lambda task: task, "none": lambda task: None,
+             "calibration": lambda task: replace(task, train=None)}
+    if method.DATA not in views:
+        raise ConfigError(f"{method.__name__}.DATA = {method.DATA!r}: allowed are {', '.join(views)}")
+    return views[method.DATA](setup.task(dataset, network, device))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where jobs run and where their results go."""
+
+    results: Path
+    states: Path
+    device: torch.device
+    screen: Screen
+    resume: bool = False
+
+
+def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float, place: Place, rows_file: str) -> dict:
+    """Compress, encode, decode, measure, append; returns the row."""
+    method, budget, config = prepare(job)
+    setup = find_setup(dataset.name, job.network)
+    setup = build(Setup, merge(plain(setup), job.setup), "setup ")
+    task = task_for(method, setup, dataset, job.network, place.device)
+    facts = {"job": plain(job), "checkpoint": baseline.digest, "data": dataset.digest}
+    run = DiskRun(place.states / run_key(facts), job.name, place.screen, resume=place.resume)
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(job.seed)
+    compressed = method.compress(baseline.model, task, budget, config, generator, run=run)
+    seconds = time.perf_counter() - started
+    path = place.results / "models" / rows_file / f"{_slug(job.name)}.jc"
+    row = store_and_measure(compressed, path, job, dataset, setup, place.device)
+    row |= {"name": job.name, "method": job.method, "task": job.task, "network": job.network, "seed": job.seed,
+            "budget": plain(budget), "config": plain(config), "setup": plain(setup), "note": job.note,
+            "paper": plain(job.paper), "notes": plain(compressed.notes), "baseline_top1": baseline_top1,
+            "difficulty": {"data": method.DATA, "knobs": count_knobs(config) + knobs_of(budget),
+                           "lines": module_lines(method), "seconds": seconds},
+            "checkpoint": {"digest": baseline.digest, "source": baseline.source}, "data": dataset.digest,
+            **provenance()}
+    append_row(place.results / "rows" / f"{rows_file}.jsonl", row)
+    run.forget()
+    return row
+
+
+def store_and_measure(compressed: CompressedModel, path: Path, job: Job, dataset: Dataset, setup: Setup,
+                      device: torch.device) -> dict:
+    """Write the file (with the harness's activation ranges where the method has none), then measure the file."""
+    network: nn.Module = skeleton(dataset, job.network)
+    scaling = find(job.network).scaling
+    calibration = setup.task(dataset, job.network, torch.device("cpu"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    encode(with_ranges(compressed, network, calibration), path, mode="best")
+    height, width, channels = dataset.image_shape
+    test = test_batches(dataset, batch_size=250, device=torch.device("cpu"), scaling=scaling)
+    row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
+                  float_policy=job.float_policy)
+    return {**row, "file": f"{path.parent.name}/{path.name}"}
+
+
+def knobs_of(budget: Budget) -> int:
+    """Budget fields that are set; a {layer: value} counts each layer."""
+    return sum(count_knobs(value) for value in vars(budget).values() if value is not None)
+
+
+def module_lines(method: Any) -> int:
+    """Lines of code of a method's module: neither blank, nor comment, nor docstring."""
+    source = inspect.getsource(method)
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = [node.body[0] for node in ast.walk(ast.parse(source)) if isinstance(node, documented)
+            and ast.get_docstring(node) is not None]
+    inside = {line for doc in docs for line in range(doc.lineno, doc.end_lineno + 1)}
+    return sum(1 for number, line in enumerate(source.splitlines(), 1)
+               if number not in inside and line.strip() and not line.strip().startswith("#"))
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")

@@ -1,0 +1,1 @@
+"""Simulated integer kernels: what integer hardware would compute from a compressed model."""

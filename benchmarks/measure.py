@@ -1,0 +1,88 @@
+"""Measuring a compressed model: from its file and the test set alone."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from methods.core.artifact import CompressedModel
+from methods.core.build import apply, weight_layers
+from methods.core.calibrate import calibrate
+from methods.core.storage import decode, inspect, to_bytes
+from methods.core.task import Batch, Task
+
+from .accounting import account, huffman_total, stored_entries, tensor_bits
+from .cost import layer_costs, totals
+from .kernels.network import IntegerNetwork
+
+RANGE_METHOD, RANGE_INPUTS, RANGE_BITS = "minmax", 1024, 8  # for methods that leave activations in float
+
+
+def with_ranges(compressed: CompressedModel, skeleton: nn.Module, task: Task) -> CompressedModel:
+    """`compressed` with activation quantizers: its own, or the harness's where the method leaves them float."""
+    if compressed.activations:
+        return compressed
+    ranges = calibrate(apply(compressed, skeleton), task.calibration_inputs(RANGE_INPUTS), RANGE_BITS, RANGE_METHOD)
+    return dataclasses.replace(compressed, activations=ranges, ranges_by="harness")
+
+
+def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple[int, ...], *,
+            index_bits: int | Mapping[str, int] = 5, float_policy: tuple[str, ...] = ()) -> dict:
+    """Everything a row says about the file at `path`, as JSON values. `test` is iterated once.
+
+    shape       of one input [C, H, W];  index_bits of the papers' accountings and of the paper-mode bytes
+    """
+    compressed = decode(path)
+    module = apply(compressed, skeleton)
+    integer = IntegerNetwork(compressed, skeleton, float_policy)
+    scores = score([module, integer], test)
+    dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
+    dense_bytes = 4 * sum(t.numel() for t in skeleton.state_dict().values() if t.is_floating_point())
+    costs = layer_costs(compressed, skeleton, shape)
+    size = inspect(path)
+    return {
+        "top1_float": scores[0], "top1_integer": scores[1],
+        "bytes": size["bytes"], "bytes_split": size["split"], "float32_bytes": dense_bytes,
+        "size_ratio": size["bytes"] / dense_bytes,
+        "paper_mode_bytes": len(to_bytes(compressed, mode="paper", index_bits=index_bits)[0]),
+        "accounting": account(compressed, dense, index_bits), "dense_weights": dense,
+        "cost": totals(costs), "ranges_by": compressed.ranges_by,
+        "integer": {"float_layers": integer.float_layers,
+                    "wide_layers": [n for n, layer in integer.layers.items() if layer.weight.width > 8]},
+        "layers": layer_table(compressed, costs, index_bits),
+    }
+
+
+@torch.no_grad()
+def score(networks: list, batches: Iterable[Batch]) -> list[float]:
+    """Top-1 in percent of several networks over one pass of the same batches."""
+    right, seen = [0] * len(networks), 0
+    for inputs, targets in batches:
+        seen += len(targets)
+        for i, network in enumerate(networks):
+            right[i] += int((network(inputs).argmax(1) == targets).sum())
+    return [100.0 * r / max(seen, 1) for r in right]
+
+
+def layer_table(compressed: CompressedModel, costs: Mapping, index_bits: int | Mapping[str, int]) -> dict[str, dict]:
+    """{layer: what the papers' tables print per layer, in our numbers}."""
+    rows = {}
+    for name, cost in costs.items():
+        tensor = compressed.weights.get(name)
+        row = {"weights": cost.weights, "density": cost.density, "bits": cost.weight_bits, "macs": cost.macs}
+        if tensor is not None:
+            width = index_bits[name] if isinstance(index_bits, Mapping) else index_bits
+            bits = tensor_bits(tensor, width)
+            codes, gaps = stored_entries(tensor, width)
+            row |= {"index_bits": width, "levels": len(tensor.codes[tensor.mask].unique()),
+                    "code_bits_huffman": huffman_total(codes) / max(len(codes), 1),
+                    "index_bits_huffman": huffman_total(gaps) / max(len(gaps), 1),
+                    "fillers": len(codes) - tensor.kept,
+                    "rate_prune_quantize": bits["prune_quantize"] / (32 * cost.weights),
+                    "rate_prune_quantize_huffman": bits["prune_quantize_huffman"] / (32 * cost.weights)}
+        rows[name] = row
+    return rows
+
+

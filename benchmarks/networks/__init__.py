@@ -1,0 +1,98 @@
+"""The benchmark networks by name, each with the input it takes and the input scaling of its paper."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from methods.core.errors import ConfigError
+
+from ..data import Dataset
+from ..sources import Scaling
+from . import lenet, resnet, vgg
+
+PIXEL_256: Scaling = ((0.0,), (256 / 255,))  # Caffe: pixel / 256
+PIXEL_255: Scaling = ((0.0,), (1.0,))
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the registry knows of a network.
+
+    make      (classes, channels) -> module
+    size      height and width of the images it takes, or None for any
+    channels  channels of the images it takes, or None for any
+    scaling   (mean, std) of its inputs on the 0..1 scale, or None for the data set's own
+    """
+
+    make: Callable[[int, int], nn.Module]
+    size: int | None = None
+    channels: int | None = None
+    scaling: Scaling | None = None
+
+
+NETWORKS: dict[str, Network] = {
+    "resnet18": Network(lambda classes, channels: resnet.resnet18(classes, channels, 64)),
+    "resnet20": Network(lambda classes, channels: resnet.thin(3, classes, channels)),
+    "resnet56": Network(lambda classes, channels: resnet.thin(9, classes, channels)),
+    "vgg16": Network(vgg.VGG16, size=32),
+    "vgg7": Network(vgg.VGG7, size=32),
+    "lenet300": Network(lenet.LeNet300, 28, 1, PIXEL_256),
+    "lenet5_caffe": Network(lenet.LeNet5Caffe, 28, 1, PIXEL_256),
+    "lenet5_caffe_relu": Network(lenet.lenet5_caffe_relu, 28, 1, PIXEL_255),
+    "lenet5_bb": Network(lenet.lenet5_bayesian_bits, 28, 1, PIXEL_255),
+}
+
+
+def network_names() -> list[str]:
+    """Every name, and `resnet18wN` for the family of widths (N = channels of the first stage)."""
+    return [*NETWORKS, "resnet18wN"]
+
+
+def find(name: str) -> Network:
+    """The network called `name`; ConfigError, listing the names, if there is none."""
+    if name in NETWORKS:
+        return NETWORKS[name]
+    wide = re.fullmatch(r"resnet18w([1-9]\d{0,3})", name)
+    if wide is None:
+        raise ConfigError(f"unknown network {name!r}; there are: {', '.join(network_names())}")
+    width = int(wide[1])
+    return Network(lambda classes, channels: resnet.resnet18(classes, channels, width))
+
+
+def build(name: str, classes: int, channels: int, seed: int = 0) -> nn.Module:
+    """A freshly initialised network; equal seeds give equal weights, torch's global generator is left alone.
+
+    Raises ConfigError for an unknown name, fewer than 2 classes, or channels that the network does not take.
+    """
+    network = find(name)
+    if classes < 2:
+        raise ConfigError(f"classes = {classes}: a network needs 2 or more")
+    if channels < 1 or network.channels not in (None, channels):
+        allowed = "1 or more" if network.channels is None else str(network.channels)
+        raise ConfigError(f"channels = {channels}: network {name} takes {allowed}")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators too
+        return network.make(classes, channels)
+
+
+def check_fits(name: str, dataset: Dataset) -> None:
+    """Raise ConfigError if the network `name` does not take the images of `dataset`."""
+    network = find(name)
+    if not _takes(network, dataset):
+        want = _spelled((network.size, network.size, network.channels))
+        fitting = ", ".join(other for other in NETWORKS if _takes(NETWORKS[other], dataset))
+        raise ConfigError(f"network {name} takes images of {want}, but those of {dataset.name} are "
+                          f"{_spelled(dataset.image_shape)}; what takes them: {fitting}, resnet18wN")
+
+
+def _takes(network: Network, dataset: Dataset) -> bool:
+    height, width, channels = dataset.image_shape
+    wants = ((network.size, height), (network.size, width), (network.channels, channels))
+    return all(want in (None, given) for want, given in wants)
+
+
+def _spelled(shape: Sequence[int | None]) -> str:
+    return " x ".join("any" if length is None else str(length) for length in shape)

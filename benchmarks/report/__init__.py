@@ -1,0 +1,1 @@
+"""Rows as tables, plots and one self-contained page."""

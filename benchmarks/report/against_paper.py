@@ -1,0 +1,62 @@
+"""Ours beside the paper's: every printed number of a row, our number, the difference."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+DERIVED = {"error_float": lambda r: 100 - r["top1_float"], "error_integer": lambda r: 100 - r["top1_integer"]}
+
+
+def lookup(row: Row, path: str) -> float | None:
+    """The number at a dotted path of a row, such as accounting.ratios.data_only; None if the row lacks it."""
+    if path in DERIVED:
+        return DERIVED[path](row)
+    value: Any = row
+    for part in path.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def compared(row: Row) -> list[tuple[str, float, float | None]]:
+    """(metric, paper, ours) for every printed number: of the row, then of each layer."""
+    printed = dict(row["paper"])
+    layers = printed.pop("layers", {})
+    lines = [(metric, value, lookup(row, metric)) for metric, value in printed.items()]
+    for layer, numbers in layers.items():
+        ours = row["layers"].get(layer, {})
+        lines += [(f"{layer} {metric}", value, ours.get(metric)) for metric, value in numbers.items()]
+    return lines
+
+
+def terminal(rows: Sequence[Row], title: str) -> Table:
+    """A rich table of all rows."""
+    table = Table(title=title, title_justify="left")
+    for head in ("row", "metric", "paper", "ours", "difference"):
+        table.add_column(head, justify="left" if head in ("row", "metric") else "right")
+    for row in rows:
+        for i, line in enumerate(_texts(row)):
+            table.add_row(row["name"] if i == 0 else "", *line)
+        table.add_section()
+    return table
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same as a GitHub table."""
+    out = "| row | metric | paper | ours | difference |\n| --- | --- | ---: | ---: | ---: |\n"
+    for row in rows:
+        for line in _texts(row):
+            out += f"| {row['name']} | " + " | ".join(line) + " |\n"
+    return out
+
+
+def _texts(row: Row) -> list[tuple[str, str, str, str]]:
+    """Printed numbers first, then what only we report."""
+    extra = [(name, None, lookup(row, name)) for name in ("error_float", "error_integer", "bytes", "paper_mode_bytes",
+             "accounting.ratios.prune_quantize_huffman") if name not in row["paper"]]
+    return [(metric, "—" if paper is None else f"{paper:g}", "—" if ours is None else f"{ours:.5g}",
+             "" if ours is None or paper is None else f"{ours - paper:+.3g}")
+            for metric, paper, ours in compared(row) + extra]

@@ -1,0 +1,107 @@
+"""The comparison table along three axes: capability kept, hardware efficiency, difficulty."""
+
+import csv
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: the axis it belongs to, its header, the value in a row, how to print it, what it means."""
+
+    axis: str
+    header: str
+    value: Callable[[Row], Any]
+    show: Callable[[Any], str]
+    meaning: str
+
+
+def _short_bytes(n: float) -> str:
+    for unit, size in (("MB", 1e6), ("KB", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.0f} B"
+
+
+def _count(n: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
+        if n >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.0f}"
+
+
+CAPABILITY, HARDWARE, DIFFICULTY = "capability kept", "hardware efficiency", "difficulty"
+COLUMNS = (
+    Column("", "method", lambda r: r["name"], str, "row and the method that made it"),
+    Column(CAPABILITY, "top-1 float", lambda r: r["top1_float"], "{:.2f}".format,
+           "test accuracy in percent, decoded weights in float arithmetic"),
+    Column(CAPABILITY, "top-1 integer", lambda r: r["top1_integer"], lambda v: "—" if v is None else f"{v:.2f}",
+           "test accuracy in percent in integer arithmetic, 8-bit activations"),
+    Column(HARDWARE, "file", lambda r: r["bytes"], _short_bytes, "bytes of the file on disk, everything included"),
+    Column(HARDWARE, "smaller", lambda r: r["float32_bytes"] / r["bytes"], "{:.1f}x".format,
+           "float32 bytes of the network / bytes of the file"),
+    Column(HARDWARE, "density", lambda r: r["cost"]["density"], "{:.3g}".format,
+           "kept fraction of conv and linear weights"),
+    Column(HARDWARE, "bits", lambda r: r["cost"]["mean_bits"], "{:.3g}".format, "mean code width of a kept weight"),
+    Column(HARDWARE, "BOPs", lambda r: r["cost"]["bops"], _count, "sum of MACs x weight bits x activation bits"),
+    Column(HARDWARE, "BOPs, zeros skipped", lambda r: r["cost"]["sparse_bops"], _count,
+           "the same x density: hardware that skips every pruned weight"),
+    Column(HARDWARE, "MACs", lambda r: r["cost"]["macs"], _count, "multiply-accumulates of one input"),
+    Column(DIFFICULTY, "data", lambda r: r["difficulty"]["data"], str, "what the method has to see"),
+    Column(DIFFICULTY, "knobs", lambda r: r["difficulty"]["knobs"], str, "settings of budget and configuration"),
+    Column(DIFFICULTY, "lines", lambda r: r["difficulty"]["lines"], str, "lines of code of the method's module"),
+    Column(DIFFICULTY, "seconds", lambda r: r["difficulty"]["seconds"], "{:.1f}".format,
+           "to compress, on the machine of the row"),
+)
+
+
+def baseline_row(row: Row) -> dict[str, Any]:
+    """The uncompressed network of a row, as a row of its own."""
+    cost = row["cost"]
+    macs = row.get("dense_macs", cost["macs"])
+    full = {**cost, "macs": macs, "density": 1.0, "mean_bits": 32.0, "bops": macs * 1024, "sparse_bops": macs * 1024}
+    return {"name": "float32 baseline", "method": "none", "top1_float": row["baseline_top1"], "top1_integer": None,
+            "bytes": row["float32_bytes"], "float32_bytes": row["float32_bytes"], "cost": full,
+            "difficulty": {"data": "—", "knobs": 0, "lines": 0, "seconds": 0.0}}
+
+
+def terminal(rows: Sequence[Row], title: str, columns: Sequence[Column] = COLUMNS) -> Table:
+    """A rich table; the axes stand above their columns."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    seen = ""
+    for column in columns:
+        head = column.axis if column.axis != seen else ""
+        seen = column.axis
+        table.add_column(f"{head}\n{column.header}" if any(c.axis for c in columns) else column.header,
+                         justify="left" if not column.axis else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*cells(row, columns))
+    return table
+
+
+def cells(row: Row, columns: Sequence[Column] = COLUMNS) -> list[str]:
+    return [column.show(column.value(row)) for column in columns]
+
+
+def markdown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
+    """A GitHub table."""
+    lines = [[column.header for column in columns], ["---" if not c.axis else "---:" for c in columns]]
+    lines += [cells(row, columns) for row in rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def comma_separated(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
+    """CSV with full-precision values."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([column.header for column in columns])
+    for row in rows:
+        values = [column.value(row) for column in columns]
+        writer.writerow(["" if value is None else value for value in values])
+    return out.getvalue()

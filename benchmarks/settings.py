@@ -1,0 +1,102 @@
+"""Settings from TOML tables and the command line, into frozen dataclasses; unknown keys are refused."""
+
+import dataclasses
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from methods.core.errors import ConfigError
+
+
+def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+    """An instance of the dataclass `kind` from plain values; nested dataclasses from nested tables.
+
+    Raises ConfigError naming the key, the value and what is allowed.
+    """
+    hints = typing.get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ConfigError(f"unknown key {where}{unknown[0]!r}; allowed are: {', '.join(names)}")
+    missing = [field.name for field in dataclasses.fields(kind) if field.name not in values
+               and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
+    if missing:
+        raise ConfigError(f"{where or kind.__name__} lacks the keys {', '.join(missing)}")
+    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None or value == "none":
+        if type(None) in options:
+            return None
+    for option in options:
+        origin = typing.get_origin(option) or option
+        if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
+            return build(origin, value, f"{where}.")
+        if origin is tuple and isinstance(value, (list, tuple)):
+            return tuple(value)
+        if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
+            return dict(value)
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+        if origin in (int, str, bool) and type(value) is origin:
+            return value
+    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
+    raise ConfigError(f"{where} = {value!r}: a {wanted} is needed")
+
+
+def plain(value: Any) -> Any:
+    """A dataclass (or any nesting of plain values) as JSON values."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def count_knobs(value: Any) -> int:
+    """Settings a user can turn: fields of a dataclass, nested ones spelled out; a {layer: value} counts each."""
+    if dataclasses.is_dataclass(value):
+        return sum(count_knobs(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return max(len(value), 1) if isinstance(value, Mapping) else 1
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A TOML file; ConfigError in one line if it is missing or malformed."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, table by table."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def from_assignments(pairs: list[str]) -> dict[str, Any]:
+    """["retrain.epochs=3", "scope=global"] as nested tables; values are TOML, else strings."""
+    out: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{pair!r} is not KEY=VALUE")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        out = merge(out, value)
+    return out

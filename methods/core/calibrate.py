@@ -1,0 +1,66 @@
+"""Ranges of activations from a few inputs: one 8-bit (or narrower) quantizer per edge of the graph."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .artifact import ActivationQuantizer
+from .errors import ConfigError
+from .graph import Graph, trace
+
+BATCH = 128
+
+
+class MinMax:
+    """Running extrema: nothing seen is clipped; one outlier widens the range."""
+
+    def __init__(self):
+        self.low, self.high = float("inf"), float("-inf")
+
+    def update(self, x: Tensor) -> None:
+        low, high = torch.aminmax(x)
+        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+
+    def range(self) -> tuple[float, float]:
+        return self.low, self.high
+
+
+OBSERVERS: dict[str, Callable] = {"minmax": MinMax}
+
+
+def quantizer_of(low: float, high: float, bits: int) -> ActivationQuantizer:
+    """Unsigned codes 0..2^bits - 1 over [min(low, 0), max(high, 0)]; 0 is a whole code, the padding of a conv."""
+    low, high, top = min(low, 0.0), max(high, 0.0), (1 << bits) - 1
+    scale = float(torch.tensor((high - low) / top, dtype=torch.float32).clamp_min(torch.finfo(torch.float32).eps))
+    return ActivationQuantizer(scale, int(min(max(round(-low / scale), 0), top)), bits, signed=False)
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
+              method: str = "minmax") -> dict[str, ActivationQuantizer]:
+    """{edge: quantizer} for every edge of `model`, from its float activations on `inputs` [n, ...] in eval mode."""
+    if method not in OBSERVERS:
+        raise ConfigError(f"range method {method!r}: allowed are {', '.join(OBSERVERS)}")
+    was_training = model.training
+    model.eval()
+    graph = trace(model)
+    observers = {edge: OBSERVERS[method]() for edge in graph.edges()}
+
+    def see(node, values, output):
+        for edge, value in zip(node.edges(), values, strict=False):
+            observers[edge].update(value.float())
+
+    device = next(model.parameters()).device
+    for start in range(0, len(inputs), BATCH):
+        graph.run(inputs[start:start + BATCH].to(device), see)
+    model.train(was_training)
+    shared = _sharing(graph)
+    return {edge: quantizer_of(*observers[shared[edge]].range(), bits) for edge in observers}
+
+
+def _sharing(graph: Graph) -> dict[str, str]:
+    """{edge: the first edge that reads the same tensor}: a tensor with two consumers is stored once."""
+    first: dict[str, str] = {}
+    return {edge: first.setdefault(source, edge)
+            for node in graph for edge, source in zip(node.edges(), node.inputs, strict=False)}

@@ -1,0 +1,156 @@
+"""Deep Compression (Han, Mao, Dally, ICLR 2016, arXiv 1510.00149) with the pruning of Han et al. (NIPS 2015).
+
+Small weights are removed and the survivors retrained, several times. The survivors of each layer are then
+clustered by 1-D k-means, share one centroid per cluster, and the centroids are trained by the summed gradients
+of their members. Positions and cluster indices are Huffman coded when the model is stored (`core/storage.py`).
+
+Algorithm
+    repeat R times:  M_l <- M_l AND |W_l| >= q_l std(W_l);  retrain W with W_l <- M_l * W_l after every step
+    per layer:  C_l, I_l = k-means of the survivors, k = 2^b - 1, linear start; code 0 is reserved for 0
+    train C_l only:  W_ij = C[I_ij],  dL/dC_k = sum_ij dL/dW_ij 1(I_ij = k)
+    encode: gaps between survivors in index_bits with filler zeros, codes in b bits, Huffman over both
+
+Symbols    M mask, C grid.values, I codes, b budget.bits, q_l notes["quality"], index_bits: `encode(index_bits=)`
+
+Departures
+  * Thresholds: no q_l is printed, so the threshold of a layer is the one that keeps the budget's density, in
+    exact number; the q_l it amounts to (std over the dense weights) is reported in the notes.
+  * Rounds: the number for the MNIST networks is not printed. Densities fall geometrically, d^(r/R) in round r.
+  * Code 0 is reserved for the filler zero, as in the authors' released files; the paper does not say.
+  * Centroid training: recipe not printed. SGD without weight decay at a small learning rate.
+  * Dropout: the rate of each Dropout follows D_r = D_o sqrt(density) with the density of the layer before it.
+  * Conv and fully connected layers are retrained together (the paper freezes one while training the other for
+    some networks).
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .core.artifact import Codebook, CompressedModel, CompressedTensor
+from .core.budget import Budget
+from .core.build import assemble, check_finite, weight_layers
+from .core.cluster import kmeans
+from .core.errors import BudgetError, ConfigError
+from .core.finetune import Recipe, train
+from .core.prune import MaskHooks, apply_masks, keep_count, keep_largest
+from .core.run import NullRun, Run
+from .core.task import Task
+
+DATA = "train"
+
+
+@dataclass(frozen=True)
+class Config:
+    """rounds of pruning, each followed by `retrain`; k-means start `init`; `tune` trains the centroids."""
+
+    rounds: int = 3
+    retrain: Recipe = Recipe(epochs=8, lr=1e-2)
+    init: str = "linear"
+    tune: Recipe = Recipe(epochs=2, lr=1e-4, weight_decay=0.0)
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ConfigError(f"rounds = {self.rounds}: at least 1 is needed")
+
+
+def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
+             *, run: Run | None = None) -> CompressedModel:
+    """Budget: density and bits (2..16), each a number or {layer: number}."""
+    run = NullRun() if run is None else run
+    budget.require("deep_compression", "density", "bits")
+    check_finite(model)
+    model = copy.deepcopy(model)
+    layers = weight_layers(model)
+    density = budget.per_layer("density", layers)
+    bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    if min(bits.values()) < 2:
+        raise BudgetError("deep_compression reserves one code for 0: bits must be 2 or more")
+    spread = {name: float(layer.weight.detach().std()) for name, layer in layers.items()}
+
+    masks, thresholds = prune(model, task, density, config, generator, run)
+    rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
+    shared = {name: share(layer.weight, masks[name], bits[name], config.init, rng)
+              for name, layer in weight_layers(model).items()}
+    tuned = tune_centroids(model, task, shared, config.tune, generator, run)
+    weights = {name: CompressedTensor.of(codes, Codebook(tuned[name]), bits[name])
+               for name, (_, codes) in shared.items()}
+    quality = {name: thresholds[name] / spread[name] for name in layers if spread[name] > 0}
+    return assemble(model, weights, notes={"quality": quality})
+
+
+def prune(model: nn.Module, task: Task, density: Mapping[str, float], config: Config, generator: torch.Generator,
+          run: Run) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Prune and retrain `model` in place; returns masks and the last thresholds per layer. (Parent, section 3)"""
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    thresholds: dict[str, float] = {}
+    masks: dict[str, Tensor] = {}
+    for r in range(1, config.rounds + 1):
+        for name, layer in weight_layers(model).items():
+            size = layer.weight.detach().abs()
+            masks[name] = keep_largest(size, keep_count(size.numel(), density[name] ** (r / config.rounds)))
+            thresholds[name] = float(size[masks[name]].min())
+        apply_masks(model, masks)
+        scale_dropout(model, masks, rates)
+        train(model, task, config.retrain, generator, hooks=MaskHooks(masks), run=run.stage(f"prune {r}"))
+    return masks, thresholds
+
+
+def scale_dropout(model: nn.Module, masks: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
+    """D_r = D_o sqrt(C_ir / C_io), with the density of the weight layer before each Dropout. (Parent, Eq. 2)"""
+    density = 1.0
+    for name, module in model.named_modules():
+        if name in masks:
+            density = float(masks[name].float().mean())
+        elif name in rates:
+            module.p = rates[name] * math.sqrt(density)
+
+
+def share(weight: Tensor, mask: Tensor, bits: int, init: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Codebook float32 [1 + k], whose entry 0 is the reserved 0, and int32 codes of `weight`. (Section 3)"""
+    survivors = weight.detach()[mask].cpu().numpy()
+    clusters = kmeans(survivors, (1 << bits) - 1, init, rng=rng)
+    codes = torch.zeros(weight.shape, dtype=torch.int32)
+    codes[mask.cpu()] = torch.from_numpy(clusters.labels + 1).to(torch.int32)
+    return torch.from_numpy(np.concatenate([[0.0], clusters.centroids]).astype(np.float32)), codes
+
+
+class SharedWeight(nn.Module):
+    """Parametrization W = C[I]: indexing sums the gradient over each cluster. (Eq. 2, 3)"""
+
+    def __init__(self, codes: Tensor):
+        super().__init__()
+        self.register_buffer("codes", codes)
+
+    def forward(self, centroids: Tensor) -> Tensor:
+        return torch.cat([centroids.new_zeros(1), centroids])[self.codes.long()]
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Centroids [k] from a weight that already is C[I]; an unused centroid starts at 0."""
+        centroids = weight.new_zeros(int(self.codes.max()) + 1)
+        centroids[self.codes.long().reshape(-1)] = weight.reshape(-1)
+        return centroids[1:]
+
+
+def tune_centroids(model: nn.Module, task: Task, shared: Mapping[str, tuple[Tensor, Tensor]], recipe: Recipe,
+                   generator: torch.Generator, run: Run) -> dict[str, Tensor]:
+    """Codebooks {layer: float32 [1 + k]} after training; biases and batch norm of `model` are trained too."""
+    for name, (codebook, codes) in shared.items():
+        layer = model.get_submodule(name)
+        with torch.no_grad():
+            layer.weight.copy_(codebook[codes.long()])
+        parametrize.register_parametrization(layer, "weight", SharedWeight(codes.to(layer.weight.device)))
+    train(model, task, recipe, generator, run=run.stage("tune centroids"))
+    tuned = {}
+    for name in shared:
+        layer = model.get_submodule(name)
+        centroids = layer.parametrizations.weight.original.detach().cpu()
+        tuned[name] = torch.cat([torch.zeros(1), centroids]).contiguous()
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+    return tuned

@@ -1,0 +1,94 @@
+"""Prune, then quantize: the plain combination every joint method has to beat.
+
+Magnitude pruning (Han et al., NIPS 2015), optional retraining under the mask, then uniform post-training
+quantization of the survivors (Jacob et al., CVPR 2018), optionally with quantization-aware training. Activation
+ranges are calibrated on the pruned, quantized network: ranges taken before pruning are wrong after it.
+
+Algorithm
+    M_l = the largest |W_l|, per layer or over all layers;  W_l <- M_l * W_l
+    retrain with M_l applied after every step                                   (optional)
+    fold batch norm;  s_l from the survivors;  q_l = clamp(round(W_l / s_l) + z_l)
+    quantization-aware training, mask after the quantizer                       (optional)
+    q_l = z_l wherever M_l is 0;  calibrate activations
+
+Symbols    rho = 1 - budget.density;  s, z, q = grid.scale, grid.zero, codes;  M = mask
+
+Departures  There is no single paper. Every conv and linear layer is pruned, the first and last too: a budget
+            that spares them is {layer: density}. Quantization-aware training runs on the folded network.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .core.artifact import CompressedModel
+from .core.budget import Budget
+from .core.build import apply, assemble, check_finite, weight_layers
+from .core.calibrate import calibrate
+from .core.errors import ConfigError
+from .core.finetune import Recipe, train
+from .core.fold import fold_batchnorm
+from .core.prune import MaskHooks, apply_masks, keep_global, keep_local
+from .core.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
+from .core.run import NullRun, Run
+from .core.task import Task
+
+DATA = "train"
+
+
+@dataclass(frozen=True)
+class Config:
+    """scope: rank |w| per layer ("local") or over the network ("global"); scheme: "symmetric" or "asymmetric".
+
+    retrain (before quantization) and aware (quantization-aware) are recipes, or None to skip the stage.
+    """
+
+    scope: str = "local"
+    scheme: str = "symmetric"
+    per_channel: bool = True
+    retrain: Recipe | None = None
+    aware: Recipe | None = None
+    activation_bits: int = 8
+    calibration_inputs: int = 1024
+
+
+def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
+             *, run: Run | None = None) -> CompressedModel:
+    """Budget: density and bits, each a number or {layer: number} (global scope takes one density)."""
+    run = NullRun() if run is None else run
+    budget.require("prune_then_quantize", "density", "bits")
+    check_finite(model)
+    fit = find_scheme(config.scheme)
+    model = copy.deepcopy(model)
+    layers = {name: layer.weight for name, layer in weight_layers(model).items()}
+    bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    masks = choose_masks(layers, budget, config.scope)
+    apply_masks(model, masks)
+    if config.retrain is not None:
+        train(model, task, config.retrain, generator, hooks=MaskHooks(masks), run=run.stage("retrain"))
+
+    folded, topology = fold_batchnorm(model)
+    if config.aware is not None:
+        quantizers = {name: FakeQuantize(bits[name], mask.cpu(), config.scheme) for name, mask in masks.items()}
+        with QuantizationAware(folded, quantizers) as hooks:
+            train(folded, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
+        folded.cpu()
+    weights = {name: quantize(layer.weight, fit(layer.weight, bits[name], config.per_channel), bits[name], masks[name])
+               for name, layer in weight_layers(folded).items()}
+    compressed = assemble(folded, weights, topology=topology)
+    ranges = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs),
+                       config.activation_bits)
+    return assemble(folded, weights, topology=topology, activations=ranges)
+
+
+def choose_masks(weights, budget: Budget, scope: str) -> dict[str, torch.Tensor]:
+    """{layer: mask of kept weights} for the budget's density."""
+    if scope == "local":
+        return keep_local(weights, budget.per_layer("density", weights))
+    if scope == "global":
+        if not isinstance(budget.density, (int, float)):
+            raise ConfigError(f"scope = 'global' takes one density, not {budget.density!r}")
+        return keep_global(weights, budget.density)
+    raise ConfigError(f"scope = {scope!r}: allowed are 'local', 'global'")

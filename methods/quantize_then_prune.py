@@ -1,0 +1,85 @@
+"""Quantize, then prune: the plain combination in the other order.
+
+Uniform post-training quantization first, then magnitude pruning among the integer codes. At 8 bits this equals
+prune-then-quantize; at 4 bits it is worse, because codes that rounding already sent to 0 take the first places
+of the ranking. With retraining it is quantization-aware training of float master weights under the mask.
+
+Algorithm
+    fold batch norm;  s_l, z_l from W_l;  q_l = clamp(round(W_l / s_l) + z_l)
+    saliency = |s_l (q_l - z_l)|, ties broken by |W_l|, then by position
+    the least salient weights, in exact number, get the code z_l  (not 0: the code 0 means -s_l z_l)
+    quantization-aware training with s_l, z_l kept, mask after the quantizer    (optional)
+    calibrate activations
+
+Symbols    rho = 1 - budget.density;  s, z, q = grid.scale, grid.zero, codes
+
+Departures  There is no single paper. The ranking is per layer. Grids are those of the dense weights throughout.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .core.artifact import CompressedModel, CompressedTensor
+from .core.budget import Budget
+from .core.build import apply, assemble, check_finite, weight_layers
+from .core.calibrate import calibrate
+from .core.finetune import Recipe, train
+from .core.fold import fold_batchnorm
+from .core.prune import keep_count
+from .core.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
+from .core.run import NullRun, Run
+from .core.task import Task
+
+DATA = "train"
+
+
+@dataclass(frozen=True)
+class Config:
+    """scheme: "symmetric" or "asymmetric"; aware: recipe of quantization-aware training, or None to skip it."""
+
+    scheme: str = "symmetric"
+    per_channel: bool = True
+    aware: Recipe | None = None
+    activation_bits: int = 8
+    calibration_inputs: int = 1024
+
+
+def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
+             *, run: Run | None = None) -> CompressedModel:
+    """Budget: density and bits, each a number or {layer: number}."""
+    run = NullRun() if run is None else run
+    budget.require("quantize_then_prune", "density", "bits")
+    check_finite(model)
+    fit = find_scheme(config.scheme)
+    folded, topology = fold_batchnorm(model)
+    layers = weight_layers(folded)
+    density = budget.per_layer("density", layers)
+    bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    grids = {name: fit(layer.weight, bits[name], config.per_channel) for name, layer in layers.items()}
+    masks = {}
+    for name, layer in layers.items():
+        quantized = quantize(layer.weight, grids[name], bits[name])
+        masks[name] = keep_salient(quantized, layer.weight, keep_count(layer.weight.numel(), density[name]))
+    if config.aware is not None:
+        quantizers = {name: FakeQuantize(bits[name], masks[name], config.scheme, grids[name]) for name in layers}
+        with QuantizationAware(folded, quantizers) as hooks:
+            train(folded, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
+        folded.cpu()
+    weights = {name: quantize(layer.weight, grids[name], bits[name], masks[name])
+               for name, layer in weight_layers(folded).items()}
+    compressed = assemble(folded, weights, topology=topology)
+    ranges = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs),
+                       config.activation_bits)
+    return assemble(folded, weights, topology=topology, activations=ranges)
+
+
+def keep_salient(quantized: CompressedTensor, weight: Tensor, count: int) -> Tensor:
+    """Bool mask of the `count` weights with the largest |s (q - z)|; ties by |weight|, then by lowest index."""
+    second = torch.sort(weight.detach().abs().reshape(-1), descending=True, stable=True).indices
+    saliency = quantized.decode().abs().reshape(-1)[second]
+    order = second[torch.sort(saliency, descending=True, stable=True).indices]
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[order[:count]] = True
+    return mask.reshape(weight.shape)
