@@ -20,7 +20,7 @@ COUNTED = {  # accounting: whose it is
     "with_index": "entries with fillers x (bits + index bits), no Huffman (ADMM with index, CLIP-Q)",
     "prune_quantize": "the same + codebooks x 32 (Deep Compression P+Q)",
     "prune_quantize_huffman": "entries x Huffman averages + codebooks x 32, no tables (Deep Compression P+Q+H)",
-    "dense": "all weights x bits + scales (plain quantization)",
+    "dense": "all weights x bits + scales (plain quantization); a code for 0 is added to grids that lack one",
     "bitmap": "one bit a weight + kept weights x bits",
     "entropy": "zero-order entropy of the dense codes",
 }
@@ -41,7 +41,8 @@ def tensor_bits(tensor: CompressedTensor, index_bits: int) -> dict[str, float]:
     codes = tensor.codes.reshape(-1).numpy()
     kept, n = int(mask.sum()), len(mask)
     entries, gaps = stored_entries(tensor, index_bits)
-    code_bits = tensor.bits if tensor.grid.has_zero() else math.ceil(math.log2((1 << tensor.bits) + 1))
+    points = tensor.grid.code_range(tensor.bits)[1] + (0 if tensor.grid.has_zero() or kept == n else 1)
+    dense_bits = max(tensor.bits, points.bit_length())
     book = FLOAT * ((1 << tensor.bits) if isinstance(tensor.grid, Codebook) else tensor.grid.scale.numel())
     levels = len(np.unique(codes[mask]))
     shifted = isinstance(tensor.grid, Affine) and bool(tensor.grid.zero.any())
@@ -49,10 +50,10 @@ def tensor_bits(tensor: CompressedTensor, index_bits: int) -> dict[str, float]:
     return {
         "data_only": kept * tensor.bits,
         "data_only_fractional": kept * math.log2(max(levels, 1)),
-        "with_index": len(gaps) * (code_bits + index_bits),
-        "prune_quantize": len(gaps) * (code_bits + index_bits) + book,
+        "with_index": len(gaps) * (tensor.bits + index_bits),
+        "prune_quantize": len(gaps) * (tensor.bits + index_bits) + book,
         "prune_quantize_huffman": huffman_total(entries) + huffman_total(gaps) + book,
-        "dense": n * tensor.bits + book + offsets,
+        "dense": n * dense_bits + book + offsets,
         "bitmap": n + kept * tensor.bits + book + offsets,
         "entropy": total_entropy(np.where(mask, codes.astype(np.int64), FILLER)),
     }

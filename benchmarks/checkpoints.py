@@ -64,7 +64,8 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     found = [f"{fault} {_some(names)}" for fault, names in faults.items() if names]
     if found:
         raise ConfigError(f"the checkpoint does not fit {type(model).__name__}: it {'; it '.join(found)}")
-    model.load_state_dict(have, strict=False)
+    counters = {name: tensor for name, tensor in state.items() if name.endswith(COUNTER) and tensor.ndim == 0}
+    model.load_state_dict({**have, **counters}, strict=False)
 
 
 def write_checkpoint(path: str | Path, state: Mapping[str, Tensor], provenance: Mapping[str, object], *,

@@ -71,8 +71,9 @@ def layer_costs(compressed: CompressedModel, skeleton: nn.Module, shape: tuple[i
     return costs
 
 
-def totals(costs: dict[str, LayerCost]) -> dict[str, float]:
-    """Sums over layers, and the mean density and bits over all conv and linear weights of the stored network."""
+def totals(costs: dict[str, LayerCost], dense_weights: int) -> dict[str, float]:
+    """Sums over layers, the mean bits of the kept weights, and their fraction of the `dense_weights` conv and
+    linear weights that the uncompressed network has (removed channels are pruned weights too)."""
     layers = costs.values()
     weights = sum(layer.weights for layer in layers)
     kept = sum(layer.weights * layer.density for layer in layers)
@@ -83,6 +84,6 @@ def totals(costs: dict[str, LayerCost]) -> dict[str, float]:
         "bops_float_activations": sum(layer.bops_float_activations for layer in layers),
         "weights": weights,
         "kept_weights": round(kept),
-        "density": kept / weights,
+        "density": kept / dense_weights,
         "mean_bits": sum(layer.weights * layer.density * layer.weight_bits for layer in layers) / max(kept, 1),
     }

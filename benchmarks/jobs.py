@@ -3,7 +3,6 @@ file, reads it back, measures that, and appends the row."""
 
 import ast
 import inspect
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,16 +13,19 @@ from torch import nn
 
 from methods import find_method
 from methods.core.artifact import CompressedModel
+from methods.core.blocks import INDEX_BITS
 from methods.core.budget import Budget
+from methods.core.build import weight_layers
 from methods.core.errors import ConfigError
 from methods.core.storage import encode
 from methods.core.task import Task
 
 from .baselines import Baseline, Setup, find_setup, skeleton
+from .checkpoints import digest_of
 from .data import Dataset, test_batches
 from .measure import measure, with_ranges
 from .networks import find
-from .rows import ROOT, append_row, provenance
+from .rows import ROOT, append_row, provenance, read_rows
 from .runs import DiskRun, Screen, run_key
 from .settings import build, count_knobs, merge, plain, read_toml
 
@@ -75,14 +77,25 @@ def read_table(path: Path) -> Table:
     if unknown or "method" not in content:
         fault = f"unknown key {unknown[0]!r}" if unknown else "no method"
         raise ConfigError(f"{path.name}: {fault}; allowed are: method, title, smoke, [[compare]], [[row]]")
-    method = content["method"]
+    texts = [key for key in ("method", "title") if not isinstance(content.get(key, ""), str)]
+    if texts or not isinstance(content.get("smoke", {}), Mapping):
+        raise ConfigError(f"{path.name}: {(texts or ['smoke'])[0]} must be a {'text' if texts else 'table'}")
+    return Table(path.stem, content["method"], content.get("title", path.stem), _jobs(path, content, "row"),
+                 _jobs(path, content, "compare"), content.get("smoke", {}))
 
-    def jobs(key: str) -> tuple[Job, ...]:
-        return tuple(build(Job, {"method": method, **row}, f"{path.name} {key} {i}: ")
-                     for i, row in enumerate(content.get(key, []), 1))
 
-    return Table(path.stem, method, content.get("title", path.stem), jobs("row"), jobs("compare"),
-                 content.get("smoke", {}))
+def _jobs(path: Path, content: Mapping[str, Any], key: str) -> tuple[Job, ...]:
+    entries = content.get(key, [])
+    if not isinstance(entries, list) or not all(isinstance(entry, Mapping) for entry in entries):
+        raise ConfigError(f"{path.name}: {key} must be tables under [[{key}]]")
+    jobs = tuple(build(Job, {"method": content["method"], **entry}, f"{path.name} {key} {i}: ")
+                 for i, entry in enumerate(entries, 1))
+    names = [(job.network if key == "row" else job.task, slug(job.name)) for job in jobs]  # of files, too
+    twice = [job.name for job, name in zip(jobs, names, strict=True) if names.count(name) > 1 or not name[1]]
+    if twice:
+        raise ConfigError(f"{path.name}: the names under [[{key}]] must differ in letters or digits, "
+                          f"but there is {twice[0]!r}")
+    return jobs
 
 
 def all_tables() -> list[Table]:
@@ -92,6 +105,8 @@ def all_tables() -> list[Table]:
 
 def prepare(job: Job) -> tuple[Any, Budget, Any]:
     """The method's module, its budget and its config; ConfigError or BudgetError if the job is not well-formed."""
+    if job.index_bits not in INDEX_BITS:
+        raise ConfigError(f"index_bits = {job.index_bits}: allowed is {INDEX_BITS[0]}..{INDEX_BITS[-1]}")
     method = find_method(job.method)
     return method, build(Budget, job.budget, "budget "), build(method.Config, job.config, "config ")
 
@@ -117,35 +132,52 @@ class Place:
 
 
 def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float, place: Place, rows_file: str) -> dict:
-    """Compress, encode, decode, measure, append; returns the row."""
+    """Compress, encode, decode, measure, append; returns the row.
+
+    Where `place.resume` is set and the rows file has the row of this very job already, that row is returned.
+    """
     method, budget, config = prepare(job)
+    network = skeleton(dataset, job.network)
+    unknown = sorted(set(job.float_policy) - set(weight_layers(network)))
+    if unknown:
+        raise ConfigError(f"float_policy names {unknown[0]!r}; {job.network} has: {', '.join(weight_layers(network))}")
     setup = find_setup(dataset.name, job.network)
     setup = build(Setup, merge(plain(setup), job.setup), "setup ")
     task = task_for(method, setup, dataset, job.network, place.device)
-    facts = {"job": plain(job), "checkpoint": baseline.digest, "data": dataset.digest}
+    facts = {"job": plain(replace(job, paper={}, note="")), "setup": plain(setup), "checkpoint": baseline.digest,
+             "data": dataset.digest}
+    rows_path = place.results / "rows" / f"{rows_file}.jsonl"
+    done = finished(rows_path, run_key(facts)) if place.resume else None
+    if done is not None:
+        place.screen.say(f"{job.name}: its row is in {rows_path} already, from commit {done.get('commit')}")
+        return {**done, "paper": plain(job.paper), "note": job.note}
     run = DiskRun(place.states / run_key(facts), job.name, place.screen, resume=place.resume)
-    started = time.perf_counter()
     generator = torch.Generator().manual_seed(job.seed)
     compressed = method.compress(baseline.model, task, budget, config, generator, run=run)
-    seconds = time.perf_counter() - started
-    path = place.results / "models" / rows_file / f"{_slug(job.name)}.jc"
-    row = store_and_measure(compressed, path, job, dataset, setup, place.device)
+    seconds = run.clock.seconds()
+    path = place.results / "models" / rows_file / f"{file_name(job)}.jc"
+    row = store_and_measure(compressed, path, job, network, dataset, setup)
     row |= {"name": job.name, "method": job.method, "task": job.task, "network": job.network, "seed": job.seed,
             "budget": plain(budget), "config": plain(config), "setup": plain(setup), "note": job.note,
             "paper": plain(job.paper), "notes": plain(compressed.notes), "baseline_top1": baseline_top1,
             "difficulty": {"data": method.DATA, "knobs": count_knobs(config) + knobs_of(budget),
                            "lines": module_lines(method), "seconds": seconds},
             "checkpoint": {"digest": baseline.digest, "source": baseline.source}, "data": dataset.digest,
-            **provenance()}
-    append_row(place.results / "rows" / f"{rows_file}.jsonl", row)
+            "job": run_key(facts), "device": place.device.type, **provenance()}
+    append_row(rows_path, row)
     run.forget()
     return row
 
 
-def store_and_measure(compressed: CompressedModel, path: Path, job: Job, dataset: Dataset, setup: Setup,
-                      device: torch.device) -> dict:
+def finished(rows_path: Path, key: str) -> dict | None:
+    """The last row of the job with this key in a rows file, if there is one."""
+    rows = read_rows(rows_path) if rows_path.exists() else []
+    return next((row for row in reversed(rows) if row.get("job") == key), None)
+
+
+def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network: nn.Module, dataset: Dataset,
+                      setup: Setup) -> dict:
     """Write the file (with the harness's activation ranges where the method has none), then measure the file."""
-    network: nn.Module = skeleton(dataset, job.network)
     scaling = find(job.network).scaling
     calibration = setup.task(dataset, job.network, torch.device("cpu"))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +186,7 @@ def store_and_measure(compressed: CompressedModel, path: Path, job: Job, dataset
     test = test_batches(dataset, batch_size=250, device=torch.device("cpu"), scaling=scaling)
     row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
                   float_policy=job.float_policy)
-    return {**row, "file": f"{path.parent.name}/{path.name}"}
+    return {**row, "file": f"{path.parent.name}/{path.name}", "file_digest": digest_of(path)}
 
 
 def knobs_of(budget: Budget) -> int:
@@ -173,5 +205,11 @@ def module_lines(method: Any) -> int:
                if number not in inside and line.strip() and not line.strip().startswith("#"))
 
 
-def _slug(name: str) -> str:
+def file_name(job: Job) -> str:
+    """Of the compressed file, without suffix: row, network, and a seed other than 0."""
+    return "-".join([slug(job.name), slug(job.network), *([f"seed{job.seed}"] if job.seed else [])])
+
+
+def slug(name: str) -> str:
+    """`name` in lower case with a dash for all that is no letter or digit."""
     return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")

@@ -14,7 +14,7 @@ from methods.core.storage import decode, inspect, to_bytes
 from methods.core.task import Batch, Task
 
 from .accounting import account, huffman_total, stored_entries, tensor_bits
-from .cost import layer_costs, totals
+from .cost import layer_costs, layer_macs, totals
 from .kernels.network import IntegerNetwork
 
 RANGE_METHOD, RANGE_INPUTS, RANGE_BITS = "minmax", 1024, 8  # for methods that leave activations in float
@@ -40,15 +40,15 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     scores = score([module, integer], test)
     dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
     dense_bytes = 4 * sum(t.numel() for t in skeleton.state_dict().values() if t.is_floating_point())
-    costs = layer_costs(compressed, skeleton, shape)
+    costs, dense_macs = layer_costs(compressed, skeleton, shape), sum(layer_macs(skeleton, shape).values())
     size = inspect(path)
     return {
         "top1_float": scores[0], "top1_integer": scores[1],
         "bytes": size["bytes"], "bytes_split": size["split"], "float32_bytes": dense_bytes,
         "size_ratio": size["bytes"] / dense_bytes,
         "paper_mode_bytes": len(to_bytes(compressed, mode="paper", index_bits=index_bits)[0]),
-        "accounting": account(compressed, dense, index_bits), "dense_weights": dense,
-        "cost": totals(costs), "ranges_by": compressed.ranges_by,
+        "accounting": account(compressed, dense, index_bits), "dense_weights": dense, "dense_macs": dense_macs,
+        "cost": totals(costs, dense), "ranges_by": compressed.ranges_by,
         "integer": {"float_layers": integer.float_layers,
                     "wide_layers": [n for n, layer in integer.layers.items() if layer.weight.width > 8]},
         "layers": layer_table(compressed, costs, index_bits),

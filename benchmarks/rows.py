@@ -16,12 +16,17 @@ from methods.core.errors import CompressError
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
+REPORTED = {"name", "method", "task", "network", "seed", "top1_float", "top1_integer", "baseline_top1", "bytes",
+            "float32_bytes", "bytes_split", "accounting", "cost", "layers", "difficulty", "paper", "checkpoint"}
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append `row` to a JSONL file. If it cannot be written in full (a full disk, say), the file is cut back
     to what it was and CompressError says so: earlier rows are never lost or damaged."""
-    line = (json.dumps(row, sort_keys=True, allow_nan=False) + "\n").encode()
+    try:
+        line = (json.dumps(row, sort_keys=True, allow_nan=False) + "\n").encode()
+    except (TypeError, ValueError) as error:
+        raise CompressError(f"the row for {path} holds a value that is not JSON: {error}") from error
     descriptor = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,17 +57,21 @@ def _write_whole(descriptor: int, line: bytes, before: int) -> None:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """All rows of a JSONL file, oldest first; CompressError names a line that is no row."""
     try:
-        text = path.read_text(encoding="utf-8")
+        lines = path.read_bytes().split(b"\n")  # not splitlines: JSON text may hold what Unicode calls a line end
     except OSError as error:
         raise CompressError(f"cannot read the rows {path}: {error.strerror}") from None
-    rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise CompressError(f"{path}, line {number}, is not a row: {error.msg}") from None
-    return rows
+    return [_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CompressError(f"{where}, is not a row: {error}") from None
+    if not isinstance(row, dict) or not REPORTED <= set(row):
+        lacks = f"lacks {', '.join(sorted(REPORTED - set(row)))}" if isinstance(row, dict) else "is no JSON object"
+        raise CompressError(f"{where}, is not a row: it {lacks}")
+    return row
 
 
 def provenance() -> dict[str, Any]:

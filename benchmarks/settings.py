@@ -1,6 +1,7 @@
 """Settings from TOML tables and the command line, into frozen dataclasses; unknown keys are refused."""
 
 import dataclasses
+import math
 import tomllib
 import types
 import typing
@@ -10,10 +11,14 @@ from typing import Any
 
 from methods.core.errors import ConfigError
 
+SPELLED = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", tuple: "a list",
+           Mapping: "a table", type(None): "\"none\""}
 
-def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
+
+def build(kind: type, values: Mapping[str, Any], where: str = "", base: Any = None) -> Any:
     """An instance of the dataclass `kind` from plain values; nested dataclasses from nested tables.
 
+    base    an instance that gives what `values` leaves out; a nested table leaves the rest of a default as it is
     Raises ConfigError naming the key, the value and what is allowed.
     """
     hints = typing.get_type_hints(kind)
@@ -21,40 +26,57 @@ def build(kind: type, values: Mapping[str, Any], where: str = "") -> Any:
     unknown = sorted(set(values) - set(names))
     if unknown:
         raise ConfigError(f"unknown key {where}{unknown[0]!r}; allowed are: {', '.join(names)}")
+    given = {field.name: field.default for field in dataclasses.fields(kind)} if base is None else vars(base)
+    found = {key: _convert(hints[key], value, f"{where}{key}", given[key]) for key, value in values.items()}
+    if base is not None:
+        return dataclasses.replace(base, **found)
     missing = [field.name for field in dataclasses.fields(kind) if field.name not in values
                and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING]
     if missing:
-        raise ConfigError(f"{where or kind.__name__} lacks the keys {', '.join(missing)}")
-    return kind(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
+        raise ConfigError(f"{where.strip(' .:') or kind.__name__} lacks the keys {', '.join(missing)}")
+    return kind(**found)
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or value == "none":
-        if type(None) in options:
-            return None
+def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    if (value is None or value == "none") and type(None) in options:
+        return None
     for option in options:
         origin = typing.get_origin(option) or option
         if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
-            return build(origin, value, f"{where}.")
+            return build(origin, value, f"{where}.", default if isinstance(default, origin) else None)
         if origin is tuple and isinstance(value, (list, tuple)):
-            return tuple(value)
+            return _items(option, value, where)
         if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
             return dict(value)
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if origin in (int, str, bool) and type(value) is origin:
             return value
-    wanted = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ConfigError(f"{where} = {value!r}: a {wanted} is needed")
+    wanted = " or ".join(SPELLED.get(typing.get_origin(option) or option, getattr(option, "__name__", str(option)))
+                         for option in options)
+    raise ConfigError(f"{where} = {value!r}: needed is {wanted}")
+
+
+def _items(hint: Any, values: list | tuple, where: str) -> tuple:
+    """`values` as a tuple of the hint `tuple`, `tuple[X, ...]` or `tuple[X, Y]`."""
+    kinds = typing.get_args(hint)
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(values)
+    if kinds and len(kinds) != len(values):
+        raise ConfigError(f"{where} = {list(values)!r}: needed are {len(kinds)} values")
+    return tuple(_convert(kind, value, f"{where}[{i}]") if kinds else value
+                 for i, (kind, value) in enumerate(zip(kinds or values, values, strict=True)))
 
 
 def plain(value: Any) -> Any:
-    """A dataclass (or any nesting of plain values) as JSON values."""
+    """A dataclass (or any nesting of plain values) as JSON values; JSON lacks nan and inf: they become text."""
     if dataclasses.is_dataclass(value):
         return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -72,7 +94,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
@@ -86,7 +108,7 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_assignments(pairs: list[str]) -> dict[str, Any]:
-    """["retrain.epochs=3", "scope=global"] as nested tables; values are TOML, else strings."""
+    """["retrain.epochs=3", "scope=global"] as nested tables; values are TOML, else numbers such as .5, else text."""
     out: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -95,8 +117,15 @@ def from_assignments(pairs: list[str]) -> dict[str, Any]:
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
-            value = text
+            value = _number_or_text(text)
         for part in reversed(key.split(".")):
             value = {part: value}
         out = merge(out, value)
     return out
+
+
+def _number_or_text(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

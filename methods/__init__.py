@@ -25,12 +25,13 @@ from .core.budget import Budget
 from .core.build import apply
 from .core.errors import BudgetError, CompressError, ConfigError, FormatError, GraphError, TrainingDiverged
 from .core.finetune import Recipe
+from .core.storage import decode, encode, inspect, load
 from .core.task import Task
 
 __all__ = [
     "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressedModel",
     "CompressedTensor", "ConfigError", "FormatError", "GraphError", "Levels", "Recipe", "Task", "Topology",
-    "TrainingDiverged", "Window", "apply", "find_method", "method_names",
+    "TrainingDiverged", "Window", "apply", "decode", "encode", "find_method", "inspect", "load", "method_names",
 ]
 
 

@@ -7,7 +7,7 @@ of their members. Positions and cluster indices are Huffman coded when the model
 Algorithm
     repeat R times:  M_l <- M_l AND |W_l| >= q_l std(W_l);  retrain W with W_l <- M_l * W_l after every step
     per layer:  C_l, I_l = k-means of the survivors, k = 2^b - 1, linear start; code 0 is reserved for 0
-    train C_l only:  W_ij = C[I_ij],  dL/dC_k = sum_ij dL/dW_ij 1(I_ij = k)
+    train C_l, I_l fixed:  W_ij = C[I_ij],  dL/dC_k = sum_ij dL/dW_ij 1(I_ij = k)
     encode: gaps between survivors in index_bits with filler zeros, codes in b bits, Huffman over both
 
 Symbols    M mask, C grid.values, I codes, b budget.bits, q_l notes["quality"], index_bits: `encode(index_bits=)`
@@ -17,7 +17,8 @@ Departures
     exact number; the q_l it amounts to (std over the dense weights) is reported in the notes.
   * Rounds: the number for the MNIST networks is not printed. Densities fall geometrically, d^(r/R) in round r.
   * Code 0 is reserved for the filler zero, as in the authors' released files; the paper does not say.
-  * Centroid training: recipe not printed. SGD without weight decay at a small learning rate.
+  * Centroid training: recipe not printed. SGD without weight decay at a small learning rate. Biases and batch
+    norm, which are not shared, train along.
   * Dropout: the rate of each Dropout follows D_r = D_o sqrt(density) with the density of the layer before it.
   * Conv and fully connected layers are retrained together (the paper freezes one while training the other for
     some networks).
@@ -36,7 +37,7 @@ from torch.nn.utils import parametrize
 from .core.artifact import Codebook, CompressedModel, CompressedTensor
 from .core.budget import Budget
 from .core.build import assemble, check_finite, weight_layers
-from .core.cluster import kmeans
+from .core.cluster import INITS, kmeans
 from .core.errors import BudgetError, ConfigError
 from .core.finetune import Recipe, train
 from .core.prune import MaskHooks, apply_masks, keep_count, keep_largest
@@ -58,6 +59,8 @@ class Config:
     def __post_init__(self):
         if self.rounds < 1:
             raise ConfigError(f"rounds = {self.rounds}: at least 1 is needed")
+        if self.init not in INITS:
+            raise ConfigError(f"init = {self.init!r}: allowed are {', '.join(INITS)}")
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
@@ -94,6 +97,8 @@ def prune(model: nn.Module, task: Task, density: Mapping[str, float], config: Co
     for r in range(1, config.rounds + 1):
         for name, layer in weight_layers(model).items():
             size = layer.weight.detach().abs()
+            if name in masks:  # what is pruned stays pruned, even beside survivors that became 0
+                size = size.masked_fill(~masks[name].to(size.device), -1.0)
             masks[name] = keep_largest(size, keep_count(size.numel(), density[name] ** (r / config.rounds)))
             thresholds[name] = float(size[masks[name]].min())
         apply_masks(model, masks)

@@ -7,18 +7,19 @@ ranges are calibrated on the pruned, quantized network: ranges taken before prun
 Algorithm
     M_l = the largest |W_l|, per layer or over all layers;  W_l <- M_l * W_l
     retrain with M_l applied after every step                                   (optional)
-    fold batch norm;  s_l from the survivors;  q_l = clamp(round(W_l / s_l) + z_l)
     quantization-aware training, mask after the quantizer                       (optional)
-    q_l = z_l wherever M_l is 0;  calibrate activations
+    s_l from the survivors;  q_l = clamp(round(W_l / s_l) + z_l);  q_l = z_l wherever M_l is 0
+    fold batch norm into s_l and the bias;  calibrate activations
 
 Symbols    rho = 1 - budget.density;  s, z, q = grid.scale, grid.zero, codes;  M = mask
 
 Departures  There is no single paper. Every conv and linear layer is pruned, the first and last too: a budget
-            that spares them is {layer: density}. Quantization-aware training runs on the folded network.
+            that spares them is {layer: density}. Batch norm is folded after quantization, into the scale of each
+            channel: the codes are those that folding first would give, and training keeps its batch norm.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -26,10 +27,11 @@ from torch import nn
 from .core.artifact import CompressedModel
 from .core.budget import Budget
 from .core.build import apply, assemble, check_finite, weight_layers
-from .core.calibrate import calibrate
+from .core.calibrate import calibrate, check_calibration
 from .core.errors import ConfigError
 from .core.finetune import Recipe, train
-from .core.fold import fold_batchnorm
+from .core.fold import fold_codes
+from .core.graph import trace
 from .core.prune import MaskHooks, apply_masks, keep_global, keep_local
 from .core.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
 from .core.run import NullRun, Run
@@ -53,6 +55,9 @@ class Config:
     activation_bits: int = 8
     calibration_inputs: int = 1024
 
+    def __post_init__(self):
+        check_calibration(self.activation_bits, self.calibration_inputs)
+
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
@@ -60,27 +65,28 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     run = NullRun() if run is None else run
     budget.require("prune_then_quantize", "density", "bits")
     check_finite(model)
-    fit = find_scheme(config.scheme)
+    trace(model)  # a network that cannot be folded is refused before any training
     model = copy.deepcopy(model)
     layers = {name: layer.weight for name, layer in weight_layers(model).items()}
     bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    fit = find_scheme(config.scheme, bits.values())
     masks = choose_masks(layers, budget, config.scope)
     apply_masks(model, masks)
     if config.retrain is not None:
         train(model, task, config.retrain, generator, hooks=MaskHooks(masks), run=run.stage("retrain"))
 
-    folded, topology = fold_batchnorm(model)
     if config.aware is not None:
-        quantizers = {name: FakeQuantize(bits[name], mask.cpu(), config.scheme) for name, mask in masks.items()}
-        with QuantizationAware(folded, quantizers) as hooks:
-            train(folded, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
-        folded.cpu()
-    weights = {name: quantize(layer.weight, fit(layer.weight, bits[name], config.per_channel), bits[name], masks[name])
-               for name, layer in weight_layers(folded).items()}
+        quantizers = {name: FakeQuantize(bits[name], mask, config.scheme, per_channel=config.per_channel)
+                      for name, mask in masks.items()}
+        with QuantizationAware(model, quantizers) as hooks:
+            train(model, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
+    codes = {name: quantize(layer.weight, fit(layer.weight, bits[name], config.per_channel), bits[name], masks[name])
+             for name, layer in weight_layers(model).items()}
+    folded, weights, topology = fold_codes(model, codes)
     compressed = assemble(folded, weights, topology=topology)
     ranges = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs),
                        config.activation_bits)
-    return assemble(folded, weights, topology=topology, activations=ranges)
+    return replace(compressed, activations=ranges)
 
 
 def choose_masks(weights, budget: Budget, scope: str) -> dict[str, torch.Tensor]:

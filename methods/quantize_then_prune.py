@@ -5,7 +5,7 @@ prune-then-quantize; at 4 bits it is worse, because codes that rounding already 
 of the ranking. With retraining it is quantization-aware training of float master weights under the mask.
 
 Algorithm
-    fold batch norm;  s_l, z_l from W_l;  q_l = clamp(round(W_l / s_l) + z_l)
+    s_l, z_l from W_l;  q_l = clamp(round(W_l / s_l) + z_l);  batch norm folded into s_l and the bias
     saliency = |s_l (q_l - z_l)|, ties broken by |W_l|, then by position
     the least salient weights, in exact number, get the code z_l  (not 0: the code 0 means -s_l z_l)
     quantization-aware training with s_l, z_l kept, mask after the quantizer    (optional)
@@ -16,7 +16,8 @@ Symbols    rho = 1 - budget.density;  s, z, q = grid.scale, grid.zero, codes
 Departures  There is no single paper. The ranking is per layer. Grids are those of the dense weights throughout.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from torch import Tensor, nn
 from .core.artifact import CompressedModel, CompressedTensor
 from .core.budget import Budget
 from .core.build import apply, assemble, check_finite, weight_layers
-from .core.calibrate import calibrate
+from .core.calibrate import calibrate, check_calibration
 from .core.finetune import Recipe, train
-from .core.fold import fold_batchnorm
+from .core.fold import fold_batchnorm, fold_codes
 from .core.prune import keep_count
 from .core.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
 from .core.run import NullRun, Run
@@ -45,6 +46,9 @@ class Config:
     activation_bits: int = 8
     calibration_inputs: int = 1024
 
+    def __post_init__(self):
+        check_calibration(self.activation_bits, self.calibration_inputs)
+
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
@@ -53,26 +57,27 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     budget.require("quantize_then_prune", "density", "bits")
     check_finite(model)
     fit = find_scheme(config.scheme)
-    folded, topology = fold_batchnorm(model)
-    layers = weight_layers(folded)
+    model = copy.deepcopy(model)
+    layers = weight_layers(model)
     density = budget.per_layer("density", layers)
     bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
     grids = {name: fit(layer.weight, bits[name], config.per_channel) for name, layer in layers.items()}
-    masks = {}
-    for name, layer in layers.items():
-        quantized = quantize(layer.weight, grids[name], bits[name])
-        masks[name] = keep_salient(quantized, layer.weight, keep_count(layer.weight.numel(), density[name]))
+    dense = {name: quantize(layer.weight, grids[name], bits[name]) for name, layer in layers.items()}
+    float_folded, _ = fold_batchnorm(model)
+    _, seen, _ = fold_codes(model, dense)  # saliency is that of the folded network: it is what runs
+    masks = {name: keep_salient(tensor, float_folded.get_submodule(name).weight,
+                                keep_count(tensor.codes.numel(), density[name])) for name, tensor in seen.items()}
     if config.aware is not None:
         quantizers = {name: FakeQuantize(bits[name], masks[name], config.scheme, grids[name]) for name in layers}
-        with QuantizationAware(folded, quantizers) as hooks:
-            train(folded, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
-        folded.cpu()
-    weights = {name: quantize(layer.weight, grids[name], bits[name], masks[name])
-               for name, layer in weight_layers(folded).items()}
+        with QuantizationAware(model, quantizers) as hooks:
+            train(model, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
+    codes = {name: quantize(layer.weight, grids[name], bits[name], masks[name])
+             for name, layer in weight_layers(model).items()}
+    folded, weights, topology = fold_codes(model, codes)
     compressed = assemble(folded, weights, topology=topology)
     ranges = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs),
                        config.activation_bits)
-    return assemble(folded, weights, topology=topology, activations=ranges)
+    return replace(compressed, activations=ranges)
 
 
 def keep_salient(quantized: CompressedTensor, weight: Tensor, count: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Exact integer accumulators of a conv or linear layer, on hardware that only has floating-point convolutions.
 
-Every partial sum of a filter lies within reach * max(S+, S-), where S+ and S- are the sums of its positive and
-of its negative weights and reach bounds |activation|. Below 2^24 a float32 sum of integers is exact in any
-order; below 2^53 a float64 sum is.
+With inputs in [low, high], low <= 0 <= high, every partial sum of a filter lies in
+[low S+ - high S-, high S+ - low S-], where S+ is the sum of its positive weights and S- that of the magnitudes of its
+negative ones. Up to 2^24 a float32 sum of integers is exact in any order; up to 2^53 a float64 sum is.
 """
 
 import torch
@@ -14,16 +14,17 @@ from methods.core.errors import GraphError
 EXACT = {torch.float32: 1 << 24, torch.float64: 1 << 53}
 
 
-def largest_partial_sum(integers: Tensor, reach: int) -> int:
-    """reach * max over filters of max(S+, S-): a bound on every partial sum, for any data and any order."""
+def largest_partial_sum(integers: Tensor, low: int, high: int) -> int:
+    """The largest |partial sum| over filters, subsets of their weights and inputs in [low, high]; it is attained."""
     flat = integers.reshape(integers.shape[0], -1).to(torch.int64)
-    sides = torch.stack([flat.clamp_min(0).sum(1), (-flat).clamp_min(0).sum(1)])
-    return reach * int(sides.max()) if flat.numel() else 0
+    up, down = flat.clamp_min(0).sum(1), (-flat).clamp_min(0).sum(1)
+    sides = torch.stack([high * up - low * down, high * down - low * up])
+    return int(sides.max()) if flat.numel() else 0
 
 
-def exact_dtype(integers: Tensor, reach: int) -> torch.dtype:
-    """float32 where the bound proves it exact, else float64."""
-    bound = largest_partial_sum(integers, reach)
+def exact_dtype(integers: Tensor, low: int, high: int) -> torch.dtype:
+    """float32 where the bound for inputs in [low, high] proves it exact, else float64."""
+    bound = largest_partial_sum(integers, low, high)
     for dtype, limit in EXACT.items():
         if bound <= limit:
             return dtype

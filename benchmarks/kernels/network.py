@@ -71,9 +71,9 @@ class IntegerNetwork:
         if source is None:
             raise GraphError(f"the input of {node.name} has no activation quantizer: calibrate the model first")
         weight = integer_weight(compressed.weights[node.name])
-        reach = max(abs(code - source.zero) for code in source.code_range)
+        low, high = (code - source.zero for code in source.code_range)
         ratio, shift = self._epilogue(node)
-        return IntegerLayer(node, weight, source, weight.scale * ratio, shift, exact_dtype(weight.integers, reach))
+        return IntegerLayer(node, weight, source, weight.scale * ratio, shift, exact_dtype(weight.integers, low, high))
 
     def _epilogue(self, node: Node) -> tuple[Tensor, Tensor]:
         """float64 [C_out] ratio and shift of bias and batch norm: y = z * ratio + shift."""
@@ -160,8 +160,11 @@ class IntegerNetwork:
         quantizer = self.ranges[node.name]
         codes = (forms[quantizer] - quantizer.zero).double()
         mean = node.run(codes)
-        area = (codes.shape[-1] * codes.shape[-2]) // (mean.shape[-1] * mean.shape[-2])
-        total = torch.round(mean * area).float()
+        area = _window(node, codes.shape, mean.shape)
+        total = torch.round(mean * area)
+        if bool(((mean * area - total).abs() > 1e-3).any()):
+            raise GraphError(f"the windows of the average pool {node.name} differ in size: no integer sums")
+        total = total.float()
         return {q: (total * _f32(quantizer.scale / area)) if q is None else
                 _to_codes(total * _f32(quantizer.scale / area / q.scale), q) for q in self.wanted[node.name]}
 
@@ -179,6 +182,15 @@ class IntegerNetwork:
 
 def _f32(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float32)
+
+
+def _window(node: Node, before: torch.Size, after: torch.Size) -> int:
+    """Inputs of one window of an average pool."""
+    pool = node.module
+    if isinstance(pool, nn.AvgPool2d):
+        sides = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
+        return pool.divisor_override if pool.divisor_override is not None else sides[0] * sides[1]
+    return (before[-1] * before[-2]) // (after[-1] * after[-2])
 
 
 def _to_codes(y: Tensor, quantizer: ActivationQuantizer) -> Tensor:

@@ -154,6 +154,8 @@ class CompressedTensor:
 
         A kept code whose value is exactly 0 is a pruned weight: the mask is cleared there.
         """
+        if codes.is_floating_point() or (mask is not None and (mask.dtype != torch.bool or mask.shape != codes.shape)):
+            raise CompressError("a compressed tensor is made of integer codes and a bool mask of their shape")
         codes = codes.to(torch.int32)
         kept = torch.ones_like(codes, dtype=torch.bool) if mask is None else mask.clone()
         grid_zero = grid.zero_codes(codes)
@@ -205,8 +207,8 @@ class ActivationQuantizer:
     signed: bool = False
 
     def __post_init__(self):
-        low, high = self.code_range
-        if not (0 < self.scale < float("inf")) or not 1 <= self.bits <= MAX_BITS or not low <= self.zero <= high:
+        good = 0 < self.scale < float("inf") and 1 <= self.bits <= MAX_BITS
+        if not good or not self.code_range[0] <= self.zero <= self.code_range[1]:
             raise CompressError(f"not an activation quantizer: {self}")
 
     @property

@@ -32,6 +32,8 @@ class Budget:
 
     def _check(self, name: str, good, allowed: str) -> None:
         given = getattr(self, name)
+        if isinstance(given, Mapping) and name in ("data_ratio", "size_ratio"):
+            raise BudgetError(f"budget {name} = {given!r}: allowed is one number for the whole network")
         values = given.items() if isinstance(given, Mapping) else [(None, given)] if given is not None else []
         for layer, value in values:
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -52,6 +54,8 @@ class Budget:
     def per_layer(self, name: str, layers: Iterable[str]) -> dict[str, float]:
         """The field `name` spelled out for each of `layers`; a mapping must name every layer and no other."""
         given, layers = getattr(self, name), list(layers)
+        if not layers:
+            raise BudgetError(f"budget {name} has nothing to act on: the network has no Conv2d and no Linear layer")
         if not isinstance(given, Mapping):
             return dict.fromkeys(layers, given)
         unknown, missing = sorted(set(given) - set(layers)), sorted(set(layers) - set(given))

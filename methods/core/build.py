@@ -19,7 +19,10 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise CompressError naming the first tensor of `model` that holds NaN or infinity."""
+    """Raise CompressError naming the first tensor of `model` that holds NaN or infinity, or weight not in float32."""
+    for name, layer in weight_layers(model).items():
+        if layer.weight.dtype != torch.float32:
+            raise CompressError(f"the weight of {name} is {layer.weight.dtype}: call model.float() first")
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CompressError(f"{name} holds NaN or infinite values: the network cannot be compressed")

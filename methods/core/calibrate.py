@@ -1,13 +1,14 @@
 """Ranges of activations from a few inputs: one 8-bit (or narrower) quantizer per edge of the graph."""
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from .artifact import ActivationQuantizer
-from .errors import ConfigError
-from .graph import Graph, trace
+from .artifact import MAX_BITS, ActivationQuantizer
+from .errors import CompressError, ConfigError
+from .graph import trace
 
 BATCH = 128
 
@@ -20,7 +21,8 @@ class MinMax:
 
     def update(self, x: Tensor) -> None:
         low, high = torch.aminmax(x)
-        self.low, self.high = min(self.low, float(low)), max(self.high, float(high))
+        self.low = float(torch.minimum(low.cpu(), torch.tensor(self.low)))  # unlike min(), lets no NaN pass unseen
+        self.high = float(torch.maximum(high.cpu(), torch.tensor(self.high)))
 
     def range(self) -> tuple[float, float]:
         return self.low, self.high
@@ -42,6 +44,7 @@ def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
     """{edge: quantizer} for every edge of `model`, from its float activations on `inputs` [n, ...] in eval mode."""
     if method not in OBSERVERS:
         raise ConfigError(f"range method {method!r}: allowed are {', '.join(OBSERVERS)}")
+    check_calibration(bits, len(inputs))
     was_training = model.training
     model.eval()
     graph = trace(model)
@@ -55,12 +58,16 @@ def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
     for start in range(0, len(inputs), BATCH):
         graph.run(inputs[start:start + BATCH].to(device), see)
     model.train(was_training)
-    shared = _sharing(graph)
-    return {edge: quantizer_of(*observers[shared[edge]].range(), bits) for edge in observers}
+    ranges = {edge: observer.range() for edge, observer in observers.items()}
+    broken = [edge for edge, (low, high) in ranges.items() if not (math.isfinite(low) and math.isfinite(high))]
+    if broken:
+        raise CompressError(f"the activations at {broken[0]!r} are not finite: look at the calibration inputs")
+    return {edge: quantizer_of(low, high, bits) for edge, (low, high) in ranges.items()}
 
 
-def _sharing(graph: Graph) -> dict[str, str]:
-    """{edge: the first edge that reads the same tensor}: a tensor with two consumers is stored once."""
-    first: dict[str, str] = {}
-    return {edge: first.setdefault(source, edge)
-            for node in graph for edge, source in zip(node.edges(), node.inputs, strict=False)}
+def check_calibration(bits: int, inputs: int) -> None:
+    """ConfigError for a width of activations, or a number of calibration inputs, outside what is allowed."""
+    if not 1 <= bits <= MAX_BITS:
+        raise ConfigError(f"activation bits = {bits}: allowed is 1..{MAX_BITS}")
+    if inputs < 1:
+        raise ConfigError(f"calibration inputs = {inputs}: at least 1 is needed")

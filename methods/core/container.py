@@ -1,206 +1,86 @@
-"""The bytes around the content: frame and checksum, checked reading, streams of integers, safe writing.
+"""The file around the tensors: frame and checksum, header, activation quantizers, float tensors, safe writing.
 
-    file    magic[4] version[1] mode[1] varint(header length) header payload blake2b[8]
-    header  JSON without floats, deflated with a preset dictionary
-    stream  head[1] = coder | parameter << 2, then zigzag(lowest symbol) and what the coder needs; how many
-            symbols there are is known from outside, and a stream of none is no bytes at all
+    file         magic[4] version[1] mode[1] varint(bytes) header payload blake2b[8]
+    header       deflated JSON without floats, see HEADER
+    activations  varint(bytes), deflated JSON, see ACTIVATIONS, and the scales as float32 or float64; or varint(0)
+    rest         packing[1] and the tensors' little-endian bytes one after the other, to the end of the payload
 """
 
 import contextlib
 import json
+import lzma
+import math
 import os
 import secrets
 import zlib
-from collections.abc import Collection
+from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from . import coding
+from .artifact import MAX_BITS, ActivationQuantizer, CompressedModel, Topology, Window
 from .errors import CompressError, FormatError
+from .streams import Reader, varint
 
 MAGIC = b"\x8aJCM"
 VERSION = 1
 MODES = ("paper", "best")
-CODERS = ("constant", "packed", "range", "huffman")
 DIGEST_BYTES = 8
-MAX_HEADER = 1 << 21  # bytes of JSON
-FEW_ELEMENTS = 1 << 24  # a file of any size may hold this many elements; beyond, so many per byte:
+MAX_JSON = 1 << 21  # bytes of text
+MAX_DIMENSIONS = 8
+FEW_ELEMENTS = 1 << 24  # a file of any size may hold this many numbers; beyond, so many per byte:
 ELEMENTS_PER_BYTE = 1 << 16
-PRESET = (b'":{"float16""bfloat16""int64"[1],[512],[128,128,3,3],[256,256,3,3],[64,64,3,3],[10],"layer4.2.'
-          b'layer3.1.layer2.0.layer1.0.downsample.1.blocks.0.features.0.classifier.head.shortcut.0.conv3.bn3.'
-          b'conv2.conv1.bn2.bn1.fc3.fc2.fc1.fc.running_mean",[running_var",[weight",[bias",[{"w":[["conv1",[')
+
+# [[layer, shape, bits]], [[name, shape]] of the rest, {name: dtype other than float32}, topology, 1 = ranges by harness
+HEADER = {"w": [(str, [int], int)], "r": [(str, [int])], "t": {str: str}, "f": {str: str}, "s": {str: (int, int)},
+          "h": int}
+# 1 = float64 scales, [[edge, bits, zero, signed]], [[edge, bits, shifts, flags]] of the windows
+ACTIVATIONS = (int, [(str, int, int, int)], [(str, int, [int], int)])
+# Text that the header may repeat for free. It is part of the format: never edit it within a version.
+PRESET = (b'"t":{"float16"bfloat16"int64"},"f":{"s":{"downsample.1features.classifier.shortcut.head.blocks.layers.'
+          b'[1],[10],[16],[32],[100],[512],[128,[256,[64,3,3],1,1],layer4.2.layer3.1.layer2.0.layer1.0.'
+          b'conv4conv3.bn3.conv2conv1.bn2.bn1.fc3fc2fc1fc.weight",[.bias",[running_var",[running_mean",['
+          b'"r":[["{"w":[["')
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool)}
+SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+RAW, LZMA, PLANES = range(3)  # packings of the rest: as is; LZMA; LZMA of all first bytes, all second bytes, …
+PLANE = 4  # bytes of a float32
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 
 
 def max_elements(file_bytes: int) -> int:
-    """Tensor elements that a file of this size may declare: a tiny file cannot ask for all memory."""
+    """Numbers that a file of this size may declare: a tiny file cannot ask for all memory."""
     return max(FEW_ELEMENTS, ELEMENTS_PER_BYTE * file_bytes)
 
 
-# --- reading and writing numbers ---------------------------------------------------------------------------
-
-
-class Reader:
-    """A cursor over bytes; what is not there raises FormatError."""
-
-    def __init__(self, data: bytes):
-        self.data, self.at = data, 0
-
-    def take(self, count: int) -> bytes:
-        if count > len(self.data) - self.at:
-            raise FormatError("the content ends too early")
-        self.at += count
-        return self.data[self.at - count:self.at]
-
-    def varint(self) -> int:
-        """An unsigned number below 2^56, 7 bits a byte, lowest first."""
-        value = 0
-        for place in range(8):
-            byte = self.take(1)[0]
-            value |= (byte & 127) << 7 * place
-            if byte < 128:
-                return value
-        raise FormatError("a number is too long")
-
-    def signed(self) -> int:
-        """A zigzag number: 0, -1, 1, -2, …"""
-        value = self.varint()
-        return value >> 1 if value % 2 == 0 else -(value + 1 >> 1)
-
-    def left(self) -> int:
-        return len(self.data) - self.at
-
-
-def varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 127:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def signed(value: int) -> bytes:
-    return varint(2 * value if value >= 0 else -2 * value - 1)
-
-
-# --- streams -----------------------------------------------------------------------------------------------
-
-
-def encode_stream(symbols: np.ndarray, coders: Collection[str]) -> bytes:
-    """Integers [count] by whichever of `coders` gives the fewest bytes, tables included.
-
-    A stream of one distinct symbol is "constant" and one with a range above MAX_ALPHABET "packed", whatever
-    `coders` says.
-    """
-    if len(symbols) == 0:
-        return b""
-    low, span = int(symbols.min()), int(symbols.max()) - int(symbols.min()) + 1
-    if span == 1:
-        return _head("constant", 0, low)
-    width = (span - 1).bit_length()
-    smallest, size = None, coding.packed_size(len(symbols), width)
-    if span <= coding.MAX_ALPHABET:
-        shifted = (symbols - low).astype(np.int32)
-        counts = np.bincount(shifted, minlength=span)
-        body = _range_body(shifted, counts) if "range" in coders else None
-        if body is not None and len(body[1]) < size:
-            smallest, size = _head("range", body[0], low) + body[1], len(body[1])
-        body = _huffman_body(shifted, counts, size) if "huffman" in coders else None
-        if body is not None:
-            smallest = _head("huffman", 0, low) + body
-    if smallest is None:
-        smallest = _head("packed", width, low) + coding.pack_bits(symbols - low, width)
-    return smallest
-
-
-def _head(coder: str, parameter: int, low: int) -> bytes:
-    return bytes([CODERS.index(coder) | parameter << 2]) + signed(low)
-
-
-def _range_body(symbols: np.ndarray, counts: np.ndarray) -> tuple[int, bytes]:
-    """(head parameter: precision | exponent bits << 3, body: alphabet, frequencies, length, data)."""
-    place, width, codes = coding.fit_frequencies(counts)
-    mantissa = coding.MANTISSAS[place]
-    data = coding.range_encode(symbols, coding.frequencies(codes, mantissa))
-    table = coding.pack_bits(codes, width)
-    return place | width - mantissa << 3, varint(len(counts)) + table + varint(len(data)) + data
-
-
-def _huffman_body(symbols: np.ndarray, counts: np.ndarray, limit: int) -> bytes | None:
-    """Alphabet, code lengths, length, data; None if not below `limit` bytes or if a code is too long."""
-    lengths = coding.code_lengths(counts)
-    length = coding.packed_size(int(counts @ lengths), 1)
-    if lengths.max() > coding.MAX_DEPTH:
-        return None
-    table = varint(len(counts)) + coding.pack_bits(lengths, coding.LENGTH_BITS) + varint(length)
-    return table + coding.huffman_encode(symbols, lengths) if len(table) + length < limit else None
-
-
-def decode_stream(reader: Reader, count: int) -> tuple[np.ndarray, str]:
-    """(symbols int64 [count], name of the coder); "empty" where count is 0."""
-    if count == 0:
-        return np.zeros(0, np.int64), "empty"
-    head = reader.take(1)[0]
-    coder, parameter, low = CODERS[head & 3], head >> 2, reader.signed()
-    return _DECODE[coder](reader, parameter, count) + low, coder
-
-
-def _constant(reader: Reader, parameter: int, count: int) -> np.ndarray:
-    return np.zeros(count, np.int64)
-
-
-def _packed(reader: Reader, parameter: int, count: int) -> np.ndarray:
-    if not 1 <= parameter <= 40:
-        raise FormatError(f"{parameter}-bit symbols are not allowed")
-    return coding.unpack_bits(reader.take(coding.packed_size(count, parameter)), parameter, count)
-
-
-def _table(reader: Reader, width: int) -> np.ndarray:
-    alphabet = reader.varint()
-    if not 2 <= alphabet <= coding.MAX_ALPHABET or not 1 <= width <= 31:
-        raise FormatError("a code table has an impossible size")
-    return coding.unpack_bits(reader.take(coding.packed_size(alphabet, width)), width, alphabet)
-
-
-def _range(reader: Reader, parameter: int, count: int) -> np.ndarray:
-    mantissa = coding.MANTISSAS[parameter & 7]
-    codes = _table(reader, mantissa + (parameter >> 3))
-    if int(codes.max()) >> mantissa > 40:
-        raise FormatError("a frequency is too large")
-    return coding.range_decode(reader.take(reader.varint()), coding.frequencies(codes, mantissa), count)
-
-
-def _huffman(reader: Reader, parameter: int, count: int) -> np.ndarray:
-    lengths = _table(reader, coding.LENGTH_BITS)
-    return coding.huffman_decode(reader.take(reader.varint()), lengths, count)
-
-
-_DECODE = {"constant": _constant, "packed": _packed, "range": _range, "huffman": _huffman}
-
-
 # --- JSON parts --------------------------------------------------------------------------------------------
-
-
-def deflate(value: object, preset: bytes) -> bytes:
-    """JSON `value`, compact and compressed; `preset` holds text that it may repeat for free."""
-    text = json_bytes(value)
-    if len(text) > MAX_HEADER:
-        raise CompressError(f"the names and shapes take {len(text)} bytes; a file holds at most {MAX_HEADER}")
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, preset)
-    return packer.compress(text) + packer.flush()
 
 
 def json_bytes(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
+def deflate(value: object, preset: bytes) -> bytes:
+    """JSON `value`, compact and compressed; `preset` holds text that it may repeat for free."""
+    text = json_bytes(value)
+    if len(text) > MAX_JSON:
+        raise CompressError(f"names and shapes take {len(text)} bytes; a file holds at most {MAX_JSON}")
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, preset)
+    return packer.compress(text) + packer.flush()
+
+
 def inflate(blob: bytes, preset: bytes) -> object:
     """The inverse of `deflate`; FormatError for anything that is not bounded JSON without floats."""
     unpacker = zlib.decompressobj(-15, preset)
     try:
-        text = unpacker.decompress(blob, MAX_HEADER + 1)
-        if len(text) > MAX_HEADER or not unpacker.eof or unpacker.unused_data:
+        text = unpacker.decompress(blob, MAX_JSON + 1)
+        if len(text) > MAX_JSON or not unpacker.eof or unpacker.unused_data:
             raise FormatError("the header has a wrong length")
         return json.loads(text.decode("ascii"), parse_float=_no_float, parse_constant=_no_float)
     except FormatError:
@@ -213,35 +93,179 @@ def _no_float(text: str) -> None:
     raise FormatError("the header holds a number that is not an integer")
 
 
+def fits(value: object, form: object) -> bool:
+    """Whether JSON `value` has a form: a type, [form of every item], (forms of the items) or {str: form}."""
+    if isinstance(form, type):
+        return type(value) is form
+    if isinstance(form, dict):
+        return type(value) is dict and all(fits(item, form[str]) for item in value.values())
+    if type(value) is not list:
+        return False
+    if isinstance(form, list):
+        return all(fits(item, form[0]) for item in value)
+    return len(value) == len(form) and all(map(fits, value, form))
+
+
+# --- header ------------------------------------------------------------------------------------------------
+
+
+def pack_header(compressed: CompressedModel) -> dict:
+    """The header as JSON values."""
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in compressed.rest.items()}
+    unknown = [name for name, dtype in dtypes.items() if dtype not in DTYPES]
+    if unknown:
+        raise CompressError(f"{unknown[0]} is {dtypes[unknown[0]]}: a file holds {', '.join(DTYPES)}")
+    parts = {
+        "w": [[layer, list(t.codes.shape), t.bits] for layer, t in compressed.weights.items()],
+        "r": [[name, list(tensor.shape)] for name, tensor in compressed.rest.items()],
+        "t": {name: dtype for name, dtype in dtypes.items() if dtype != "float32"},
+        "f": dict(compressed.topology.folded),
+        "s": {name: list(width) for name, width in compressed.topology.widths.items()},
+        "h": int(compressed.ranges_by == "harness"),
+    }
+    return {key: part for key, part in parts.items() if part}
+
+
+def check_header(header: object, limit: int) -> dict:
+    """A header with all its parts; FormatError unless it has the right form and declares at most `limit` numbers."""
+    if type(header) is not dict or not set(header) <= set(HEADER) or not all(
+            fits(part, HEADER[key]) for key, part in header.items()):
+        raise FormatError("the header has the wrong form")
+    header = {"w": [], "r": [], "t": {}, "f": {}, "s": {}, "h": 0} | header
+    for part in ("w", "r"):
+        if len({entry[0] for entry in header[part]}) != len(header[part]):
+            raise FormatError("the header names a tensor twice")
+    shapes = [entry[1] for entry in header["w"] + header["r"]]
+    if not all(len(shape) <= MAX_DIMENSIONS and all(0 <= size <= limit for size in shape) for shape in shapes):
+        raise FormatError("the header holds an impossible shape")
+    if sum(math.prod(max(size, 1) for size in shape) for shape in shapes) > limit:
+        raise FormatError("the header declares more values than a file of this size may hold")
+    if not all(len(shape) > 1 and 1 <= bits <= MAX_BITS for _, shape, bits in header["w"]):
+        raise FormatError("the header holds an impossible shape or bit width")
+    if not set(header["t"]) <= {name for name, _ in header["r"]} or not set(header["t"].values()) <= set(DTYPES):
+        raise FormatError("the header holds an unknown dtype")
+    return header
+
+
+def topology(header: dict) -> Topology:
+    return Topology(header["f"], {name: (out, into) for name, (out, into) in header["s"].items()})
+
+
+# --- activations -------------------------------------------------------------------------------------------
+
+
+def pack_activations(compressed: CompressedModel, header: dict) -> bytes:
+    """Quantizers and windows; names that the header holds already are repeated for free."""
+    quantizers = compressed.activations
+    if not quantizers:
+        return varint(0)
+    scales = np.array([q.scale for q in quantizers.values()], np.float64)
+    with np.errstate(over="ignore"):
+        double = bool((scales.astype(np.float32) != scales).any())
+    blob = deflate([
+        int(double),
+        [[edge, q.bits, q.zero, int(q.signed)] for edge, q in quantizers.items()],
+        [[edge, w.bits, list(w.shifts), w.rounding + 2 * w.paired + 4 * w.sparse24]
+         for edge, w in compressed.windows.items()],
+    ], json_bytes(header))
+    return varint(len(blob)) + blob + scales.astype("<f8" if double else "<f4").tobytes()
+
+
+def read_activations(reader: Reader, header: dict) -> tuple[dict[str, ActivationQuantizer], dict[str, Window]]:
+    """The inverse of `pack_activations`, for the header as it was read."""
+    length = reader.varint()
+    if length == 0:
+        return {}, {}
+    found = inflate(reader.take(length), json_bytes(header))
+    if not fits(found, ACTIVATIONS):
+        raise FormatError("the activation quantizers have the wrong form")
+    double, quantizers, windows = found
+    dtype = np.dtype("<f8" if double else "<f4")
+    scales = np.frombuffer(reader.take(len(quantizers) * dtype.itemsize), dtype).tolist()
+    if not all(1 <= bits <= MAX_BITS and signed in (0, 1) for _, bits, _, signed in quantizers):
+        raise FormatError("an activation quantizer has impossible values")
+    if not all(1 <= bits <= MAX_BITS and all(0 <= shift <= MAX_BITS for shift in shifts) and 0 <= flags < 8
+               for _, bits, shifts, flags in windows):
+        raise FormatError("an activation window has impossible values")
+    return ({edge: ActivationQuantizer(scale, zero, bits, bool(signed))
+             for (edge, bits, zero, signed), scale in zip(quantizers, scales, strict=True)},
+            {edge: Window(bits, tuple(shifts), bool(flags & 1), bool(flags & 2), bool(flags & 4))
+             for edge, bits, shifts, flags in windows})
+
+
+# --- rest --------------------------------------------------------------------------------------------------
+
+
+def pack_rest(rest: Mapping[str, Tensor], mode: str) -> bytes:
+    """The tensors that stay float, raw in mode "paper", in mode "best" as small as LZMA makes them."""
+    raw = b"".join(
+        flat.view(SAME_WIDTH[flat.element_size()]).numpy().astype(f"<i{flat.element_size()}").tobytes()
+        for flat in (tensor.detach().cpu().reshape(-1) for tensor in rest.values()))
+    packings = [(RAW, raw)]
+    if mode == "best":
+        packings.append((LZMA, lzma.compress(raw, lzma.FORMAT_RAW, filters=FILTERS)))
+        if len(raw) % PLANE == 0:
+            planes = np.frombuffer(raw, np.uint8).reshape(-1, PLANE).T.tobytes()
+            packings.append((PLANES, lzma.compress(planes, lzma.FORMAT_RAW, filters=FILTERS)))
+    packing, data = min(packings, key=lambda option: len(option[1]))
+    return bytes([packing]) + data
+
+
+def read_rest(reader: Reader, header: dict) -> dict[str, Tensor]:
+    """The inverse of `pack_rest`: all that is left of the payload."""
+    shapes = {name: (shape, DTYPES[header["t"].get(name, "float32")]) for name, shape in header["r"]}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    packing, data, size = reader.take(1)[0], reader.take(reader.left()), sum(sizes.values())
+    if packing not in (RAW, LZMA, PLANES) or packing == PLANES and size % PLANE:
+        raise FormatError(f"unknown packing {packing} of the float tensors")
+    if packing != RAW:
+        try:
+            data = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(data, size + 1)
+        except lzma.LZMAError:
+            raise FormatError("the float tensors cannot be unpacked") from None
+    if len(data) != size:
+        raise FormatError(f"the float tensors take {size} bytes, the file holds {len(data)}")
+    if packing == PLANES:
+        data = np.frombuffer(data, np.uint8).reshape(PLANE, -1).T.tobytes()
+    whole = Reader(data)
+    return {name: _tensor(whole.take(sizes[name]), shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def _tensor(data: bytes, shape: list[int], dtype: torch.dtype) -> Tensor:
+    integers = np.frombuffer(data, f"<i{dtype.itemsize}").astype(f"i{dtype.itemsize}")
+    if dtype == torch.bool and not np.isin(integers, (0, 1)).all():
+        raise FormatError("a bool tensor holds something else")
+    return torch.from_numpy(integers).view(dtype).reshape(shape)
+
+
 # --- the frame and the file --------------------------------------------------------------------------------
 
 
-def frame(mode: str, header: object, payload: bytes) -> bytes:
+def frame(mode: str, header: dict, payload: bytes) -> bytes:
     """A whole file."""
     packed = deflate(header, PRESET)
     body = MAGIC + bytes([VERSION, MODES.index(mode)]) + varint(len(packed)) + packed + payload
     return body + blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 
-def unframe(data: bytes) -> tuple[str, object, Reader]:
+def unframe(data: bytes) -> tuple[str, dict, Reader]:
     """(mode, header, reader of the payload) of a file whose checksum is right."""
     if not data:
         raise FormatError("the file is empty")
     if data[:4] != MAGIC[:len(data)]:
         raise FormatError("not a compressed model")
-    if len(data) > 4 and data[4] != VERSION:
-        raise FormatError(f"written in format {data[4]}, and this version reads format {VERSION}: "
-                          f"{'install a newer one' if data[4] > VERSION else 'it is damaged'}")
+    if len(data) > 4 and data[4] > VERSION:
+        raise FormatError(f"the file is of format version {data[4]}, newer than the {VERSION} that can be read here")
     body = data[:-DIGEST_BYTES]
     if len(body) < 6 or blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
         raise FormatError("the file is damaged or cut short: its checksum is wrong")
-    if body[5] >= len(MODES):
-        raise FormatError(f"unknown mode {body[5]}")
+    if body[4] != VERSION or body[5] >= len(MODES):
+        raise FormatError(f"unknown format version {body[4]} or mode {body[5]}")
     reader = Reader(body[6:])
     return MODES[body[5]], inflate(reader.take(reader.varint()), PRESET), reader
 
 
-def write_file(path: str | os.PathLike, data: bytes) -> None:
+def write_file(path: str | os.PathLike, data: bytes | memoryview) -> None:
     """Replace `path` by `data` in one step: whoever reads it sees the old bytes or the new, never a part.
 
     Raises CompressError, naming the path, where that fails (disk full, no such folder).
@@ -262,7 +286,7 @@ def write_file(path: str | os.PathLike, data: bytes) -> None:
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """All bytes of a file; FormatError where there is none."""
+    """All bytes of a file; FormatError where it cannot be read."""
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:

@@ -30,11 +30,17 @@ def _cosine(progress: float, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
 
 
+def _step(progress: float, warmup: float) -> float:
+    if progress < warmup:
+        return progress / warmup
+    return 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01
+
+
 SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "constant": lambda progress, warmup: min(1.0, progress / warmup) if warmup else 1.0,
     "one_cycle": _one_cycle,
     "cosine": _cosine,
-    "step": lambda progress, warmup: 1.0 if progress < 0.5 else 0.1 if progress < 0.75 else 0.01,
+    "step": _step,
 }
 OPTIMIZERS: dict[str, Callable] = {
     "sgd": lambda groups, r: torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum, nesterov=r.momentum > 0),
@@ -66,6 +72,8 @@ class Recipe:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
         if self.epochs < 0 or not self.lr > 0 or not 0 <= self.warmup < 1 or not 0 <= self.ema < 1:
             raise ConfigError(f"not a recipe: {self} (epochs >= 0, lr > 0, warmup and ema in [0, 1))")
+        if not self.weight_decay >= 0 or not 0 <= self.momentum < 1 or not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"not a recipe: {self} (weight_decay >= 0, momentum and label_smoothing in [0, 1))")
 
 
 class Hooks:
@@ -99,6 +107,8 @@ class Hooks:
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Trainable parameters in two groups: with decay (two or more dimensions) and without."""
     trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise ConfigError("no parameter of the network requires a gradient: there is nothing to train")
     groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
@@ -114,6 +124,8 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     run = NullRun() if run is None else run
     if task.train is None:
         raise ConfigError("this task holds no training batches; a method with DATA = 'calibration' cannot train")
+    if len(task.train) == 0:
+        raise ConfigError("there is nothing to train on: the training set holds no batch")
     task.placed(model)
     optimizers = hooks.optimizers(model, recipe)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
@@ -209,7 +221,7 @@ class _Average:
         return {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
 
     def load(self, values: dict[str, Tensor]) -> None:
-        self.values = {name: value.clone() for name, value in values.items()}
+        self.values = {name: value.to(self.values[name].device, copy=True) for name, value in values.items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 Edges are where activations can be quantized: the input of every conv, linear and average pool (edge name =
 node name) and both inputs of every add (edge names `add:0`, `add:1`). A module's node is called by its path
-(`layer1.0.conv2`), a function's by its fx name (`add_3`).
+(`layer1.0.conv2`), a function's, and a repeated call's of a module without weights, by its fx name (`add_3`).
 """
 
 import operator
@@ -93,55 +93,76 @@ def trace(model: nn.Module) -> Graph:
     try:
         traced = fx.Tracer().trace(model)
     except Exception as error:  # noqa: BLE001 - fx raises many types; all mean the same to the caller
-        raise GraphError(f"torch.fx cannot trace {type(model).__name__}: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise GraphError(f"torch.fx cannot trace {type(model).__name__}: {reason}") from error
     named = dict(model.named_modules())
+    names = _node_names(traced, named)
     nodes, output = [], ""
     for node in traced.nodes:
         if node.op == "output":
-            output = _name(node.args[0])
+            output = _one(node.args[0], names)
         elif node.op == "get_attr":
             raise GraphError(f"the parameter {node.target!r} is used outside a known layer")
         else:
-            nodes.append(_convert(node, named))
+            nodes.append(_convert(node, named, names))
     if sum(node.op == "input" for node in nodes) != 1:
         raise GraphError("a network takes exactly one input tensor")
     return Graph(nodes, output)
 
 
-def _name(value) -> str:
+def _node_names(traced: fx.Graph, named: dict[str, nn.Module]) -> dict[fx.Node, str]:
+    """A name of its own for every node; a layer with weights may be called only once."""
+    names: dict[fx.Node, str] = {}
+    for node in traced.nodes:
+        module_call = node.op == "call_module"
+        name = str(node.target) if module_call else node.name
+        if module_call and name in names.values():
+            if next(named[node.target].parameters(), None) is not None:
+                raise GraphError(f"layer {node.target!r} is called more than once: a layer with weights is called once")
+            name = node.name
+        while name in names.values():
+            name += "_"
+        names[node] = name
+    return names
+
+
+def _one(value, names: dict[fx.Node, str]) -> str:
     if not isinstance(value, fx.Node):
-        raise GraphError(f"a network must return one tensor, not {value!r}")
-    return str(value.target) if value.op == "call_module" else value.name
+        raise GraphError(f"a network must take and return single tensors, not {value!r}")
+    return names[value]
 
 
-def _convert(node: fx.Node, named: dict[str, nn.Module]) -> Node:
+def _convert(node: fx.Node, named: dict[str, nn.Module], names: dict[fx.Node, str]) -> Node:
+    name = names[node]
     if node.op == "placeholder":
-        return Node(node.name, "input", (), lambda x: x)
+        return Node(name, "input", (), _same)
     if node.op == "call_module":
         module = named[node.target]
         op = MODULES.get(type(module))
         if op is None:
             raise GraphError(f"layer {node.target!r} is a {type(module).__name__}; known are: "
                              + ", ".join(sorted(kind.__name__ for kind in MODULES)))
-        _once(node)
-        return Node(node.target, op, (_name(node.args[0]),), module, module)
+        run = F.relu if op == "relu" else module  # never in place: other operations may read the same tensor
+        return Node(name, op, (_one(node.args[0], names),), run, module)
     op = FUNCTIONS.get(node.target)
     if op is None:
         known = sorted({t if isinstance(t, str) else t.__name__ for t in FUNCTIONS})
-        raise GraphError(f"operation {node.name!r} ({node.target}) is not known; known are: {', '.join(known)}")
-    inputs = tuple(_name(arg) for arg in node.args if isinstance(arg, fx.Node))
+        raise GraphError(f"operation {name!r} ({node.target}) is not known; known are: {', '.join(known)}")
+    inputs = tuple(names[arg] for arg in node.args if isinstance(arg, fx.Node))
     if op == "add" and (len(node.args) != 2 or len(inputs) != 2):
-        raise GraphError(f"operation {node.name!r} adds something that is not an activation")
-    rest = tuple(arg for arg in node.args if not isinstance(arg, fx.Node))
+        raise GraphError(f"operation {name!r} adds something that is not an activation")
+    return Node(name, op, inputs, _function(node, op))
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _function(node: fx.Node, op: str) -> Callable[..., Tensor]:
+    """What a function or method node computes from its tensors alone."""
+    fixed = {"identity": _same, "relu": F.relu, "add": torch.add}
+    if op in fixed:
+        return fixed[op]
     function = node.target if callable(node.target) else getattr(Tensor, node.target)
-    if op == "identity":
-        function, rest, kwargs = (lambda x: x), (), {}
-    else:
-        kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-    return Node(node.name, op, inputs, lambda *xs: function(*xs, *rest, **kwargs))
-
-
-def _once(node: fx.Node) -> None:
-    same = [other for other in node.graph.nodes if other.op == "call_module" and other.target == node.target]
-    if len(same) > 1 and same[0] is not node:
-        raise GraphError(f"layer {node.target!r} is called {len(same)} times; every layer must be called once")
+    rest = tuple(arg for arg in node.args if not isinstance(arg, fx.Node))
+    return lambda *tensors: function(*tensors, *rest, **node.kwargs)

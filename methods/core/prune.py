@@ -1,5 +1,6 @@
 """Magnitude pruning: masks with an exact count, and the training hook that keeps them."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,9 +11,8 @@ from .finetune import Hooks
 
 
 def keep_count(n: int, density: float) -> int:
-    """Kept weights of a tensor of `n`: n - floor((1 - density) n), at least 1."""
-    pruned = int((1.0 - density) * n + 1e-9)  # 1 - 0.9 is a little under 0.1: the 1e-9 restores the intended floor
-    return max(n - pruned, 1)
+    """Kept weights of a tensor of `n`: density * n rounded up, so that floor((1 - density) n) go; at least 1."""
+    return max(math.ceil(density * n * (1 - 1e-12)), 1)  # 0.07 * 100 is a little over 7: the factor restores 7
 
 
 def keep_largest(scores: Tensor, count: int) -> Tensor:
@@ -35,15 +35,14 @@ def keep_local(weights: Mapping[str, Tensor], densities: Mapping[str, float]) ->
 
 
 def keep_global(weights: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
-    """One ranking of |w| over all layers; a layer that would lose every weight keeps its largest."""
-    flat = torch.cat([w.detach().abs().reshape(-1) for w in weights.values()])
-    kept = keep_largest(flat, keep_count(flat.numel(), density))
-    masks, start = {}, 0
-    for name, w in weights.items():
-        mask = kept[start:start + w.numel()].reshape(w.shape)
-        masks[name] = mask if bool(mask.any()) else keep_largest(w.abs(), 1)
-        start += w.numel()
-    return masks
+    """One ranking of |w| over all layers; the largest weight of each layer comes first, so that none is lost."""
+    scores = [w.detach().abs().reshape(-1) for w in weights.values()]
+    for score in scores:
+        score[(score == score.max()).nonzero()[0]] = float("inf")
+    flat = torch.cat(scores)
+    kept = keep_largest(flat, max(keep_count(flat.numel(), density), len(scores)))
+    parts = kept.split([len(score) for score in scores])
+    return {name: part.reshape(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
 
 
 class MaskHooks(Hooks):
@@ -57,7 +56,8 @@ class MaskHooks(Hooks):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, lr: float) -> None:
-        apply_masks(model, self.masks)
+        self.masks = {name: mask.to(model.get_submodule(name).weight.device) for name, mask in self.masks.items()}
+        apply_masks(model, self.masks)  # moved to the device once, not in every step
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Uniform weight quantizers: fitting a grid, encoding to codes, and training through them."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -20,8 +22,7 @@ def _extremes(weight: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
 
 def fit_symmetric(weight: Tensor, bits: int, per_channel: bool = True) -> Affine:
     """Symmetric grid s * {-Q..Q}, Q = 2^(bits-1) - 1, s = max|w| / Q; 0 is always code 0."""
-    if bits < 2:
-        raise ConfigError(f"bits = {bits}: a symmetric grid around 0 needs at least 2")
+    _check_symmetric(bits)
     low, high = _extremes(weight, per_channel)
     scale = (torch.maximum(-low, high) / ((1 << bits - 1) - 1)).clamp_min(EPS).float().cpu()
     return Affine(scale, torch.zeros_like(scale, dtype=torch.int32), signed=True)
@@ -42,20 +43,35 @@ def fit_asymmetric(weight: Tensor, bits: int, per_channel: bool = True) -> Affin
 SCHEMES = {"symmetric": fit_symmetric, "asymmetric": fit_asymmetric}
 
 
-def find_scheme(name: str):
-    """The fit function of a scheme; ConfigError listing the names if there is none."""
+def find_scheme(name: str, bits: Iterable[int] = ()):
+    """The fit function of a scheme; ConfigError if there is none, or if one of `bits` is too narrow for it."""
     if name not in SCHEMES:
         raise ConfigError(f"scheme = {name!r}: allowed are {', '.join(SCHEMES)}")
+    for width in bits if name == "symmetric" else ():
+        _check_symmetric(width)
     return SCHEMES[name]
+
+
+def _check_symmetric(bits: int) -> None:
+    if bits < 2:
+        raise ConfigError(f"bits = {bits}: a symmetric grid around 0 needs at least 2")
 
 
 def to_codes(weight: Tensor, grid: Affine, bits: int) -> Tensor:
     """int32 codes of the nearest grid points: clamp(round(w / s) + z). Symmetric grids never use -2^(bits-1)."""
+    scale, zero = _beside(weight, grid)
+    return (torch.round(weight.detach() / scale) + zero).clamp(*_code_range(grid, bits)).to(torch.int32)
+
+
+def _beside(weight: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
+    """Scale and zero point on the weight's device, shaped to broadcast over it."""
     shape = (-1, *[1] * (weight.ndim - 1)) if grid.scale.ndim else ()
-    scale, zero = (part.to(weight.device).reshape(shape) for part in (grid.scale, grid.zero))
+    return grid.scale.to(weight.device).reshape(shape), grid.zero.to(weight.device).reshape(shape)
+
+
+def _code_range(grid: Affine, bits: int) -> tuple[int, int]:
     low, high = grid.code_range(bits)
-    low = low + 1 if grid.signed else low
-    return (torch.round(weight.detach() / scale).to(torch.int32) + zero).clamp(low, high)
+    return (low + 1 if grid.signed else low), high
 
 
 def quantize(weight: Tensor, grid: Affine, bits: int, mask: Tensor | None = None) -> CompressedTensor:
@@ -71,18 +87,21 @@ class FakeQuantize(nn.Module):
     unless one is given: a pruned outlier must not keep the range wide.
     """
 
-    def __init__(self, bits: int, mask: Tensor, scheme: str = "symmetric", grid: Affine | None = None):
+    def __init__(self, bits: int, mask: Tensor, scheme: str = "symmetric", grid: Affine | None = None,
+                 per_channel: bool = True):
         super().__init__()
-        self.bits, self.fit, self.grid = bits, find_scheme(scheme), grid
+        self.bits, self.fit, self.grid, self.per_channel = bits, find_scheme(scheme), grid, per_channel
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
         with torch.no_grad():
-            grid = self.fit(weight * self.mask, self.bits) if self.grid is None else self.grid
-            shape = (-1, *[1] * (weight.ndim - 1)) if grid.scale.ndim else ()
-            scale, zero = (part.to(weight.device).reshape(shape) for part in (grid.scale, grid.zero))
-            near = (to_codes(weight, grid, self.bits) - zero) * scale
-        return (weight + (near - weight).detach()) * self.mask
+            grid = self.fit(weight * self.mask, self.bits, self.per_channel) if self.grid is None else self.grid
+            scale, zero = _beside(weight, grid)
+            steps = torch.round(weight / scale) + zero
+            codes = steps.clamp(*_code_range(grid, self.bits))
+            near = (codes - zero) * scale
+        passed = (weight - weight.detach()) * (steps == codes)  # value 0: what a forward pass sees is `near` itself
+        return (near + passed) * self.mask
 
 
 class QuantizationAware(Hooks):
@@ -97,7 +116,8 @@ class QuantizationAware(Hooks):
 
     def __enter__(self):
         for name, quantizer in self.quantizers.items():
-            parametrize.register_parametrization(self.model.get_submodule(name), "weight", quantizer)
+            layer = self.model.get_submodule(name)
+            parametrize.register_parametrization(layer, "weight", quantizer.to(layer.weight.device))
         return self
 
     def __exit__(self, *error):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import CompressError
+from .errors import CompressError, ConfigError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -50,6 +50,7 @@ class Task:
     device         where batches and model live while training and scoring
     autocast       torch.bfloat16 to train under autocast, or None for float32
     channels_last  train 4-d tensors in channels_last memory
+    calibration    the training inputs without augmentation; None: `train` in fixed order
     """
 
     train: Batches | None
@@ -60,22 +61,32 @@ class Task:
     channels_last: bool = False
     calibration: Batches | None = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "device", torch.device(self.device))
+
     @classmethod
-    def from_loader(cls, train: Iterable[Batch], held_out: Iterable[Batch], **fields) -> "Task":
-        """A task from two data loaders that yield (inputs, targets)."""
-        return cls(LoaderBatches(train), LoaderBatches(held_out), **fields)
+    def from_loader(cls, train: Iterable[Batch], held_out: Iterable[Batch],
+                    calibration: Iterable[Batch] | None = None, **fields) -> "Task":
+        """A task from data loaders that yield (inputs, targets); `calibration` without augmentation."""
+        plain = None if calibration is None else LoaderBatches(calibration)
+        return cls(LoaderBatches(train), LoaderBatches(held_out), calibration=plain, **fields)
 
     def calibration_inputs(self, n: int) -> Tensor:
         """`n` training inputs without augmentation, in fixed order (fewer if the set is smaller)."""
         source = self.calibration if self.calibration is not None else self.train
         if source is None:
             raise CompressError("this task holds no data to calibrate on")
+        if n < 1:
+            raise ConfigError(f"calibration inputs = {n}: at least 1 is needed")
         found, count = [], 0
-        for inputs, _ in source.epoch(None):
-            found.append(inputs[:n - count])
-            count += len(found[-1])
-            if count >= n:
-                break
+        with _fixed_order():
+            for inputs, _ in source.epoch(None):
+                found.append(inputs[:n - count])
+                count += len(found[-1])
+                if count >= n:
+                    break
+        if count == 0:
+            raise CompressError("there is nothing to calibrate on: the data set is empty")
         return torch.cat(found)
 
     def placed(self, model: nn.Module) -> nn.Module:
@@ -97,7 +108,16 @@ class Task:
 
     def score(self, model: nn.Module) -> float:
         """Top-1 on the held-out batches, in percent, in float32."""
-        return top1(model, (self.placed_batch(batch) for batch in self.held_out.epoch(None)))
+        with _fixed_order():
+            return top1(model, (self.placed_batch(batch) for batch in self.held_out.epoch(None)))
+
+
+@contextlib.contextmanager
+def _fixed_order():
+    """torch's global generator (CPU) seeded inside, restored outside: a user's DataLoader shuffles with it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        yield
 
 
 @torch.no_grad()

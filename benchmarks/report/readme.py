@@ -1,0 +1,32 @@
+"""README's tables, made from committed rows: text between `<!-- rows: NAME -->` (or `paper:`) and `<!-- end -->`."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from methods.core.errors import CompressError
+
+from . import against_paper, table
+
+BLOCK = re.compile(r"(<!-- (rows|paper): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(text: str, rows_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """`text` with every block replaced by the table of its rows; CompressError for a block without rows."""
+
+    def fill(match: re.Match) -> str:
+        opening, kind, name, closing = match.groups()
+        if name not in rows_of:
+            raise CompressError(f"README asks for the rows of {name!r}, which results/rows does not hold")
+        rows = rows_of[name]
+        content = {"rows": lambda: table.markdown([table.baseline_row(rows[0]), *rows]),
+                   "paper": lambda: against_paper.markdown(rows)}[kind]()
+        return f"{opening}\n{content}\n{closing}"
+
+    return BLOCK.sub(fill, text)
+
+
+def refresh(readme: Path, rows_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Rewrite the blocks of a README in place."""
+    readme.write_text(filled(readme.read_text(encoding="utf-8"), rows_of), encoding="utf-8")
