@@ -23,13 +23,14 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--data-dir", type=Path, help="folder with cifar10.npz or mnist.npz")
     run.add_argument("--results", type=Path, default=RESULTS, help="folder for rows, models and reports")
     run.add_argument("--device", default="cpu", help="cpu or cuda")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=_seed, help="of the method (default: the job's, else 0) and of training (0)")
     run.add_argument("--checkpoint", type=Path, help="start from this one (.safetensors, .pt, .pth, .tar, .npz)")
-    run.add_argument("--epochs", type=int, help="epochs of the baseline, where it is trained now")
-    run.add_argument("--resume", action="store_true", help="continue an interrupted run of the same command")
+    run.add_argument("--epochs", type=int, help="train the baseline now, so long, though one is shipped")
+    run.add_argument("--resume", action="store_true",
+                     help="continue an interrupted run of the same command; what is finished is not done again")
 
     def command(name, function, text, parents=()):
-        sub = subs.add_parser(name, help=text, description=text, parents=list(parents))
+        sub = subs.add_parser(name, help=text, description=text, parents=list(parents), allow_abbrev=False)
         sub.set_defaults(function=function)
         return sub
 
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("compress", commands.compress, "one method on one network", [run])
     sub.add_argument("method")
     sub.add_argument("--task", default="digits")
-    sub.add_argument("--network", default="resnet18w16")
+    sub.add_argument("--network", help="default: the one usual for the task")
     sub.add_argument("--budget", nargs="+", default=[], metavar="KEY=VALUE", help="such as density=0.1 bits=4")
     sub.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
                      help="configuration, such as retrain.epochs=3")
@@ -72,13 +73,27 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}: a seed is a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _text(error: Exception) -> str:
+    """In one line, naming the file where the system refused one."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+
+
 def main(words: list[str]) -> int:
     options = parser().parse_args(words)
     options.words = words
     try:
-        options.function(options, Console())
-    except CompressError as error:
-        print(f"error: {error}", file=sys.stderr)
+        options.function(options, Console(markup=False, emoji=False))
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stderr.close()
+        return 141
+    except (CompressError, OSError) as error:
+        print(f"error: {' '.join(_text(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; the same command with --resume continues", file=sys.stderr)

@@ -1,6 +1,8 @@
 """What the commands of the harness do; the command line itself is in `__main__`."""
 
 import dataclasses
+import functools
+import os
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ import safetensors.torch
 import torch
 from rich.console import Console
 
+from methods.core import container
 from methods.core.errors import ConfigError
 from methods.core.storage import decode, inspect
 
@@ -24,9 +27,9 @@ from .baselines import (
     train_baseline,
 )
 from .data import Dataset, open_dataset, test_batches
-from .jobs import Job, Place, all_tables, prepare, read_table, run_job
+from .jobs import Job, Place, all_tables, prepare, read_table, run_job, slug
 from .measure import measure
-from .networks import find
+from .networks import find, network_names
 from .report import against_paper, plots, table
 from .report.page import page
 from .rows import read_rows
@@ -34,39 +37,67 @@ from .runs import DiskRun, Screen, run_key
 from .settings import from_assignments, plain
 
 NETWORK_OF = {"digits": "resnet18w16", "mnist": "lenet5_caffe", "cifar10": "resnet18"}  # what compare runs by default
+PLACES = ("--data-dir", "--results")
 
 
 def place_of(options: Namespace, screen: Screen) -> Place:
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {options.device}: there is no such device here; allowed are cpu"
-                          " and, with a GPU build of torch, cuda")
-    return Place(options.results, options.results.parent / "runs", device, screen, options.resume)
+    device = _device(options.device)
+    options.results.mkdir(parents=True, exist_ok=True)
+    if not os.access(options.results, os.W_OK):
+        raise ConfigError(f"--results {options.results}: this folder cannot be written")
+    return Place(options.results, options.results / "runs", device, screen, options.resume)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        if device.type in ("cpu", "cuda"):
+            torch.zeros((), device=device)
+            return device
+    except (RuntimeError, AssertionError):  # no such name; no such device; not compiled with CUDA
+        pass
+    raise ConfigError(f"--device {name}: there is no such device here; allowed are cpu and, with a GPU build of "
+                      "torch and a GPU, cuda")
 
 
 def get_baseline(dataset: Dataset, network: str, options: Namespace, place: Place) -> Baseline:
-    """--checkpoint if given, else the checkpoint the project ships, else one trained now."""
+    """--checkpoint if given, else (without --epochs) the checkpoint the project ships, else one trained now.
+
+    What was trained by an earlier command from the same recipe, data and seed is taken instead of training again.
+    """
     if options.checkpoint is not None:
+        if options.epochs is not None:
+            raise ConfigError(f"--epochs {options.epochs} trains a baseline, --checkpoint gives one: choose")
         return load_baseline(dataset, network, options.checkpoint)
     shipped = shipped_path(dataset.name, network)
-    if shipped.exists():
+    if shipped.exists() and options.epochs is None:
         return load_baseline(dataset, network, shipped)
-    return trained(dataset, network, options, place, place.states / "baselines" / shipped.name)
+    return trained(dataset, network, options, place)
 
 
-def trained(dataset: Dataset, network: str, options: Namespace, place: Place, out: Path) -> Baseline:
-    """A baseline trained in this run, by paper_configs/baselines.toml."""
+def trained(dataset: Dataset, network: str, options: Namespace, place: Place, out: Path | None = None) -> Baseline:
+    """A baseline trained in this run, by paper_configs/baselines.toml; without `out`, kept for later commands."""
     setup = shorter(find_setup(dataset.name, network), options.epochs)
-    facts = {"setup": plain(setup), "data": dataset.digest, "network": network, "seed": options.seed}
-    run = DiskRun(place.states / run_key(facts), f"train {network}", place.screen, resume=place.resume)
-    baseline = train_baseline(dataset, network, setup, options.seed, place.device, out, run)
+    seed = 0 if options.seed is None else options.seed
+    facts = {"setup": plain(setup), "data": dataset.digest, "network": network, "seed": seed}
+    key = run_key(facts)
+    if out is None:
+        out = place.states / "baselines" / f"{slug(dataset.name)}_{network}_{key}.safetensors"
+        if out.exists():
+            place.screen.say(f"baseline: {out}, trained by an earlier command")
+            return load_baseline(dataset, network, out)
+    run = DiskRun(place.states / key, f"train {network}", place.screen, resume=place.resume)
+    baseline = train_baseline(dataset, network, setup, seed, place.device, out, run)
     run.forget()
     return baseline
 
 
 def train(options: Namespace, console: Console) -> None:
     dataset = open_dataset(options.task, options.data_dir)
-    out = options.out if options.out is not None else shipped_path(options.task, options.network)
+    out = options.out if options.out is not None else shipped_path(dataset.name, options.network)
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out {out}: written are only .safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)  # a mistake should show before hours of training
     with Screen() as screen:
         baseline = trained(dataset, options.network, options, place_of(options, screen), out)
     facts = baseline.provenance
@@ -76,9 +107,7 @@ def train(options: Namespace, console: Console) -> None:
 
 def compare(options: Namespace, console: Console) -> None:
     dataset = open_dataset(options.task, options.data_dir)
-    network = options.network if options.network is not None else NETWORK_OF.get(dataset.name)
-    if network is None:
-        raise ConfigError(f"--network is needed for the task {options.task!r}")
+    network = network_for(dataset, options)
     jobs = comparison(options, dataset.name, network)
     for job in jobs:
         prepare(job)  # a mistake in the last job should not wait for the first
@@ -86,11 +115,18 @@ def compare(options: Namespace, console: Console) -> None:
         place = place_of(options, screen)
         baseline = get_baseline(dataset, network, options, place)
         top = test_top1(baseline.model, dataset, network, place.device)
-        rows = [run_job(job, dataset, baseline, top, place, f"compare_{_plain_name(dataset.name)}") for job in jobs]
+        rows = [run_job(job, dataset, baseline, top, place, f"compare_{slug(dataset.name)}") for job in jobs]
     title = f"{network} on {dataset.name}: float32 baseline {top:.2f} %"
-    console.print(table.terminal([table.baseline_row(rows[0]), *rows], title))
-    path = write_reports(rows, f"compare_{_plain_name(dataset.name)}", title, options)
+    console.print(table.terminal(table.listed(rows), title, console.width))
+    path = write_reports(rows, f"compare_{slug(dataset.name)}", title, options)
     console.print(f"report: {path}", soft_wrap=True)
+
+
+def network_for(dataset: Dataset, options: Namespace) -> str:
+    """--network, else the usual one of the task."""
+    if options.network is None and dataset.name not in NETWORK_OF:
+        raise ConfigError(f"--network is needed for the task {options.task!r}; there are: {', '.join(network_names())}")
+    return options.network if options.network is not None else NETWORK_OF[dataset.name]
 
 
 def comparison(options: Namespace, task: str, network: str) -> list[Job]:
@@ -99,7 +135,7 @@ def comparison(options: Namespace, task: str, network: str) -> list[Job]:
     unknown = [name for name in options.methods if name not in known]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}; there are: {', '.join(known)}")
-    jobs = [dataclasses.replace(job, network=network, task=task, seed=options.seed)
+    jobs = [dataclasses.replace(job, network=network, task=task, seed=_seed(job, options))
             for entry in all_tables() for job in entry.compare
             if job.task == (task if task in NETWORK_OF else "folder")
             if not options.methods or entry.method in options.methods]
@@ -115,27 +151,31 @@ def reproduce(options: Namespace, console: Console) -> None:
     if unknown or not jobs:
         raise ConfigError(f"{options.config.name} has no row {(unknown or ['at all'])[0]!r}; "
                           f"there are: {', '.join(job.name for job in entry.rows)}")
-    rows = []
+    for job in jobs:
+        prepare(job)
+    data = functools.cache(lambda task: open_dataset(task, options.data_dir))
     with Screen() as screen:
         place = place_of(options, screen)
-        for job in jobs:
-            prepare(job)
-            dataset = open_dataset(job.task, options.data_dir)
-            baseline = get_baseline(dataset, job.network, options, place)
-            top = test_top1(baseline.model, dataset, job.network, place.device)
-            rows.append(run_job(job, dataset, baseline, top, place, entry.name))
+
+        @functools.cache
+        def start(task: str, network: str) -> tuple[Baseline, float]:
+            baseline = get_baseline(data(task), network, options, place)
+            return baseline, test_top1(baseline.model, data(task), network, place.device)
+
+        rows = [run_job(dataclasses.replace(job, seed=_seed(job, options)), data(job.task),
+                        *start(job.task, job.network), place, entry.name) for job in jobs]
     console.print(against_paper.terminal(rows, entry.title))
     console.print(f"rows: {place.results / 'rows' / (entry.name + '.jsonl')}", soft_wrap=True)
 
 
 def report(options: Namespace, console: Console) -> None:
-    """Tables, plots and page from rows that are already there; of equal names the last row counts."""
+    """Tables, plots and page from rows that are already there; of equal ones the last row counts."""
     path = options.rows if options.rows is not None else options.results / "rows" / f"{options.name}.jsonl"
-    rows = list({row["name"]: row for row in read_rows(path)}.values())
+    rows = table.latest(read_rows(path))
     if not rows:
         raise ConfigError(f"{path} holds no rows")
-    title = f"{rows[0]['network']} on {rows[0]['task']}"
-    console.print(table.terminal([table.baseline_row(rows[0]), *rows], title))
+    title = " and ".join(dict.fromkeys(f"{row['network']} on {row['task']}" for row in rows))
+    console.print(table.terminal(table.listed(rows), title, console.width))
     if any(row["paper"] for row in rows):
         console.print(against_paper.terminal(rows, "beside the paper"))
     console.print(f"report: {write_reports(rows, path.stem, title, options)}", soft_wrap=True)
@@ -145,32 +185,44 @@ def write_reports(rows: Sequence[dict], name: str, title: str, options: Namespac
     """NAME.html, .md, .csv and the plots as .png under results/reports; returns the page's path."""
     folder = options.results / "reports"
     folder.mkdir(parents=True, exist_ok=True)
-    listed = [table.baseline_row(rows[0]), *rows]
+    listed = table.listed(rows)
     text = table.markdown(listed)
     if any(row["paper"] for row in rows):
         text += "\n" + against_paper.markdown(rows)
-    (folder / f"{name}.md").write_text(f"# {title}\n\n{text}")
-    (folder / f"{name}.csv").write_text(table.comma_separated(listed))
+    (folder / f"{name}.md").write_text(f"# {title}\n\n{text}", encoding="utf-8")
+    (folder / f"{name}.csv").write_text(table.comma_separated(listed), encoding="utf-8")
     for axis in plots.AXES:
-        plots.pareto_plot(rows, axis, baseline=rows[0]["baseline_top1"]).savefig(folder / f"{name}_{axis}.png", dpi=150)
+        plots.pareto_plot(rows, axis).savefig(folder / f"{name}_{axis}.png", dpi=150)
     out = folder / f"{name}.html"
-    out.write_text(page(rows, title, shlex.join(["python", "-m", "benchmarks", *options.words])))
+    out.write_text(page(rows, title, _again(options.words)), encoding="utf-8")
     return out
+
+
+def _again(words: Sequence[str]) -> str:
+    """The command line, without where this machine keeps data and results."""
+    kept, skip = [], False
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if not skip and option not in PLACES:
+            kept.append(word)
+        skip = option in PLACES and not equals
+    return shlex.join(["python", "-m", "benchmarks", *kept])
 
 
 def compress(options: Namespace, console: Console) -> None:
     """One method on one network: the file, its measurements, and a row."""
     name = options.name if options.name is not None else options.method
-    job = Job(name, options.method, options.task, options.network,
-              from_assignments(options.budget), from_assignments(options.set), options.seed, options.index_bits)
+    job = Job(name, options.method, options.task, "", from_assignments(options.budget), from_assignments(options.set),
+              0 if options.seed is None else options.seed, options.index_bits)
     prepare(job)
     dataset = open_dataset(options.task, options.data_dir)
+    job = dataclasses.replace(job, task=dataset.name, network=network_for(dataset, options))
     with Screen() as screen:
         place = place_of(options, screen)
-        baseline = get_baseline(dataset, options.network, options, place)
-        top = test_top1(baseline.model, dataset, options.network, place.device)
+        baseline = get_baseline(dataset, job.network, options, place)
+        top = test_top1(baseline.model, dataset, job.network, place.device)
         row = run_job(job, dataset, baseline, top, place, options.rows_name)
-    console.print(table.terminal([table.baseline_row(row), row], f"{options.network} on {dataset.name}"))
+    console.print(table.terminal(table.listed([row]), f"{job.network} on {dataset.name}", console.width))
     console.print(f"file: {place.results / 'models' / row['file']}", soft_wrap=True)
 
 
@@ -188,13 +240,10 @@ def inspect_file(options: Namespace, console: Console) -> None:
 
 def decode_file(options: Namespace, console: Console) -> None:
     state = decode(options.file).state_dict()
-    try:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, options.out)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise ConfigError(f"cannot write {options.out}: {error}") from None
+    container.write_file(options.out, safetensors.torch.save({name: t.contiguous() for name, t in state.items()}))
     console.print(f"{options.out}: {len(state)} tensors", soft_wrap=True)
 
 
-def _plain_name(task: str) -> str:
-    return task.partition(":")[0]
+def _seed(job: Job, options: Namespace) -> int:
+    return job.seed if options.seed is None else options.seed
 

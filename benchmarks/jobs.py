@@ -92,10 +92,23 @@ def _jobs(path: Path, content: Mapping[str, Any], key: str) -> tuple[Job, ...]:
                  for i, entry in enumerate(entries, 1))
     names = [(job.network if key == "row" else job.task, slug(job.name)) for job in jobs]  # of files, too
     twice = [job.name for job, name in zip(jobs, names, strict=True) if names.count(name) > 1 or not name[1]]
+    for job in jobs:
+        check_printed(job.paper, f"{path.name}: paper of {job.name!r}")
     if twice:
         raise ConfigError(f"{path.name}: the names under [[{key}]] must differ in letters or digits, "
                           f"but there is {twice[0]!r}")
     return jobs
+
+
+def check_printed(paper: Mapping[str, Any], where: str) -> None:
+    """ConfigError unless `paper` holds numbers, in tables of any depth."""
+    for key, value in paper.items():
+        if key == "layers" and not (isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values())):
+            raise ConfigError(f"{where}: layers = {value!r}: needed is {{layer: {{metric: number}}}}")
+        if isinstance(value, Mapping):
+            check_printed(value, f"{where}, {key}")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"{where}, {key} = {value!r}: a number is needed")
 
 
 def all_tables() -> list[Table]:

@@ -49,7 +49,7 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
         "paper_mode_bytes": len(to_bytes(compressed, mode="paper", index_bits=index_bits)[0]),
         "accounting": account(compressed, dense, index_bits), "dense_weights": dense, "dense_macs": dense_macs,
         "cost": totals(costs, dense), "ranges_by": compressed.ranges_by,
-        "integer": {"float_layers": integer.float_layers,
+        "integer": {"float_nodes": integer.float_nodes,
                     "wide_layers": [n for n, layer in integer.layers.items() if layer.weight.width > 8]},
         "layers": layer_table(compressed, costs, index_bits),
     }

@@ -1,5 +1,6 @@
 """Files of compressed models: exact round trips, honest sizes, and nothing but FormatError for a bad file."""
 
+import base64
 import json
 import lzma
 import os
@@ -185,6 +186,42 @@ def test_load_rebuilds_the_network(mode, tmp_path):
     assert torch.equal(network(x), skeleton(x))
 
 
+def golden_model():
+    """A model defined by arithmetic, not by a random generator; it takes every coder of both modes."""
+    n = torch.arange(480)
+    mask = (n * n % 19 < 3).reshape(12, 40)
+    skewed = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1, 1, 2, 3]).int()[n * n * 7 % 11]
+    weights = {
+        "fc1": CompressedTensor.of(skewed.reshape(12, 10, 2, 2) * 2 - 3, Affine(torch.tensor(0.5), ints(-3)[0]), 3),
+        "fc2": CompressedTensor.of(skewed.reshape(12, 40), Levels(torch.tensor(0.25), ints(-3, -1, 1, 3)), 2, mask),
+        "fc3": CompressedTensor.of((n[:64] // 8).reshape(8, 8), Codebook(torch.arange(8) / 4), 3),
+    }
+    return CompressedModel(weights, {"fc2.bias": torch.arange(3) / 8, "steps": torch.tensor(3)},
+                           {"fc1": ActivationQuantizer(0.5)}, {"fc1": Window(4, (0, 2, 4))}, Topology({"fc1": "bn1"}))
+
+
+GOLDEN = {
+    "paper":
+        "ikpDTQEATIPRQKOUQG7WMTTQMdIBuh/oXpCoEUTUBOgvI4iIMVDEQscCpCJWB2oaUB3McpBotFJxSWoBiBcLUgOODoiIFVosgKy1UgL6SKm2FgAI"
+        "AAAAPwAFDt0CBQApKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpKSkpCQMEBQEAEAAsGBgYGBgYGBgYGBgYGBgYGBgYGBgY"
+        "GBgYGBgYGBgYGBgYGBgYGBgYGBgYGBgBAACAPgQNBRANDn8DAAgBAAAACBCMMcYYY4wxxhhjjDHGGGMMAwEFYQgwAB6LFfupqPFFOysq/lGjxYr9"
+        "VNT4op0VFf+o0WLFfioCCAAAAAAAAIA+AAAAPwAAQD8AAIA/AACgPwAAwD8AAOA/DjkDAAgBAAAACAgBAAAAAAAAAA0ASJIkkSRJ2rZtI0mSbNu2"
+        "tW3b/v//BxmLNtCBOcRCx0DHAGQQlG+iEw1ylgnY0lgAAAAAPwAAAAAAAAAAPgAAgD4DAAAAAAAAALuZpBzY5kUP",
+    "best":
+        "ikpDTQEBTIPRQKOUQG7WMTTQMdIBuh/oXpCoEUTUBOgvI4iIMVDEQscCpCJWB2oaUB3McpBotFJxSWoBiBcLUgOODoiIFVosgKy1UgL6SKm2FgAI"
+        "AAAAPwAFC90CggAESWQi4B0KtgVLnboIkmTE3qFNOqJgCGuF5cxsO/VE6OgAGA2pXYIEBQkABySU2p4Q85mKVFB4aTDciaLcS8z2O+CcvA9a99vP"
+        "hD3Z6ZuNd2sBAACAPgQNBRANFk1iABEHAAAAAAAGCVkLIFj/bEo/mmIABDUKDhN77GFvG6J8LL/RxQFlAggAAAAAAACAPgAAAD8AAEA/AACAPwAA"
+        "oD8AAMA/AADgPwANAAAAAEmSJJIkSdu2bSRJkm3btrZt2////xmLNtCBOcRCx0DHAGQQlG+iEw1ylgnY0lgAAAAAPwAAAAAAAAAAPgAAgD4DAAAA"
+        "AAAAACgpSWJwxxMW",
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_files_of_this_version_stay_readable(mode):
+    """Whoever changes the format raises VERSION; a new release of a library must not change it unnoticed."""
+    assert_same(golden_model(), from_bytes(base64.b64decode(GOLDEN[mode])))
+
+
 # --- sizes -------------------------------------------------------------------------------------------------
 
 
@@ -221,20 +258,16 @@ def test_paper_mode_takes_what_deep_compression_counts(index_bits):
     assert sizes.codebooks == 32 * 4 + 2
 
 
-def test_sizes_split_a_dense_stream_by_the_information_of_the_mask():
+def test_sizes_split_a_dense_stream_by_the_information_of_the_mask(tmp_path):
     t = big()
-    layer = inspect_bytes(CompressedModel({"fc": t}, {}))["layers"][0]
+    layer = inspected(CompressedModel({"fc": t}, {}), tmp_path)["layers"][0]
     assert layer["coder"] == "dense: range"
     assert layer["bytes"]["positions"] == pytest.approx(layer["mask_entropy"] * 200_000 / 8, abs=2)
 
 
-def inspect_bytes(model, tmp="/tmp", **arguments):
-    path = os.path.join(tmp, f"inspect-{os.getpid()}.jc")
-    try:
-        encode(model, path, **arguments)
-        return inspect(path)
-    finally:
-        os.unlink(path)
+def inspected(model, folder, **arguments):
+    encode(model, folder / "inspected.jc", **arguments)
+    return inspect(folder / "inspected.jc")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -252,13 +285,13 @@ def test_inspect_agrees_with_encode(mode, tmp_path):
     assert layer["code_entropy"] == pytest.approx(entropy(t.codes[t.mask].numpy()))
 
 
-def test_index_bits():
+def test_index_bits(tmp_path):
     model = small()
     sizes = {bits: to_bytes(model, mode="paper", index_bits=bits)[1].total for bits in [*range(2, 9), "auto"]}
     assert sizes["auto"] <= min(sizes.values())
     per_layer = {"conv1": 1, "conv2": 3, "fc": 16}
     coders = [layer["coder"].split(":")[0] for layer in
-              inspect_bytes(model, mode="paper", index_bits=per_layer)["layers"]]
+              inspected(model, tmp_path, mode="paper", index_bits=per_layer)["layers"]]
     assert coders == ["gap 1", "gap 3", "gap 16"]
     for wrong in (0, 17, 5.0, True, "five", None, {"fc": 5}, per_layer | {"conv2": 0}, per_layer | {"other": 5}):
         with pytest.raises(ConfigError):
@@ -272,13 +305,13 @@ def test_small_networks_have_small_overhead():
     assert sizes.header <= 110 and sizes.activations <= 60 and len(data) < 700
 
 
-def test_a_column_of_zeros_costs_less_by_column():
+def test_a_column_of_zeros_costs_less_by_column(tmp_path):
     mask = torch.zeros(64, 200, dtype=torch.bool)
     mask[:, ::23] = True
     t = CompressedTensor.of(mask.int(), Affine(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32)), 2)
     model = CompressedModel({"fc": t}, {})
     round_trip(model)
-    assert inspect_bytes(model)["layers"][0]["coder"].startswith("gap")
+    assert inspected(model, tmp_path)["layers"][0]["coder"].startswith("gap")
 
 
 # --- bad files ---------------------------------------------------------------------------------------------
@@ -350,6 +383,10 @@ END = varint(0) + b"\0"  # no activations, nothing in the rest
 
 def layer(shape=(2, 3), bits=4, name="fc", **parts):
     return {"w": [[name, list(shape) if isinstance(shape, tuple) else shape, bits]], **parts}
+
+
+def test_names_with_line_ends_make_one_line():
+    refused(container.frame("best", layer(name="a\nb", r=[["a\nb.weight", [0]]]), DENSE_ONES + END), "a b")
 
 
 def test_the_hand_made_file_is_right():

@@ -1,13 +1,16 @@
 """A compressed model run in integer arithmetic.
 
 Activations are integer codes, weights are integers, accumulators are exact. Where a value is produced (by a
-conv, linear, add, average pool, or at the input) it is requantized once for every quantizer that reads it:
+conv, linear, add, average pool, or at the input) it is requantized once for every quantizer that reads it, from
+its terms, in float32, to the nearest even:
 
-    code = clamp(round_half_even(float32(accumulator) * m + b) + zero)         float32 arithmetic
-    m = scale_in * scale_w * gamma / sqrt(var + eps) / scale_out,   b = folded bias / scale_out   (rounded once)
+    code = clamp(round((t0 * m0 + b) + t1 * m1))      m_i = gain_i / scale_out,  b = (shift / scale_out) + zero_out
 
-so a batch norm that follows a conv or linear costs nothing. ReLU, max pool and flatten act on codes. A layer
-without codes (excluded by the method, or by the caller's policy) runs in float and is listed in `float_layers`.
+A conv or linear has one term, its accumulators, with gain scale_in * scale_w * gamma / sqrt(var + eps): a batch
+norm that follows costs nothing. An add has two: codes of its inputs on their own scales, or, for the edge that
+`Graph.accumulator_edges` names, the accumulators of the conv before it, which are never rounded to codes. ReLU,
+max pool and flatten act on codes. What has no codes (a layer excluded by the method or by the caller's policy)
+runs in float and is listed in `float_nodes`.
 """
 
 from collections.abc import Callable
@@ -19,12 +22,32 @@ from torch import Tensor, nn
 from methods.core.artifact import ActivationQuantizer, CompressedModel
 from methods.core.build import apply
 from methods.core.errors import GraphError
-from methods.core.graph import CODE_OPS, Graph, Node, trace
+from methods.core.fold import norm_ratio
+from methods.core.graph import CODE_OPS, EDGE_OPS, Graph, Node, trace
 
 from .accumulate import accumulate, exact_dtype
 from .weights import IntegerWeight, integer_weight
 
-Forms = dict[ActivationQuantizer | None, Tensor]  # a value's codes per quantizer; None: the real value
+
+@dataclass(frozen=True)
+class Terms:
+    """A value as t0 * gain0 + shift (+ t1 * gain1): integers held in float32, factors in float64 ([C] or [])."""
+
+    tensors: tuple[Tensor, ...]
+    gains: tuple[Tensor, ...]
+    shift: Tensor
+
+    def scaled(self, step: float, zero: int) -> Tensor:
+        """float32 (t0 * m0 + b) + t1 * m1 in units of `step`, with `zero` added."""
+        t, shape = self.tensors, (1, -1, *[1] * (self.tensors[0].ndim - 2))
+        m = [_f32(gain / step, tensor, shape) for gain, tensor in zip(self.gains, t, strict=True)]
+        y = t[0] * m[0] + _f32(self.shift / step + zero, t[0], shape)
+        return y if len(t) == 1 else y + t[1] * m[1]
+
+
+Form = ActivationQuantizer | str  # in which form a value is read: codes of a quantizer, or one of
+REAL, ACCUMULATORS = "real", "accumulators"
+Forms = dict[Form, Tensor | Terms]
 
 
 @dataclass(frozen=True)
@@ -34,7 +57,7 @@ class IntegerLayer:
     node: Node
     weight: IntegerWeight
     source: ActivationQuantizer
-    gain: Tensor  # float64 [C_out], without the input scale
+    gain: Tensor  # float64 [C_out]
     shift: Tensor  # float64 [C_out]
     dtype: torch.dtype
 
@@ -61,8 +84,9 @@ class IntegerNetwork:
                       if (norm := self.graph.norm_after(node.name)) is not None}
         self.layers = {node.name: self._layer(node, compressed) for node in self.graph
                        if node.name in compressed.weights and node.name not in float_policy}
-        self.float_layers = [node.name for node in self.graph
-                             if node.op in ("conv", "linear") and node.name not in self.layers]
+        self.pending = {edge: layer for edge, layer in self.graph.accumulator_edges().items()
+                        if layer in self.layers and edge not in self.ranges}
+        self.float_nodes = [node.name for node in self.graph if node.op in EDGE_OPS and not self._is_integer(node)]
         self.wanted = {node.name: self._wanted(node.name) for node in self.graph}
         self.see: Callable[[IntegerLayer, Tensor, Tensor], None] | None = None  # (layer, codes in, accumulators)
 
@@ -73,7 +97,8 @@ class IntegerNetwork:
         weight = integer_weight(compressed.weights[node.name])
         low, high = (code - source.zero for code in source.code_range)
         ratio, shift = self._epilogue(node)
-        return IntegerLayer(node, weight, source, weight.scale * ratio, shift, exact_dtype(weight.integers, low, high))
+        return IntegerLayer(node, weight, source, weight.scale * ratio * source.scale, shift,
+                            exact_dtype(weight.integers, low, high))
 
     def _epilogue(self, node: Node) -> tuple[Tensor, Tensor]:
         """float64 [C_out] ratio and shift of bias and batch norm: y = z * ratio + shift."""
@@ -83,20 +108,28 @@ class IntegerNetwork:
         if norm_name is None:
             return torch.ones_like(bias), bias
         norm = self.graph.nodes[norm_name].module
-        ratio = (norm.running_var.double() + norm.eps).rsqrt()
-        ratio = ratio * norm.weight.detach().double() if norm.affine else ratio
+        ratio = norm_ratio(norm)
         shift = (bias - norm.running_mean.double()) * ratio
         return ratio, shift + norm.bias.detach().double() if norm.affine else shift
 
-    def _wanted(self, name: str) -> list[ActivationQuantizer | None]:
+    def _is_integer(self, node: Node) -> bool:
+        if node.op in ("conv", "linear"):
+            return node.name in self.layers
+        return all(edge in self.ranges or edge in self.pending for edge in node.edges())
+
+    def _form(self, edge: str) -> Form:
+        """The form in which the value at an edge is read."""
+        return ACCUMULATORS if edge in self.pending else self.ranges.get(edge, REAL)
+
+    def _wanted(self, name: str) -> list[Form]:
         """The forms in which the value `name` is read, in order of first use."""
-        found = [None] if name == self.graph.output else []
+        found: list[Form] = [REAL] if name == self.graph.output else []
         for node in self.graph.consumers(name):
             if node.op in CODE_OPS or node.name in self.fused:
                 found += self._wanted(node.name)
             else:
-                found += [self.ranges.get(edge) for edge, source in zip(node.edges(), node.inputs, strict=False)
-                          if source == name] or [None]
+                found += [self._form(edge) for edge, source in zip(node.edges(), node.inputs, strict=False)
+                          if source == name] or [REAL]
         return list(dict.fromkeys(found))
 
     @torch.no_grad()
@@ -107,99 +140,89 @@ class IntegerNetwork:
             for name in node.inputs:  # free what nobody reads any more
                 if name != self.graph.output and self.graph.consumers(name)[-1].name == node.name:
                     values.pop(name, None)
-        return values[self.graph.output][None]
+        return values[self.graph.output][REAL]
 
     def _step(self, node: Node, x: Tensor, values: dict[str, Forms]) -> Forms:
-        if node.op == "input":
-            return self._requantize(node, lambda q: (x, None, None))
         inputs = [values[name] for name in node.inputs]
+        if node.op == "input":
+            return self._from_real(node, x)
         if node.name in self.fused:
             return inputs[0]
         if node.op in CODE_OPS:
-            return {q: _on_codes(node, q, value) for q, value in inputs[0].items()}
-        if node.name in self.layers:
-            layer = self.layers[node.name]
-            codes = inputs[0][layer.source]
-            total = layer.accumulate(codes)
-            if self.see is not None:
-                self.see(layer, codes, total)
-            total = total.float()
-            return self._requantize(node, lambda q: (total, layer.gain * layer.source.scale, layer.shift))
-        if node.op == "avgpool" and self.ranges.get(node.name) is not None:
-            return self._average(node, inputs[0])
-        if node.op == "add" and all(self.ranges.get(edge) is not None for edge in node.edges()):
-            return self._add(node, inputs)
-        real = [self._real(edge, forms) for edge, forms in zip(node.edges() or [node.name], inputs, strict=False)]
-        y = node.run(*real)
-        if node.name in self.float_layers and self.graph.norm_after(node.name) is not None:
-            y = self.graph.nodes[self.graph.norm_after(node.name)].run(y)
-        return self._requantize(node, lambda q: (y, None, None))
+            return {form: _on_codes(node, form, value) for form, value in inputs[0].items()}
+        if node.name in self.float_nodes or node.op not in EDGE_OPS:
+            return self._from_real(node, self._float(node, inputs))
+        terms = {"conv": self._multiplied, "linear": self._multiplied, "add": self._added, "avgpool": self._averaged}
+        return self._from_terms(node, terms[node.op](node, inputs))
 
-    def _real(self, edge: str, forms: Forms) -> Tensor:
-        """The real value a float operation reads at `edge`: decoded where the edge is quantized."""
-        quantizer = self.ranges.get(edge)
-        return forms[None] if quantizer is None else quantizer.decode(forms[quantizer])
+    def _multiplied(self, node: Node, inputs: list[Forms]) -> Terms:
+        layer = self.layers[node.name]
+        codes = inputs[0][layer.source]
+        total = layer.accumulate(codes)
+        if self.see is not None:
+            self.see(layer, codes, total)
+        return Terms((total.float(),), (layer.gain,), layer.shift)
 
-    def _requantize(self, node: Node, parts) -> Forms:
-        """Every wanted form of y = total * gain + shift (per channel; gain None: y = total)."""
-        forms: Forms = {}
-        for quantizer in self.wanted[node.name]:
-            total, gain, shift = parts(quantizer)
-            step = 1.0 if quantizer is None else quantizer.scale
-            if gain is None:
-                y = total if quantizer is None else total / step
+    def _added(self, node: Node, inputs: list[Forms]) -> Terms:
+        """Accumulators first; a code c on a scale s with zero point z is c * s, and -z * s goes into the shift."""
+        sides = [(edge, forms[self._form(edge)]) for edge, forms in zip(node.edges(), inputs, strict=True)]
+        sides.sort(key=lambda side: side[0] not in self.pending)
+        tensors, gains, shift = [], [], torch.zeros((), dtype=torch.float64)
+        for edge, value in sides:
+            if isinstance(value, Terms):
+                tensors.append(value.tensors[0])
+                gains.append(value.gains[0])
+                shift = shift + value.shift
             else:
-                shape = (1, -1, *[1] * (total.ndim - 2))
-                m, b = ((part / step).float().to(total.device).reshape(shape) for part in (gain, shift))
-                y = total * m + b
-            forms[quantizer] = y if quantizer is None else _to_codes(y, quantizer)
-        return forms
+                quantizer = self.ranges[edge]
+                tensors.append(value)
+                gains.append(torch.tensor(quantizer.scale, dtype=torch.float64))
+                shift = shift - quantizer.zero * quantizer.scale
+        return Terms(tuple(tensors), tuple(gains), shift)
 
-    def _average(self, node: Node, forms: Forms) -> Forms:
+    def _averaged(self, node: Node, inputs: list[Forms]) -> Terms:
         """Average pool on codes: exact integer sums, then one multiplication."""
         quantizer = self.ranges[node.name]
-        codes = (forms[quantizer] - quantizer.zero).double()
+        codes = (inputs[0][quantizer] - quantizer.zero).double()
         mean = node.run(codes)
-        area = _window(node, codes.shape, mean.shape)
-        total = torch.round(mean * area)
-        if bool(((mean * area - total).abs() > 1e-3).any()):
-            raise GraphError(f"the windows of the average pool {node.name} differ in size: no integer sums")
-        total = total.float()
-        return {q: (total * _f32(quantizer.scale / area)) if q is None else
-                _to_codes(total * _f32(quantizer.scale / area / q.scale), q) for q in self.wanted[node.name]}
+        area = (codes.shape[-1] * codes.shape[-2]) // (mean.shape[-1] * mean.shape[-2])
+        gain = torch.tensor(quantizer.scale / area, dtype=torch.float64)
+        return Terms((torch.round(mean * area).float(),), (gain,), torch.zeros((), dtype=torch.float64))
 
-    def _add(self, node: Node, inputs: list[Forms]) -> Forms:
-        """a + b of codes on their own scales: round_half_even(a * (s_a / s) + b * (s_b / s))."""
-        sides = [self.ranges[edge] for edge in node.edges()]
-        a, b = (forms[q] - q.zero for forms, q in zip(inputs, sides, strict=True))
+    def _float(self, node: Node, inputs: list[Forms]) -> Tensor:
+        """The real output of an operation in float, on inputs decoded where the edge is quantized."""
+        real = []
+        for edge, forms in zip(node.edges() or [node.name], inputs, strict=False):
+            form = self._form(edge)
+            real.append(forms[REAL] if form == REAL else form.decode(forms[form]))
+        y = node.run(*real)
+        norm = self.graph.norm_after(node.name) if node.op in ("conv", "linear") else None
+        return y if norm is None else self.graph.nodes[norm].run(y)
+
+    def _from_real(self, node: Node, y: Tensor) -> Forms:
+        return {form: y if form == REAL else form.encode(y) for form in self.wanted[node.name]}
+
+    def _from_terms(self, node: Node, terms: Terms) -> Forms:
+        """Every wanted form of a value."""
         forms: Forms = {}
-        for q in self.wanted[node.name]:
-            step = 1.0 if q is None else q.scale
-            y = a * _f32(sides[0].scale / step) + b * _f32(sides[1].scale / step)
-            forms[q] = y if q is None else _to_codes(y, q)
+        for form in self.wanted[node.name]:
+            if form == ACCUMULATORS:
+                forms[form] = terms
+            elif form == REAL:
+                forms[form] = terms.scaled(1.0, 0)
+            else:
+                forms[form] = torch.round(terms.scaled(form.scale, form.zero)).clamp_(*form.code_range)
         return forms
 
 
-def _f32(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32)
+def _f32(factor: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A float64 factor rounded once to float32, shaped to multiply `like`."""
+    factor = factor.float().to(like.device)
+    return factor.reshape(shape) if factor.ndim else factor
 
 
-def _window(node: Node, before: torch.Size, after: torch.Size) -> int:
-    """Inputs of one window of an average pool."""
-    pool = node.module
-    if isinstance(pool, nn.AvgPool2d):
-        sides = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
-        return pool.divisor_override if pool.divisor_override is not None else sides[0] * sides[1]
-    return (before[-1] * before[-2]) // (after[-1] * after[-2])
-
-
-def _to_codes(y: Tensor, quantizer: ActivationQuantizer) -> Tensor:
-    """`y`, in steps of the quantizer, to codes held as float32."""
-    return torch.round(y).add_(quantizer.zero).clamp_(*quantizer.code_range)
-
-
-def _on_codes(node: Node, quantizer: ActivationQuantizer | None, value: Tensor) -> Tensor:
+def _on_codes(node: Node, form: Form, value: Tensor) -> Tensor:
     """A monotone or moving operation; on codes a ReLU's 0 is the zero point."""
-    if quantizer is not None and node.op == "relu":
-        return value.clamp_min(float(quantizer.zero))
+    if form != REAL and node.op == "relu":
+        return value.clamp_min(float(form.zero))
     return node.run(value)

@@ -3,14 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from .table import in_markdown
 
 Row = Mapping[str, Any]
 DERIVED = {"error_float": lambda r: 100 - r["top1_float"], "error_integer": lambda r: 100 - r["top1_integer"]}
 
 
 def lookup(row: Row, path: str) -> float | None:
-    """The number at a dotted path of a row, such as accounting.ratios.data_only; None if the row lacks it."""
+    """The number at a dotted path of a row, such as accounting.ratios.data_only; None if the row has none there."""
     if path in DERIVED:
         return DERIVED[path](row)
     value: Any = row
@@ -18,23 +21,32 @@ def lookup(row: Row, path: str) -> float | None:
         if not isinstance(value, Mapping) or part not in value:
             return None
         value = value[part]
-    return value
+    return value if isinstance(value, (int, float)) else None
 
 
 def compared(row: Row) -> list[tuple[str, float, float | None]]:
     """(metric, paper, ours) for every printed number: of the row, then of each layer."""
-    printed = dict(row["paper"])
-    layers = printed.pop("layers", {})
-    lines = [(metric, value, lookup(row, metric)) for metric, value in printed.items()]
-    for layer, numbers in layers.items():
+    lines = [(metric, value, lookup(row, metric)) for metric, value in _dotted(row["paper"])]
+    for layer, numbers in row["paper"].get("layers", {}).items():
         ours = row["layers"].get(layer, {})
-        lines += [(f"{layer} {metric}", value, ours.get(metric)) for metric, value in numbers.items()]
+        lines += [(f"{layer} {metric}", value, ours.get(metric)) for metric, value in _dotted(numbers)]
     return lines
+
+
+def _dotted(tables: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """(dotted path, value) of all but the table `layers`: `cost.density = 1` in TOML is a table `cost`."""
+    found: list[tuple[str, float]] = []
+    for key, value in tables.items():
+        if isinstance(value, Mapping):
+            found += [] if key == "layers" else [(f"{key}.{path}", number) for path, number in _dotted(value)]
+        else:
+            found.append((key, value))
+    return found
 
 
 def terminal(rows: Sequence[Row], title: str) -> Table:
     """A rich table of all rows."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for head in ("row", "metric", "paper", "ours", "difference"):
         table.add_column(head, justify="left" if head in ("row", "metric") else "right")
     for row in rows:
@@ -49,7 +61,7 @@ def markdown(rows: Sequence[Row]) -> str:
     out = "| row | metric | paper | ours | difference |\n| --- | --- | ---: | ---: | ---: |\n"
     for row in rows:
         for line in _texts(row):
-            out += f"| {row['name']} | " + " | ".join(line) + " |\n"
+            out += "| " + " | ".join(map(in_markdown, (row["name"], *line))) + " |\n"
     return out
 
 

@@ -5,15 +5,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..accounting import COUNTED
 from .plots import AXES, as_svg, pareto_plot
-from .table import COLUMNS, baseline_row, cells
+from .table import COLUMNS, cells, listed
 
 Row = Mapping[str, Any]
+FACTS = ("note", "file", "task", "network", "seed", "budget", "config", "setup", "checkpoint", "data", "integer",
+         "ranges_by", "commit", "dirty", "device", "threads", "torch", "numpy", "python", "cpu", "gpu")
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1a1a1a;background:#fff}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1em 0;display:block;overflow-x:auto}
 th,td{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}th{vertical-align:bottom;font-weight:600}
-th:first-child,td:first-child{text-align:left}thead tr:first-child th{border-bottom:none;color:#666;font-weight:400}
+th:first-child,td:first-child,td.text{text-align:left}thead tr:first-child th{border-bottom:none;color:#666;font-weight:400}
 tr.baseline td{color:#666}figure{display:inline-block;margin:0 1em 1em 0}svg{max-width:100%;height:auto}
 details{margin:.5em 0;border-left:3px solid #ddd;padding-left:1em}code,pre{font-size:13px;background:#f5f5f5}
 pre{padding:.7em;overflow-x:auto}dt{font-weight:600}dd{margin:0 0 .3em 1.5em}
@@ -22,15 +25,15 @@ pre{padding:.7em;overflow-x:auto}dt{font-weight:600}dd{margin:0 0 .3em 1.5em}
 
 def page(rows: Sequence[Row], title: str, command: str) -> str:
     """The report of a comparison: table, plots, and per row the layers, the byte split and the provenance."""
-    base = baseline_row(rows[0])
     axes = [column.axis for column in COLUMNS]
     head = "".join(f"<th colspan={axes.count(axis)}>{html.escape(axis)}</th>" for axis in dict.fromkeys(axes))
     names = "".join(f'<th title="{html.escape(c.meaning)}">{html.escape(c.header)}</th>' for c in COLUMNS)
-    body = _line(base, "baseline") + "".join(_line(row) for row in rows)
-    plots = "".join(f"<figure>{as_svg(pareto_plot(rows, axis, baseline=base['top1_float']))}</figure>" for axis in AXES)
+    body = "".join(_line(row, "baseline" if row["method"] == "none" else "") for row in listed(rows))
+    plots = "".join(f"<figure>{as_svg(pareto_plot(rows, axis))}</figure>" for axis in AXES)
     meanings = "".join(f"<dt>{html.escape(c.header)}</dt><dd>{html.escape(c.meaning)}</dd>" for c in COLUMNS)
-    details = "".join(_details(row) for row in rows)
-    return (f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
+    details = "".join(_details(row) for row in listed(rows) if row["method"] != "none")
+    return (f"<!doctype html><html lang=en><meta charset=utf-8>"
+            f"<meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
             f"<style>{STYLE}</style>"
             f"<h1>{html.escape(title)}</h1><p>Every number was measured from the decoded file. Again: "
             f"<code>{html.escape(command)}</code></p>"
@@ -43,21 +46,21 @@ def _line(row: Row, kind: str = "") -> str:
 
 
 def _details(row: Row) -> str:
-    keys = list(next(iter(row["layers"].values())))
+    keys = list(dict.fromkeys(key for layer in row["layers"].values() for key in layer))
     layers = "".join("<tr><td>" + html.escape(name) + "</td>"
                      + "".join(f"<td>{_number(layer.get(key))}</td>" for key in keys) + "</tr>"
                      for name, layer in row["layers"].items())
-    heads = "".join(f"<th>{html.escape(key)}</th>" for key in ["layer", *keys])
-    ratios = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:.2f}x</td></tr>"
+    heads = "".join(f"<th>{html.escape(key.replace('_', ' '))}</th>" for key in ["layer", *keys])
+    ratios = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:.2f}x</td>"
+                     f"<td class=text>{html.escape(COUNTED.get(name, ''))}</td></tr>"
                      for name, value in row["accounting"]["ratios"].items())
-    split = "".join(f"<tr><td>{html.escape(name)}</td><td>{value}</td></tr>"
+    split = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:,}</td></tr>"
                     for name, value in row["bytes_split"].items())
-    facts = {key: row[key] for key in ("budget", "config", "setup", "seed", "checkpoint", "data", "commit", "dirty",
-                                       "threads", "torch", "python", "cpu", "gpu", "integer", "ranges_by")}
+    facts = {key: row[key] for key in FACTS if key in row}
     return (f"<details><summary>{html.escape(row['name'])}</summary><h3>Bytes of the file</h3><table>{split}</table>"
             f"<h3>Ratios in the papers' accountings</h3><table>{ratios}</table><h3>Layers</h3>"
             f"<table><tr>{heads}</tr>{layers}</table><h3>Where it comes from</h3>"
-            f"<pre>{html.escape(json.dumps(facts, indent=1))}</pre></details>")
+            f"<pre>{html.escape(json.dumps(facts, indent=1, ensure_ascii=False))}</pre></details>")
 
 
 def _number(value: Any) -> str:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 Row = Mapping[str, Any]
 AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
     "bytes": ("bytes of the file", lambda r: r["bytes"]),
-    "bops": ("BOPs at 8-bit activations, pruned weights skipped", lambda r: r["cost"]["sparse_bops"]),
+    "bops": ("BOPs, pruned weights skipped", lambda r: r["cost"]["sparse_bops"]),
 }
 MARKERS = "osD^vPX*<>hp"
 
@@ -24,8 +24,11 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def pareto_plot(rows: Sequence[Row], axis: str, score: str = "top1_integer", baseline: float | None = None) -> Figure:
-    """Top-1 (`top1_integer` or `top1_float`) against "bytes" or "bops", one marker per method."""
+def pareto_plot(rows: Sequence[Row], axis: str, score: str = "top1_integer") -> Figure:
+    """Top-1 (`top1_integer` or `top1_float`) against "bytes" or "bops", one marker per method.
+
+    The float32 baseline is drawn where all rows share it.
+    """
     label, cost = AXES[axis]
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     panel = figure.add_subplot()
@@ -34,9 +37,10 @@ def pareto_plot(rows: Sequence[Row], axis: str, score: str = "top1_integer", bas
         panel.plot([cost(r) for r in mine], [r[score] for r in mine], MARKERS[i % len(MARKERS)], ms=8, label=method,
                    alpha=0.85)
     front = pareto_front([(cost(r), r[score]) for r in rows])
-    panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, label="Pareto front")
-    if baseline is not None:
-        panel.axhline(baseline, color="0.3", lw=1, ls="--", label="float32 baseline")
+    panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post", label="Pareto front")
+    baselines = {row["baseline_top1"] for row in rows}
+    if len(baselines) == 1:
+        panel.axhline(baselines.pop(), color="0.3", lw=1, ls="--", label="float32 baseline")
     panel.set(xscale="log", xlabel=f"{label} (log scale)",
               ylabel=f"test top-1, %, {score.removeprefix('top1_')} arithmetic")
     panel.grid(alpha=0.25, which="both")

@@ -1,11 +1,15 @@
 """The comparison table along three axes: capability kept, hardware efficiency, difficulty."""
 
 import csv
+import html
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -41,13 +45,13 @@ COLUMNS = (
     Column("", "method", lambda r: r["name"], str, "row and the method that made it"),
     Column(CAPABILITY, "top-1 float", lambda r: r["top1_float"], "{:.2f}".format,
            "test accuracy in percent, decoded weights in float arithmetic"),
-    Column(CAPABILITY, "top-1 integer", lambda r: r["top1_integer"], lambda v: "—" if v is None else f"{v:.2f}",
-           "test accuracy in percent in integer arithmetic, 8-bit activations"),
+    Column(CAPABILITY, "top-1 integer", lambda r: r["top1_integer"], "{:.2f}".format,
+           "test accuracy in percent in integer arithmetic; activations have 8 bits unless the method chose others"),
     Column(HARDWARE, "file", lambda r: r["bytes"], _short_bytes, "bytes of the file on disk, everything included"),
     Column(HARDWARE, "smaller", lambda r: r["float32_bytes"] / r["bytes"], "{:.1f}x".format,
            "float32 bytes of the network / bytes of the file"),
     Column(HARDWARE, "density", lambda r: r["cost"]["density"], "{:.3g}".format,
-           "kept fraction of conv and linear weights"),
+           "kept fraction of the uncompressed network's conv and linear weights"),
     Column(HARDWARE, "bits", lambda r: r["cost"]["mean_bits"], "{:.3g}".format, "mean code width of a kept weight"),
     Column(HARDWARE, "BOPs", lambda r: r["cost"]["bops"], _count, "sum of MACs x weight bits x activation bits"),
     Column(HARDWARE, "BOPs, zeros skipped", lambda r: r["cost"]["sparse_bops"], _count,
@@ -61,6 +65,26 @@ COLUMNS = (
 )
 
 
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Of rows with one name, task, network and seed the last."""
+    return list({(row["task"], row["network"], row["name"], row["seed"]): row for row in rows}.values())
+
+
+def listed(rows: Sequence[Row]) -> list[Row]:
+    """`rows` under the baseline they start from; names that occur more than once say network and seed."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["network"], row["checkpoint"]["digest"]), []).append(row)
+    names = [row["name"] for row in rows]
+    out: list[Row] = []
+    for (_, network, _), group in groups.items():
+        base = baseline_row(group[0])
+        out.append(base if len(groups) == 1 else {**base, "name": f"{base['name']}, {network}"})
+        out += [row if names.count(row["name"]) == 1 else
+                {**row, "name": f"{row['name']}, {network}, seed {row['seed']}"} for row in group]
+    return out
+
+
 def baseline_row(row: Row) -> dict[str, Any]:
     """The uncompressed network of a row, as a row of its own."""
     cost = row["cost"]
@@ -68,32 +92,46 @@ def baseline_row(row: Row) -> dict[str, Any]:
     full = {**cost, "macs": macs, "density": 1.0, "mean_bits": 32.0, "bops": macs * 1024, "sparse_bops": macs * 1024}
     return {"name": "float32 baseline", "method": "none", "top1_float": row["baseline_top1"], "top1_integer": None,
             "bytes": row["float32_bytes"], "float32_bytes": row["float32_bytes"], "cost": full,
-            "difficulty": {"data": "—", "knobs": 0, "lines": 0, "seconds": 0.0}}
+            "difficulty": dict.fromkeys(("data", "knobs", "lines", "seconds"))}
 
 
-def terminal(rows: Sequence[Row], title: str, columns: Sequence[Column] = COLUMNS) -> Table:
-    """A rich table; the axes stand above their columns."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    seen = ""
+def terminal(rows: Sequence[Row], title: str, width: int) -> Group:
+    """The table for a terminal of `width` characters: in one piece, or one table per axis where that is too wide."""
+    whole = _table(rows, title, COLUMNS)
+    wide = Console(width=1000)
+    if wide.measure(whole).maximum <= width:
+        return Group(whole)
+    axes = list(dict.fromkeys(column.axis for column in COLUMNS if column.axis))
+    parts = [_table(rows, axis, [c for c in COLUMNS if c.axis in ("", axis)]) for axis in axes]
+    return Group(title, *parts)
+
+
+def _table(rows: Sequence[Row], title: str, columns: Sequence[Column]) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        head = column.axis if column.axis != seen else ""
-        seen = column.axis
-        table.add_column(f"{head}\n{column.header}" if any(c.axis for c in columns) else column.header,
-                         justify="left" if not column.axis else "right", overflow="fold")
+        table.add_column(column.header.replace(" ", "\n") if column.axis else column.header, vertical="bottom",
+                         justify="right" if column.axis else "left", overflow="fold")
     for row in rows:
         table.add_row(*cells(row, columns))
     return table
 
 
 def cells(row: Row, columns: Sequence[Column] = COLUMNS) -> list[str]:
-    return [column.show(column.value(row)) for column in columns]
+    values = [column.value(row) for column in columns]
+    return ["—" if value is None else column.show(value) for column, value in zip(columns, values, strict=True)]
 
 
 def markdown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
     """A GitHub table."""
     lines = [[column.header for column in columns], ["---" if not c.axis else "---:" for c in columns]]
-    lines += [cells(row, columns) for row in rows]
+    lines += [[in_markdown(cell) for cell in cells(row, columns)] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def in_markdown(text: str) -> str:
+    """`text` inside a cell of a GitHub table, shown as it is."""
+    text = " ".join(html.escape(text, quote=False).split())
+    return re.sub(r"([\\|`*\[\]])", r"\\\1", text)
 
 
 def comma_separated(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:

@@ -41,18 +41,23 @@ def quantizer_of(low: float, high: float, bits: int) -> ActivationQuantizer:
 @torch.no_grad()
 def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
               method: str = "minmax") -> dict[str, ActivationQuantizer]:
-    """{edge: quantizer} for every edge of `model`, from its float activations on `inputs` [n, ...] in eval mode."""
+    """{edge: quantizer} from the float activations of `model` on `inputs` [n, ...] in eval mode.
+
+    For every edge but those where an add takes the accumulators of the conv before it.
+    """
     if method not in OBSERVERS:
         raise ConfigError(f"range method {method!r}: allowed are {', '.join(OBSERVERS)}")
     check_calibration(bits, len(inputs))
     was_training = model.training
     model.eval()
     graph = trace(model)
-    observers = {edge: OBSERVERS[method]() for edge in graph.edges()}
+    skipped = graph.accumulator_edges()
+    observers = {edge: OBSERVERS[method]() for edge in graph.edges() if edge not in skipped}
 
     def see(node, values, output):
         for edge, value in zip(node.edges(), values, strict=False):
-            observers[edge].update(value.float())
+            if edge in observers:
+                observers[edge].update(value.float())
 
     device = next(model.parameters()).device
     for start in range(0, len(inputs), BATCH):

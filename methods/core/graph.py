@@ -1,7 +1,7 @@
 """A network as a short list of known operations, traced with torch.fx.
 
 Edges are where activations can be quantized: the input of every conv, linear and average pool (edge name =
-node name) and both inputs of every add (edge names `add:0`, `add:1`). A module's node is called by its path
+node name) and the inputs of every add (edge names `add:0`, `add:1`). A module's node is called by its path
 (`layer1.0.conv2`), a function's, and a repeated call's of a module without weights, by its fx name (`add_3`).
 """
 
@@ -77,6 +77,23 @@ class Graph:
                 if last_use[name] == node.name and name != self.output:
                     values.pop(name, None)
         return values[self.output]
+
+    def accumulator_edges(self) -> dict[str, str]:
+        """{edge of an add: the conv or linear behind it}, at most one per add.
+
+        Where a conv or linear (and its batch norm) feeds nothing but an add, the sum is taken in its
+        accumulators, as integer engines do: that edge needs no quantizer of its own.
+        """
+        found: dict[str, str] = {}
+        for node in self:
+            for edge, name in zip(node.edges(), node.inputs, strict=False) if node.op == "add" else ():
+                layer, alone = self.nodes[name], len(self.consumers(name)) == 1
+                while layer.op in ("bn", "identity") and alone:
+                    layer = self.nodes[layer.inputs[0]]
+                    alone = len(self.consumers(layer.name)) == 1
+                if layer.op in ("conv", "linear") and alone and not any(e in found for e in node.edges()):
+                    found[edge] = layer.name
+        return found
 
     def norm_after(self, layer: str) -> str | None:
         """The batch norm that alone consumes `layer`'s output, or None."""

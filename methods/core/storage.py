@@ -117,8 +117,8 @@ def from_bytes(data: bytes, name: str = "the data") -> CompressedModel:
 def _open(data: bytes, name: str) -> tuple[str, CompressedModel, Sizes, dict[str, tuple[blocks.Layer, str]]]:
     try:
         return _parse(data)
-    except CompressError as error:
-        raise FormatError(f"{name}: {error}") from None
+    except CompressError as error:  # names in the file may hold line ends
+        raise FormatError(f"{name}: {' '.join(str(error).split())}") from None
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, ValueError) as error:
         raise FormatError(f"{name}: the content cannot be read ({type(error).__name__})") from error
 

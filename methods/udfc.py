@@ -1,0 +1,209 @@
+"""UDFC (Bai et al., "Unified Data-Free Compression: Pruning and Quantization without Fine-Tuning", ICCV 2023).
+
+What a removed or quantized channel gave to the next layer is put together from the channels that remain, without
+data and without fine-tuning. A removed channel becomes a linear combination of the kept ones, a quantized channel a
+multiple of itself; both minimise the distance of filters and biases after batch norm. The coefficients have closed
+forms and go into the next layer's weights, so the network only gets smaller.
+
+Algorithm, for each pair conv l -> BN -> ReLU -> l+1
+    S = the filters of largest norm, R = the others
+    for j in R:  s_j = argmin |W_j - sum_i s_ij G_i|^2 + alpha1 (K_j - sum_i s_ij K_i)^2        Eq. (12), (20)
+                 W'_i <- W'_i + sum_j s_ij W'_j  for every i in S                               Eq. (7)
+    remove R from l, its BN, and the inputs of l+1
+  then, for every layer:  W~ = Q_k(W)                                                           Eq. (3)
+    and for each pair:  s_m = argmin |r_m - s r~_m|^2 + alpha2 (K_m - s K_m)^2                  Eq. (14)
+                        gamma_m, beta_m <- s_m gamma_m, s_m beta_m   (the same as W'_m <- s_m W'_m, Eq. (9))
+
+Symbols    S kept; s_j of Eq. (20), "s hat": columns of `coefficients`; s_m of Eq. (14), "s tilde": `factors`
+           r_i = gamma_i / sigma_i W_i: Filters.r;  K_i = beta_i - gamma_i mu_i / sigma_i: Filters.k
+           G_i = (gamma_i sigma_j) / (sigma_i gamma_j) W_i;  k budget.bits;  ratio = 1 - budget.channel_density
+
+Departures
+  * Eq. (12) and (20) are solved on the folded filters r: multiplied by (gamma_j / sigma_j)^2 the loss becomes
+    |r_j - sum_i s_ij r_i|^2 + alpha1 (gamma_j / sigma_j)^2 (K_j - sum_i s_ij K_i)^2. form = "folded" uses alpha1 alone
+    as the weight of the bias, and so does form = "paper" for a channel with gamma_j = 0.
+  * Where the normal matrix of Eq. (20) is singular, its inverse is the pseudo-inverse: the least solution is taken.
+  * The printed Eq. (21) has the same matrix above and below, which makes s = 1, and Eq. (5) the reverse direction of
+    Eq. (9) and (14): the minimum of Eq. (14) is used. A channel without any weight or bias keeps s = 1.
+  * Eq. (3) returns values in [-1, 1]; they are multiplied by max|W| again, since BN is not recomputed. It has no level
+    0: an exact zero becomes the nearest odd step. per_channel = True (one maximum per filter) is not in the paper.
+  * The bound of Eq. (11) needs s >= 0, which Eq. (20) does not ensure: nonneg = True solves the same least squares
+    under s >= 0. joint = True aims Eq. (12) at the quantized kept filters instead of the float ones. Neither is there.
+  * Norms and coefficients are those of the original weights, also where l has itself lost inputs (joint: the current).
+  * Activations stay float: the paper prints activation bits and no activation quantizer.
+  * Pruned are convolutions that a single conv or linear reads (conv1 of a basic block): the printed sizes agree.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import nnls
+from torch import Tensor, nn
+
+from .core.artifact import CompressedModel, CompressedTensor, Topology
+from .core.budget import Budget
+from .core.build import assemble, check_finite, weight_layers
+from .core.channels import (
+    Filters,
+    Pair,
+    changed_widths,
+    count_channels,
+    fit_scales,
+    identity_on,
+    keep_channels,
+    merge_channels,
+    read_filters,
+    require_pairs,
+    scale_outputs,
+)
+from .core.errors import BudgetError, ConfigError
+from .core.odd_levels import quantize_odd
+from .core.run import Run
+from .core.task import Task
+
+DATA = "none"
+FORMS = ("paper", "folded")
+EPS = torch.finfo(torch.float64).eps
+
+
+@dataclass(frozen=True)
+class Config:
+    """criterion: "l1", "l2" or "gm"; form, nonneg, joint, per_channel: see the departures.
+
+    reconstruct = False prunes and quantizes without compensation (the paper's "Prune").
+    """
+
+    criterion: str = "l1"
+    alpha1: float = 0.01
+    alpha2: float = 0.008
+    form: str = "paper"
+    nonneg: bool = False
+    joint: bool = False
+    per_channel: bool = False
+    reconstruct: bool = True
+
+    def __post_init__(self):
+        if self.form not in FORMS:
+            raise ConfigError(f"form = {self.form!r}: allowed are {', '.join(FORMS)}")
+        for name in ("alpha1", "alpha2"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed is a number of 0 or more")
+
+
+def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
+             *, run: Run | None = None) -> CompressedModel:
+    """Budget: channel_density (of the prunable convolutions) and bits, each a number or {layer: number}, or one of
+    the two: without bits the weights stay float32."""
+    budget.require("udfc", optional=("channel_density", "bits"))
+    if budget.channel_density is None and budget.bits is None:
+        raise BudgetError("udfc needs the budget field 'channel_density' or 'bits'")
+    if config.joint and (budget.bits is None or not config.reconstruct):
+        raise ConfigError("joint = True needs the budget field 'bits' and reconstruct = True")
+    check_finite(model)
+    small = copy.deepcopy(model).cpu()
+    pairs = require_pairs(small, "udfc")
+    bits = None if budget.bits is None else budget.per_layer("bits", weight_layers(small))
+    if budget.channel_density is not None:
+        prune(small, pairs, budget.per_layer("channel_density", [pair.first for pair in pairs]), bits, config)
+    weights = {} if bits is None else quantize(small, pairs, bits, config)
+    widths = changed_widths(small, model)
+    channels = {pair.first: len(small.get_submodule(pair.first).weight) for pair in pairs}
+    return assemble(small, weights, topology=Topology(widths=widths), notes={"channels": channels})
+
+
+# --- pruning -----------------------------------------------------------------------------------------------
+
+
+def prune(model: nn.Module, pairs: list[Pair], densities: Mapping[str, float], bits: Mapping[str, float] | None,
+          config: Config) -> None:
+    """Remove channels of every pair, in place; what they gave is put together from the kept ones."""
+    originals = {pair: (model.get_submodule(pair.first).weight.detach(), read_filters(model, pair)) for pair in pairs}
+    for pair in pairs:
+        weight, filters = originals[pair]
+        n = len(weight)
+        kept = keep_channels(weight, count_channels(pair.first, n, densities[pair.first]), config.criterion)
+        removed = torch.tensor(sorted(set(range(n)) - set(kept.tolist())), dtype=torch.int64)
+        if len(removed) == 0:
+            continue
+        z = identity_on(kept, n)
+        if config.reconstruct:
+            basis, wanted = filters[kept], filters[removed]
+            if config.joint:
+                basis, wanted = aim_at_quantized(model, pair, kept, removed, int(bits[pair.first]), config)
+            z[:, removed] = solve(basis, wanted, config)
+        merge_channels(model, pair, kept, z)  # Eq. (7)
+
+
+def solve(kept: Filters, wanted: Filters, config: Config) -> Tensor:
+    """s hat [n, p]: the minimum of Eq. (12) for each of the p wanted channels over the n kept ones."""
+    alpha = torch.full_like(wanted.gain, config.alpha1)
+    if config.form == "paper":
+        alpha = torch.where(wanted.gain == 0, alpha, alpha * wanted.gain.square())
+    return least_squares_nonneg(kept, wanted, alpha) if config.nonneg else least_squares(kept, wanted, alpha)
+
+
+def least_squares(kept: Filters, wanted: Filters, alpha: Tensor) -> Tensor:
+    """argmin_s |wanted.r_j - s kept.r|^2 + alpha_j (wanted.k_j - s kept.k)^2 of least norm, as columns [n, p].
+
+    (Q^T Q + alpha P P^T)^+ (Q^T V + alpha P K_j): one SVD of Q serves every j, and the bias is a rank-one update.
+    """
+    left, sigma, right = torch.linalg.svd(kept.r.T, full_matrices=False)  # [D, m] [m] [m, n]
+    real = sigma > max(kept.r.shape) * EPS * sigma[0]
+    left, sigma, right = left[:, real], sigma[real], right[real]
+    s = right.T @ ((left.T @ wanted.r.T) / sigma[:, None])  # Eq. (20) with alpha1 = 0
+    missed = wanted.k - kept.k @ s
+    inside = right @ kept.k
+    outside = kept.k - right.T @ inside
+    if outside.norm() > 1e-10 * kept.k.norm():  # a combination of no filter at all changes the bias: meet it exactly
+        return s + torch.outer(outside / outside.square().sum(), missed * (alpha > 0))  # Eq. (20), singular
+    step = right.T @ (inside / sigma.square())  # (Q^T Q)^+ P
+    return s + torch.outer(step, alpha * missed / (1 + alpha * (kept.k @ step)))  # Eq. (20)
+
+
+def least_squares_nonneg(kept: Filters, wanted: Filters, alpha: Tensor) -> Tensor:
+    """The same under s >= 0 (Lawson-Hanson), after an orthogonal reduction from D to at most n rows."""
+    basis, square = torch.linalg.qr(kept.r.T)
+    reduced = wanted.r @ basis
+    columns = []
+    for j, root in enumerate(alpha.sqrt()):
+        matrix = torch.cat([square, root * kept.k[None]])
+        columns.append(nnls(matrix.numpy(), torch.cat([reduced[j], root * wanted.k[j, None]]).numpy())[0])
+    return torch.from_numpy(np.stack(columns, 1))
+
+
+def aim_at_quantized(model: nn.Module, pair: Pair, kept: Tensor, removed: Tensor, bits: int, config: Config
+                     ) -> tuple[Filters, Filters]:
+    """The kept filters as `quantize` will leave them, factors included, and the wanted ones, of current weights."""
+    layer, filters = model.get_submodule(pair.first), read_filters(model, pair)
+    left = filters[kept]
+    quantized = quantize_odd(layer.weight[kept], bits, per_channel=config.per_channel).decode().double()
+    have = Filters(left.gain[:, None] * quantized.reshape(len(kept), -1), left.k, left.gain)
+    factors = fit_scales(left, have, config.alpha2)
+    return Filters(factors[:, None] * have.r, factors * have.k, have.gain), filters[removed]
+
+
+# --- quantization ------------------------------------------------------------------------------------------
+
+
+def quantize(model: nn.Module, pairs: list[Pair], bits: Mapping[str, float], config: Config
+             ) -> dict[str, CompressedTensor]:
+    """Every conv and linear on the grid of Eq. (3); s tilde goes into the batch norms of `model`, in place.
+
+    Without a batch norm it goes into the filter's scale and bias.
+    """
+    weights = {name: quantize_odd(layer.weight, int(bits[name]), per_channel=config.per_channel)  # Eq. (3)
+               for name, layer in weight_layers(model).items()}
+    for pair in pairs if config.reconstruct else []:
+        have = read_filters(model, pair, weights[pair.first].decode())
+        factors = fit_scales(read_filters(model, pair), have, config.alpha2)  # Eq. (14), its minimum
+        if pair.norm is not None:
+            scale_outputs(model, pair, factors)  # Eq. (9)
+            continue
+        layer = model.get_submodule(pair.first)
+        weights[pair.first] = quantize_odd(layer.weight, int(bits[pair.first]), factors, per_channel=config.per_channel)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter((layer.bias.detach().double() * factors).to(layer.bias.dtype))
+    return weights
