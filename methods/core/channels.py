@@ -5,7 +5,7 @@ pairs of layers: first -> [batch norm] -> [ReLU, pools, flatten] -> second.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .build import NORMS, weight_layers
 from .errors import BudgetError, CompressError, ConfigError
+from .fold import norm_ratio
 from .graph import Graph, Node, trace
 
 PASSED = ("relu", "maxpool", "avgpool", "flatten", "identity")  # keep channels apart, commute with factors >= 0
@@ -113,7 +114,7 @@ def read_filters(model: nn.Module, pair: Pair, weight: Tensor | None = None) -> 
     if pair.norm is None:
         return Filters(flat, bias, torch.ones_like(bias))
     norm = model.get_submodule(pair.norm)
-    gain = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    gain = norm_ratio(norm)
     return Filters(gain[:, None] * flat, norm.bias.detach().double() + gain * (bias - norm.running_mean.double()), gain)
 
 
@@ -136,9 +137,9 @@ def distance_sum(filters: Tensor) -> Tensor:
 CRITERIA = {"l1": norm_l1, "l2": norm_l2, "gm": distance_sum}
 
 
-def count_channels(layer: str, n: int, density: float) -> int:
+def count_channels(layer: str, n: int, density: float, rounded: Callable[[float], int] = math.floor) -> int:
     """Kept channels of `n`: floor(n * density), as in int(n * (1 - ratio)); BudgetError if none is left."""
-    kept = math.floor(n * density + 1e-9)  # 50 * (1 - 0.7) is a little under 15
+    kept = rounded(round(n * density, 9))  # 50 * (1 - 0.7) is a little above 15, 10 * (1 - 0.9) a little under 1
     if kept < 1:
         raise BudgetError(f"budget channel_density = {density:g} leaves no channel of {layer} (it has {n}); "
                           f"allowed is {1 / n:.4g} or more")
@@ -169,7 +170,7 @@ def scale_inputs(layer: nn.Module, z: Tensor) -> None:
     weight = layer.weight
     columns = weight.double().reshape(weight.shape[0], z.shape[1], -1)
     mixed = torch.einsum("an,mnk->mak", z, columns).to(weight.dtype)
-    layer.weight = nn.Parameter(mixed.reshape(weight.shape[0], -1, *weight.shape[2:]))
+    layer.weight = nn.Parameter(mixed.reshape(weight.shape[0], -1, *weight.shape[2:]).contiguous())
 
 
 @torch.no_grad()

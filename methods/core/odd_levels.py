@@ -21,7 +21,7 @@ def quantize_odd(weight: Tensor, bits: int, factors: Tensor | None = None, *,
     weight = weight.detach().double().cpu()
     flat = weight.reshape(weight.shape[0], -1)
     peak = flat.abs().amax(1, keepdim=True) if per_channel else flat.abs().max().reshape(1, 1)
-    codes = torch.round(top * (flat / (2 * torch.where(peak > 0, peak, 1.0)) + 0.5))
+    codes = torch.round(top * (flat / (2 * torch.where(peak > 0, peak, 1.0)) + 0.5)).to(torch.int32)
     scale = peak / top
     if factors is not None:
         scale = scale * factors.reshape(-1, 1)

@@ -1,0 +1,238 @@
+"""DFQ (Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019).
+
+One grid per tensor wastes its levels where channels differ in range, and rounding shifts the mean of every output.
+Scaling a channel down and its consumer up by the same factor changes nothing after a ReLU, so ranges are made equal
+first; then the expected shift, known from batch norm, is subtracted from the biases. No data and no training.
+
+Algorithm
+    fold batch norm; the output of layer l is taken as N(beta, gamma^2) per channel
+    for every pair (1, 2), until nothing moves:  s_i = sqrt(r1_i r2_i) / r2_i, r the range max|w| of channel i
+        W1_i, b1_i, beta_i, gamma_i divided by s_i;  W2_:i multiplied by s_i
+    absorb high biases:  c = max(0, beta - 3 |gamma|);  b1 <- b1 - c;  b2 <- b2 + sum_kernel W2 c
+    quantize each W;  eps = Q(W) - W summed over the kernel;  b <- b - eps E[x]
+    E[x] after a ReLU = |gamma| phi(beta / |gamma|) + beta Phi(beta / |gamma|)
+    activation ranges: least and largest over channels of beta -+ 6 |gamma|, least 0 after a ReLU
+
+Symbols    beta, |gamma| (after folding: mean and deviation of an output): Normal.mean, Normal.std
+           r1, r2 `row_ranges`, `column_ranges`; eps `shift`; n of "n standard deviations" Config.sigmas
+
+Departures
+  * Pairs are those of core/channels.py: without groups, so depthwise layers keep their ranges.
+  * What is no batch norm's output is estimated: a sum adds means and variances, a layer without batch norm adds those
+    of its inputs weighted with W and W^2, both as if inputs were independent; pools pass their input's moments on.
+    The network's input counts as N(0, 1) per channel, that is, as standardised.
+  * Ranges of a channel that is 0 on either side stay as they are (s = 1), and s stays in [1e-8, 1e8].
+  * Equalization stops when the mean change of all weights is below `tolerance`, or after `rounds` rounds.
+  * At a border padded with zeros the absorbed bias is a little too large; a layer without a bias neither takes one
+    over nor is corrected.
+  * Arithmetic is float64 until the weights are quantized. activation_bits = none leaves the ranges to the harness.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .core.artifact import ActivationQuantizer, CompressedModel
+from .core.budget import Budget
+from .core.build import assemble, check_finite, weight_layers
+from .core.calibrate import quantizer_of
+from .core.channels import Pair, find_pairs
+from .core.errors import ConfigError
+from .core.fold import fold_batchnorm
+from .core.graph import Graph, Node, trace
+from .core.quantize import find_scheme, quantize
+from .core.run import Run
+from .core.task import Task
+
+DATA = "none"
+
+
+@dataclass(frozen=True)
+class Config:
+    """equalize, absorb, correct: the three steps; scheme: "asymmetric" or "symmetric" weights, one grid per tensor.
+
+    activation_bits with ranges of `sigmas` deviations; tolerance and rounds of the equalization.
+    """
+
+    equalize: bool = True
+    absorb: bool = True
+    correct: bool = True
+    scheme: str = "asymmetric"
+    per_channel: bool = False
+    activation_bits: int | None = 8
+    sigmas: float = 6.0
+    tolerance: float = 2e-7
+    rounds: int = 200
+
+    def __post_init__(self):
+        if not 0 < self.sigmas < math.inf:
+            raise ConfigError(f"sigmas = {self.sigmas!r}: allowed is a number above 0")
+        if self.activation_bits is not None and not 1 <= self.activation_bits <= 16:
+            raise ConfigError(f"activation_bits = {self.activation_bits}: allowed is 1..16 or none")
+        if self.rounds < 1:
+            raise ConfigError(f"rounds = {self.rounds}: at least 1 is needed")
+
+
+@dataclass(frozen=True, eq=False)
+class Normal:
+    """What an activation is taken for: N(mean, std^2) per channel, cut off below 0 if `rectified`. float64 [C]."""
+
+    mean: Tensor
+    std: Tensor
+    rectified: bool = False
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """(expectation, variance) per channel."""
+        if not self.rectified:
+            return self.mean, self.std.square()
+        z = self.mean / torch.where(self.std > 0, self.std, 1.0)
+        z = torch.where(self.std > 0, z, torch.where(self.mean > 0, torch.inf, -torch.inf))
+        density, below = (-z.square() / 2).exp() / math.sqrt(2 * math.pi), torch.special.ndtr(z)
+        first = self.std * density + self.mean * below
+        second = (self.mean.square() + self.std.square()) * below + self.mean * self.std * density
+        return first, (second - first.square()).clamp_min(0)
+
+    def range(self, sigmas: float) -> tuple[float, float]:
+        low, high = float((self.mean - sigmas * self.std).min()), float((self.mean + sigmas * self.std).max())
+        return (max(low, 0.0), max(high, 0.0)) if self.rectified else (low, high)
+
+
+def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
+             *, run: Run | None = None) -> CompressedModel:
+    """Budget: bits, a number or {layer: number}."""
+    budget.require("dfq", "bits")
+    check_finite(model)
+    bits = {name: int(b) for name, b in budget.per_layer("bits", weight_layers(model)).items()}
+    fit = find_scheme(config.scheme, bits.values())
+    folded, topology = fold_batchnorm(model)
+    pairs = find_pairs(folded, (nn.Conv2d, nn.Linear))
+    outputs = {layer: read_normal(model.get_submodule(norm)) for layer, norm in topology.folded.items()}
+    folded.double()
+    rounds = equalize(folded, pairs, outputs, config) if config.equalize else 0
+    if config.absorb:
+        absorb_biases(folded, pairs, outputs)
+    exact = {name: layer.weight.detach().clone() for name, layer in weight_layers(folded).items()}
+    folded.float()
+    weights = {name: quantize(layer.weight, fit(layer.weight, bits[name], config.per_channel), bits[name])
+               for name, layer in weight_layers(folded).items()}
+    graph = trace(folded)
+    seen = distributions(graph, outputs, exact)
+    if config.correct:
+        correct_biases(graph, seen, {name: weights[name].decode().double() - exact[name] for name in weights})
+    ranges = {} if config.activation_bits is None else activation_ranges(graph, seen, config)
+    return assemble(folded, weights, topology=topology, activations=ranges, notes={"rounds": rounds})
+
+
+def read_normal(norm: nn.Module) -> Normal:
+    """The output of a batch norm: N(beta, gamma^2)."""
+    zero = torch.zeros(norm.num_features, dtype=torch.float64)
+    if not norm.affine:
+        return Normal(zero, zero + 1)
+    return Normal(norm.bias.detach().cpu().double(), norm.weight.detach().cpu().double().abs())
+
+
+# --- cross-layer equalization and bias absorption (sections 4.1) ----------------------------------------------
+
+
+def row_ranges(weight: Tensor) -> Tensor:
+    """max|w| of each output channel, [N]."""
+    return weight.abs().reshape(weight.shape[0], -1).amax(1)
+
+
+def column_ranges(weight: Tensor, n: int) -> Tensor:
+    """max|w| of each of `n` input channels, [n]; after a flatten one channel owns several columns."""
+    return weight.abs().reshape(weight.shape[0], n, -1).amax((0, 2))
+
+
+@torch.no_grad()
+def equalize(model: nn.Module, pairs: list[Pair], outputs: dict[str, Normal], config: Config) -> int:
+    """Make the ranges of every pair's channels equal, in place; returns the rounds that took."""
+    for done in range(config.rounds):
+        before = [layer.weight.clone() for layer in weight_layers(model).values()]
+        for pair in pairs:
+            first, second = model.get_submodule(pair.first), model.get_submodule(pair.second)
+            n = len(first.weight)
+            r1, r2 = row_ranges(first.weight), column_ranges(second.weight, n)
+            live = (r1 > 0) & (r2 > 0)
+            s = torch.where(live, (r1 * r2).sqrt() / torch.where(live, r2, 1.0), 1.0).clamp(1e-8, 1e8)
+            first.weight.div_(s.reshape(-1, *[1] * (first.weight.ndim - 1)))
+            if first.bias is not None:
+                first.bias.div_(s)
+            second.weight.view(len(second.weight), n, -1).mul_(s[:, None])
+            if pair.first in outputs:
+                outputs[pair.first] = Normal(outputs[pair.first].mean / s, outputs[pair.first].std / s)
+        after = [layer.weight for layer in weight_layers(model).values()]
+        moved = sum(float((a - b).abs().mean()) for a, b in zip(after, before, strict=True)) / len(after)
+        if moved < config.tolerance:
+            return done + 1
+    return config.rounds
+
+
+@torch.no_grad()
+def absorb_biases(model: nn.Module, pairs: list[Pair], outputs: dict[str, Normal]) -> None:
+    """Move what a ReLU hardly ever cuts off from the bias of the first layer to that of the second, in place."""
+    for pair in pairs:
+        first, second = model.get_submodule(pair.first), model.get_submodule(pair.second)
+        if not pair.rectified or pair.first not in outputs or second.bias is None:
+            continue
+        normal = outputs[pair.first]
+        c = (normal.mean - 3 * normal.std).clamp_min(0)
+        first.bias.sub_(c)
+        second.bias.add_(second.weight.reshape(len(second.weight), len(c), -1).sum(2) @ c)
+        outputs[pair.first] = Normal(normal.mean - c, normal.std)
+
+
+# --- expectations, bias correction and ranges (section 4.2) -------------------------------------------------
+
+
+def distributions(graph: Graph, outputs: Mapping[str, Normal], weights: Mapping[str, Tensor]) -> dict[str, Normal]:
+    """{node: what its output is taken for}, from the batch norms that were folded."""
+    seen: dict[str, Normal] = {}
+    for node in graph:
+        inputs = [seen[name] for name in node.inputs]
+        if node.op == "input":
+            seen[node.name] = Normal(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+        elif node.op in ("conv", "linear"):
+            seen[node.name] = outputs[node.name] if node.name in outputs else propagated(node, inputs[0], weights)
+        elif node.op == "add":
+            means, variances = zip(*(normal.moments() for normal in inputs), strict=True)
+            seen[node.name] = Normal(sum(means), sum(variances).sqrt())
+        else:
+            rectified = inputs[0].rectified or node.op == "relu"
+            seen[node.name] = Normal(inputs[0].mean, inputs[0].std, rectified)
+    return seen
+
+
+def propagated(node: Node, inputs: Normal, weights: Mapping[str, Tensor]) -> Normal:
+    """Output of a layer without batch norm, from independent inputs."""
+    mean, variance = inputs.moments()
+    weight, bias = weights[node.name], node.module.bias
+    mean, variance = respond(node, weight, mean), respond(node, weight.square(), variance)
+    return Normal(mean if bias is None else mean + bias.detach().double(), variance.sqrt())
+
+
+def respond(node: Node, weight: Tensor, x: Tensor) -> Tensor:
+    """[C_out] output of a layer with `weight` to an input that is x[c] all over channel c."""
+    groups = getattr(node.module, "groups", 1)
+    summed = weight.reshape(*weight.shape[:2], -1).sum(2).reshape(groups, -1, weight.shape[1])
+    copies = groups * weight.shape[1] // len(x)  # H x W columns per channel after a flatten
+    return torch.einsum("gmc,gc->gm", summed, x.repeat_interleave(copies).reshape(groups, -1)).reshape(-1)
+
+
+@torch.no_grad()
+def correct_biases(graph: Graph, seen: Mapping[str, Normal], errors: Mapping[str, Tensor]) -> None:
+    """b <- b - eps E[x] for every layer with a bias, in place."""
+    for node in graph:
+        if node.name in errors and node.module.bias is not None:
+            shift = respond(node, errors[node.name], seen[node.inputs[0]].moments()[0])
+            node.module.bias.copy_(node.module.bias.double() - shift)
+
+
+def activation_ranges(graph: Graph, seen: Mapping[str, Normal], config: Config) -> dict[str, ActivationQuantizer]:
+    """{edge: quantizer} of beta -+ sigmas |gamma|, but for the edges that an add takes from accumulators."""
+    skipped = graph.accumulator_edges()
+    return {edge: quantizer_of(*seen[source].range(config.sigmas), config.activation_bits)
+            for node in graph for edge, source in zip(node.edges(), node.inputs, strict=False) if edge not in skipped}
