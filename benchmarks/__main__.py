@@ -80,8 +80,10 @@ def _seed(text: str) -> int:
 
 
 def _text(error: Exception) -> str:
-    """In one line, naming the file where the system refused one."""
-    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    """Of an error of the system its reason, and the file it refused if that is known."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
 
 
 def main(words: list[str]) -> int:
@@ -89,9 +91,6 @@ def main(words: list[str]) -> int:
     options.words = words
     try:
         options.function(options, Console(markup=False, emoji=False))
-    except BrokenPipeError:  # whoever read the output has seen enough
-        sys.stderr.close()
-        return 141
     except (CompressError, OSError) as error:
         print(f"error: {' '.join(_text(error).split())}", file=sys.stderr)
         return 1

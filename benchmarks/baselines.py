@@ -60,7 +60,7 @@ def find_setup(task: str, network: str, recipes: Path = RECIPES) -> Setup:
 
 def shipped_path(task: str, network: str) -> Path:
     """Where the project ships the checkpoint of a task and network, if it does."""
-    return SHIPPED / f"{task.partition(':')[0]}_{network}.safetensors"
+    return SHIPPED / f"{task.replace(':', '-')}_{network}.safetensors"
 
 
 def skeleton(dataset: Dataset, network: str) -> nn.Module:

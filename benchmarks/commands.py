@@ -26,8 +26,9 @@ from .baselines import (
     test_top1,
     train_baseline,
 )
+from .checkpoints import read_provenance
 from .data import Dataset, open_dataset, test_batches
-from .jobs import Job, Place, all_tables, prepare, read_table, run_job, slug
+from .jobs import Job, Place, all_tables, file_name, prepare, read_table, run_job, slug
 from .measure import measure
 from .networks import find, network_names
 from .report import against_paper, plots, table
@@ -71,7 +72,9 @@ def get_baseline(dataset: Dataset, network: str, options: Namespace, place: Plac
         return load_baseline(dataset, network, options.checkpoint)
     shipped = shipped_path(dataset.name, network)
     if shipped.exists() and options.epochs is None:
-        return load_baseline(dataset, network, shipped)
+        if read_provenance(shipped).get("data") == dataset.digest:
+            return load_baseline(dataset, network, shipped)
+        place.screen.say(f"baseline: {shipped.name} has seen other pictures than these splits hold: training one")
     return trained(dataset, network, options, place)
 
 
@@ -131,7 +134,7 @@ def network_for(dataset: Dataset, options: Namespace) -> str:
 
 def comparison(options: Namespace, task: str, network: str) -> list[Job]:
     """The [[compare]] entries of all methods for a task, seeds and network as asked for."""
-    known = [table.method for table in all_tables()]
+    known = list(dict.fromkeys(entry.method for entry in all_tables()))
     unknown = [name for name in options.methods if name not in known]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}; there are: {', '.join(known)}")
@@ -140,7 +143,12 @@ def comparison(options: Namespace, task: str, network: str) -> list[Job]:
             if job.task == (task if task in NETWORK_OF else "folder")
             if not options.methods or entry.method in options.methods]
     if not jobs:
-        raise ConfigError(f"no paper_configs file has a [[compare]] entry for the task {task!r}")
+        raise ConfigError(f"no paper_configs file has a [[compare]] entry for the task {task!r}"
+                          + (f" and {', '.join(options.methods)}" if options.methods else ""))
+    files = [file_name(job) for job in jobs]
+    twice = [job.name for job, file in zip(jobs, files, strict=True) if files.count(file) > 1]
+    if twice:
+        raise ConfigError(f"two [[compare]] entries for the task {task!r} are called {twice[0]!r}")
     return jobs
 
 
@@ -189,13 +197,12 @@ def write_reports(rows: Sequence[dict], name: str, title: str, options: Namespac
     text = table.markdown(listed)
     if any(row["paper"] for row in rows):
         text += "\n" + against_paper.markdown(rows)
-    (folder / f"{name}.md").write_text(f"# {title}\n\n{text}", encoding="utf-8")
-    (folder / f"{name}.csv").write_text(table.comma_separated(listed), encoding="utf-8")
-    for axis in plots.AXES:
-        plots.pareto_plot(rows, axis).savefig(folder / f"{name}_{axis}.png", dpi=150)
-    out = folder / f"{name}.html"
-    out.write_text(page(rows, title, _again(options.words)), encoding="utf-8")
-    return out
+    files = {".md": f"# {title}\n\n{text}".encode(), ".csv": table.comma_separated(listed).encode(),
+             **{f"_{axis}.png": plots.as_png(plots.pareto_plot(rows, axis)) for axis in plots.AXES},
+             ".html": page(rows, title, _again(options.words)).encode()}
+    for end, data in files.items():
+        container.write_file(folder / f"{name}{end}", data)
+    return folder / f"{name}.html"
 
 
 def _again(words: Sequence[str]) -> str:

@@ -161,7 +161,7 @@ def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float
              "data": dataset.digest}
     rows_path = place.results / "rows" / f"{rows_file}.jsonl"
     done = finished(rows_path, run_key(facts)) if place.resume else None
-    if done is not None:
+    if done is not None and (place.results / "models" / done["file"]).exists():
         place.screen.say(f"{job.name}: its row is in {rows_path} already, from commit {done.get('commit')}")
         return {**done, "paper": plain(job.paper), "note": job.note}
     run = DiskRun(place.states / run_key(facts), job.name, place.screen, resume=place.resume)
@@ -224,5 +224,5 @@ def file_name(job: Job) -> str:
 
 
 def slug(name: str) -> str:
-    """`name` in lower case with a dash for all that is no letter or digit."""
-    return "".join(letter if letter.isalnum() else "-" for letter in name.lower()).strip("-")
+    """`name` in lower case, its words of letters and digits joined by dashes."""
+    return "-".join("".join(letter if letter.isalnum() else " " for letter in name.lower()).split())

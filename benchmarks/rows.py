@@ -24,7 +24,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append `row` to a JSONL file. If it cannot be written in full (a full disk, say), the file is cut back
     to what it was and CompressError says so: earlier rows are never lost or damaged."""
     try:
-        line = (json.dumps(row, sort_keys=True, allow_nan=False) + "\n").encode()
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()  # unsorted: layers stay in the network's order
     except (TypeError, ValueError) as error:
         raise CompressError(f"the row for {path} holds a value that is not JSON: {error}") from error
     descriptor = None

@@ -6,6 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from methods.core.errors import BudgetError
 from methods.core.finetune import Hooks, Recipe, train
@@ -155,8 +156,8 @@ def test_masking_the_gradient_alone_fails(tiny, make):
 def test_torch_prune_then_remove_regrows(tiny):
     """The tutorials' recipe: after `remove` one step of SGD brings every pruned weight back."""
     model = tiny.model()
-    nn.utils.prune.l1_unstructured(model.conv2, "weight", amount=0.6)
-    nn.utils.prune.remove(model.conv2, "weight")
+    prune.l1_unstructured(model.conv2, "weight", amount=0.6)
+    prune.remove(model.conv2, "weight")
     assert float((model.conv2.weight == 0).float().mean()) == pytest.approx(0.6, abs=2e-3)
     train(model, tiny.task(), Recipe(epochs=1, lr=0.01), torch.Generator().manual_seed(0))
     assert float((model.conv2.weight == 0).float().mean()) < 0.01

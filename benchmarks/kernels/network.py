@@ -185,9 +185,12 @@ class IntegerNetwork:
         quantizer = self.ranges[node.name]
         codes = (inputs[0][quantizer] - quantizer.zero).double()
         mean = node.run(codes)
-        area = (codes.shape[-1] * codes.shape[-2]) // (mean.shape[-1] * mean.shape[-2])
+        area = _window(node, codes.shape, mean.shape)
+        total = torch.round(mean * area)
+        if bool(((mean * area - total).abs() > 1e-3).any()):
+            raise GraphError(f"the windows of the average pool {node.name} differ in size: it has no integer sums")
         gain = torch.tensor(quantizer.scale / area, dtype=torch.float64)
-        return Terms((torch.round(mean * area).float(),), (gain,), torch.zeros((), dtype=torch.float64))
+        return Terms((total.float(),), (gain,), torch.zeros((), dtype=torch.float64))
 
     def _float(self, node: Node, inputs: list[Forms]) -> Tensor:
         """The real output of an operation in float, on inputs decoded where the edge is quantized."""
@@ -215,6 +218,15 @@ class IntegerNetwork:
         return forms
 
 
+def _window(node: Node, before: torch.Size, after: torch.Size) -> int:
+    """Inputs of one window of an average pool; of a function, whose windows are not known, if they do not overlap."""
+    pool = node.module
+    if isinstance(pool, nn.AvgPool2d):
+        sides = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
+        return sides[0] * sides[1] if pool.divisor_override is None else pool.divisor_override
+    return (before[-1] * before[-2]) // (after[-1] * after[-2])
+
+
 def _f32(factor: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A float64 factor rounded once to float32, shaped to multiply `like`."""
     factor = factor.float().to(like.device)
@@ -223,6 +235,8 @@ def _f32(factor: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _on_codes(node: Node, form: Form, value: Tensor) -> Tensor:
     """A monotone or moving operation; on codes a ReLU's 0 is the zero point."""
+    if node.op == "identity":  # a dropout: it may stand between a conv and an add, whose terms are no tensor
+        return value
     if form != REAL and node.op == "relu":
         return value.clamp_min(float(form.zero))
     return node.run(value)

@@ -46,11 +46,11 @@ def _dotted(tables: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 def terminal(rows: Sequence[Row], title: str) -> Table:
     """A rich table of all rows."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for head in ("row", "metric", "paper", "ours", "difference"):
-        table.add_column(head, justify="left" if head in ("row", "metric") else "right")
+        table.add_column(head, justify="left" if head in ("row", "metric") else "right", overflow="fold")
     for row in rows:
-        for i, line in enumerate(_texts(row)):
+        for i, line in enumerate(texts(row)):
             table.add_row(row["name"] if i == 0 else "", *line)
         table.add_section()
     return table
@@ -60,15 +60,19 @@ def markdown(rows: Sequence[Row]) -> str:
     """The same as a GitHub table."""
     out = "| row | metric | paper | ours | difference |\n| --- | --- | ---: | ---: | ---: |\n"
     for row in rows:
-        for line in _texts(row):
+        for line in texts(row):
             out += "| " + " | ".join(map(in_markdown, (row["name"], *line))) + " |\n"
     return out
 
 
-def _texts(row: Row) -> list[tuple[str, str, str, str]]:
-    """Printed numbers first, then what only we report."""
+def texts(row: Row) -> list[tuple[str, str, str, str]]:
+    """(metric, paper, ours, difference) as text: printed numbers first, then what only we report."""
     extra = [(name, None, lookup(row, name)) for name in ("error_float", "error_integer", "bytes", "paper_mode_bytes",
              "accounting.ratios.prune_quantize_huffman") if name not in row["paper"]]
-    return [(metric, "—" if paper is None else f"{paper:g}", "—" if ours is None else f"{ours:.5g}",
+    return [(metric, _number(paper), _number(ours),
              "" if ours is None or paper is None else f"{ours - paper:+.3g}")
             for metric, paper, ours in compared(row) + extra]
+
+
+def _number(value: float | None) -> str:
+    return "—" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)

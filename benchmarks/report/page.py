@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..accounting import COUNTED
+from . import against_paper
 from .plots import AXES, as_svg, pareto_plot
 from .table import COLUMNS, cells, listed
 
@@ -15,9 +16,12 @@ FACTS = ("note", "file", "task", "network", "seed", "budget", "config", "setup",
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1a1a1a;background:#fff}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1em 0;display:block;overflow-x:auto}
-th,td{padding:.3em .7em;text-align:right;border-bottom:1px solid #ddd}th{vertical-align:bottom;font-weight:600}
-th:first-child,td:first-child,td.text{text-align:left}thead tr:first-child th{border-bottom:none;color:#666;font-weight:400}
-tr.baseline td{color:#666}figure{display:inline-block;margin:0 1em 1em 0}svg{max-width:100%;height:auto}
+th,td{padding:.3em .6em;text-align:right;white-space:nowrap;border-bottom:1px solid #ddd}
+th{vertical-align:bottom;font-weight:600;white-space:normal}
+th.axis{border-bottom:1px solid #888;color:#666;font-weight:400;text-align:center}
+th:first-child,td:first-child,td.text{text-align:left;white-space:normal}
+td:first-child{min-width:10em}tr.baseline td{color:#666}
+figure{display:inline-block;width:46%;min-width:20em;margin:0 2% 1em 0}svg{width:100%;height:auto}
 details{margin:.5em 0;border-left:3px solid #ddd;padding-left:1em}code,pre{font-size:13px;background:#f5f5f5}
 pre{padding:.7em;overflow-x:auto}dt{font-weight:600}dd{margin:0 0 .3em 1.5em}
 """
@@ -26,19 +30,28 @@ pre{padding:.7em;overflow-x:auto}dt{font-weight:600}dd{margin:0 0 .3em 1.5em}
 def page(rows: Sequence[Row], title: str, command: str) -> str:
     """The report of a comparison: table, plots, and per row the layers, the byte split and the provenance."""
     axes = [column.axis for column in COLUMNS]
-    head = "".join(f"<th colspan={axes.count(axis)}>{html.escape(axis)}</th>" for axis in dict.fromkeys(axes))
+    head = "".join(f"<th{' class=axis' if axis else ''} colspan={axes.count(axis)}>{html.escape(axis)}</th>"
+                   for axis in dict.fromkeys(axes))
     names = "".join(f'<th title="{html.escape(c.meaning)}">{html.escape(c.header)}</th>' for c in COLUMNS)
     body = "".join(_line(row, "baseline" if row["method"] == "none" else "") for row in listed(rows))
     plots = "".join(f"<figure>{as_svg(pareto_plot(rows, axis))}</figure>" for axis in AXES)
     meanings = "".join(f"<dt>{html.escape(c.header)}</dt><dd>{html.escape(c.meaning)}</dd>" for c in COLUMNS)
+    printed = "".join(_beside(row) for row in rows if row["paper"])
     details = "".join(_details(row) for row in listed(rows) if row["method"] != "none")
     return (f"<!doctype html><html lang=en><meta charset=utf-8>"
             f"<meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
             f"<style>{STYLE}</style>"
             f"<h1>{html.escape(title)}</h1><p>Every number was measured from the decoded file. Again: "
             f"<code>{html.escape(command)}</code></p>"
-            f"<table><thead><tr>{head}</tr><tr>{names}</tr></thead><tbody>{body}</tbody></table>{plots}"
+            f"<table><thead><tr>{head}</tr><tr>{names}</tr></thead><tbody>{body}</tbody></table>{plots}{printed}"
             f"<h2>Columns</h2><dl>{meanings}</dl><h2>Rows</h2>{details}</html>\n")
+
+
+def _beside(row: Row) -> str:
+    heads = "".join(f"<th>{head}</th>" for head in ("metric", "paper", "ours", "difference"))
+    lines = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in line) + "</tr>"
+                    for line in against_paper.texts(row))
+    return f"<h2>{html.escape(row['name'])}, beside the paper</h2><table><tr>{heads}</tr>{lines}</table>"
 
 
 def _line(row: Row, kind: str = "") -> str:

@@ -6,11 +6,14 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from .table import short_bytes, short_count
 
 Row = Mapping[str, Any]
-AXES: dict[str, tuple[str, Callable[[Row], float]]] = {
-    "bytes": ("bytes of the file", lambda r: r["bytes"]),
-    "bops": ("BOPs, pruned weights skipped", lambda r: r["cost"]["sparse_bops"]),
+AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = {  # label, cost of a row, of a tick
+    "bytes": ("size of the file", lambda r: r["bytes"], short_bytes),
+    "bops": ("BOPs, pruned weights skipped", lambda r: r["cost"]["sparse_bops"], short_count),
 }
 MARKERS = "osD^vPX*<>hp"
 
@@ -29,23 +32,35 @@ def pareto_plot(rows: Sequence[Row], axis: str, score: str = "top1_integer") -> 
 
     The float32 baseline is drawn where all rows share it.
     """
-    label, cost = AXES[axis]
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    label, cost, tick = AXES[axis]
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     panel = figure.add_subplot()
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         mine = [row for row in rows if row["method"] == method]
         panel.plot([cost(r) for r in mine], [r[score] for r in mine], MARKERS[i % len(MARKERS)], ms=8, label=method,
                    alpha=0.85)
     front = pareto_front([(cost(r), r[score]) for r in rows])
+    front.append((max(cost(r) for r in rows), front[-1][1]))  # more of it buys nothing
     panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post", label="Pareto front")
     baselines = {row["baseline_top1"] for row in rows}
     if len(baselines) == 1:
         panel.axhline(baselines.pop(), color="0.3", lw=1, ls="--", label="float32 baseline")
     panel.set(xscale="log", xlabel=f"{label} (log scale)",
               ylabel=f"test top-1, %, {score.removeprefix('top1_')} arithmetic")
-    panel.grid(alpha=0.25, which="both")
-    panel.legend(fontsize=8)
+    low, high = panel.get_xlim()
+    steps = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 6 * low else (1, 2, 5) if high < 200 * low else (1,)
+    panel.xaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     return figure
+
+
+def as_png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    return out.getvalue()
 
 
 def as_svg(figure: Figure) -> str:

@@ -20,7 +20,7 @@ def filled(text: str, rows_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str
         if name not in rows_of:
             raise CompressError(f"README asks for the rows of {name!r}, which results/rows does not hold")
         rows = rows_of[name]
-        content = {"rows": lambda: table.markdown([table.baseline_row(rows[0]), *rows]),
+        content = {"rows": lambda: table.markdown(table.listed(rows)),
                    "paper": lambda: against_paper.markdown(rows)}[kind]()
         return f"{opening}\n{content}\n{closing}"
 

@@ -26,18 +26,18 @@ class Column:
     meaning: str
 
 
-def _short_bytes(n: float) -> str:
-    for unit, size in (("MB", 1e6), ("KB", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.0f} B"
+def short_bytes(n: float) -> str:
+    return _short(n, (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1)))
 
 
-def _count(n: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("K", 1e3)):
-        if n >= size:
-            return f"{n / size:.3g} {unit}"
-    return f"{n:.0f}"
+def short_count(n: float) -> str:
+    return _short(n, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3), ("", 1)))
+
+
+def _short(n: float, units: Sequence[tuple[str, float]]) -> str:
+    """Three digits in the largest unit that leaves 1 or more once rounded."""
+    unit, size = next((pair for pair in units if n >= 0.9995 * pair[1]), units[-1])
+    return f"{n / size:.3g} {unit}".rstrip()
 
 
 CAPABILITY, HARDWARE, DIFFICULTY = "capability kept", "hardware efficiency", "difficulty"
@@ -47,16 +47,16 @@ COLUMNS = (
            "test accuracy in percent, decoded weights in float arithmetic"),
     Column(CAPABILITY, "top-1 integer", lambda r: r["top1_integer"], "{:.2f}".format,
            "test accuracy in percent in integer arithmetic; activations have 8 bits unless the method chose others"),
-    Column(HARDWARE, "file", lambda r: r["bytes"], _short_bytes, "bytes of the file on disk, everything included"),
+    Column(HARDWARE, "file", lambda r: r["bytes"], short_bytes, "bytes of the file on disk, everything included"),
     Column(HARDWARE, "smaller", lambda r: r["float32_bytes"] / r["bytes"], "{:.1f}x".format,
            "float32 bytes of the network / bytes of the file"),
     Column(HARDWARE, "density", lambda r: r["cost"]["density"], "{:.3g}".format,
            "kept fraction of the uncompressed network's conv and linear weights"),
     Column(HARDWARE, "bits", lambda r: r["cost"]["mean_bits"], "{:.3g}".format, "mean code width of a kept weight"),
-    Column(HARDWARE, "BOPs", lambda r: r["cost"]["bops"], _count, "sum of MACs x weight bits x activation bits"),
-    Column(HARDWARE, "BOPs, zeros skipped", lambda r: r["cost"]["sparse_bops"], _count,
+    Column(HARDWARE, "BOPs", lambda r: r["cost"]["bops"], short_count, "sum of MACs x weight bits x activation bits"),
+    Column(HARDWARE, "BOPs, zeros skipped", lambda r: r["cost"]["sparse_bops"], short_count,
            "the same x density: hardware that skips every pruned weight"),
-    Column(HARDWARE, "MACs", lambda r: r["cost"]["macs"], _count, "multiply-accumulates of one input"),
+    Column(HARDWARE, "MACs", lambda r: r["cost"]["macs"], short_count, "multiply-accumulates of one input"),
     Column(DIFFICULTY, "data", lambda r: r["difficulty"]["data"], str, "what the method has to see"),
     Column(DIFFICULTY, "knobs", lambda r: r["difficulty"]["knobs"], str, "settings of budget and configuration"),
     Column(DIFFICULTY, "lines", lambda r: r["difficulty"]["lines"], str, "lines of code of the method's module"),
@@ -103,11 +103,12 @@ def terminal(rows: Sequence[Row], title: str, width: int) -> Group:
         return Group(whole)
     axes = list(dict.fromkeys(column.axis for column in COLUMNS if column.axis))
     parts = [_table(rows, axis, [c for c in COLUMNS if c.axis in ("", axis)]) for axis in axes]
-    return Group(title, *parts)
+    return Group(f"{title}\n", *(piece for part in parts for piece in (part, "")))
 
 
 def _table(rows: Sequence[Row], title: str, columns: Sequence[Column]) -> Table:
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True,
+                  show_edge=False)
     for column in columns:
         table.add_column(column.header.replace(" ", "\n") if column.axis else column.header, vertical="bottom",
                          justify="right" if column.axis else "left", overflow="fold")

@@ -175,6 +175,8 @@ class CompressedTensor:
             raise CompressError(f"a per-channel scale needs {self.codes.shape[0]} values, got {len(scale)}")
         if not torch.equal(self.mask, self.decode() != 0):
             raise CompressError("the mask must be true exactly where the decoded weight is not 0")
+        if bool(((self.codes != self.grid.zero_codes(self.codes)) & ~self.mask).any()):
+            raise CompressError("a pruned weight must have the zero code of its grid")
 
     @staticmethod
     def _check_range(codes: Tensor, grid: Grid, bits: int) -> None:

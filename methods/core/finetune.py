@@ -186,7 +186,7 @@ def _epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, aver
 
 def _report(run: Run, full: Tensor, sums: Tensor, step: int, total: int, recipe: Recipe) -> None:
     if not bool(full.detach().isfinite()):
-        raise TrainingDiverged(f"the loss is {float(full)} at step {step} of {total} (seen within the last "
+        raise TrainingDiverged(f"the loss is {full.item()} at step {step} of {total} (seen within the last "
                                f"{CHECK_EVERY} steps): lower lr ({recipe.lr:g}) or raise warmup ({recipe.warmup:g})")
     loss_sum, right, seen = sums.tolist()
     run.report(step + 1, total, loss=loss_sum / seen, train_top1=100.0 * right / seen)

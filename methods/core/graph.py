@@ -87,11 +87,13 @@ class Graph:
         found: dict[str, str] = {}
         for node in self:
             for edge, name in zip(node.edges(), node.inputs, strict=False) if node.op == "add" else ():
-                layer, alone = self.nodes[name], len(self.consumers(name)) == 1
+                layer, alone, norms = self.nodes[name], len(self.consumers(name)) == 1, []
                 while layer.op in ("bn", "identity") and alone:
+                    norms += [layer.name] if layer.op == "bn" else []
                     layer = self.nodes[layer.inputs[0]]
                     alone = len(self.consumers(layer.name)) == 1
-                if layer.op in ("conv", "linear") and alone and not any(e in found for e in node.edges()):
+                fused = alone and norms in ([], [self.norm_after(layer.name)])
+                if layer.op in ("conv", "linear") and fused and not any(e in found for e in node.edges()):
                     found[edge] = layer.name
         return found
 
@@ -114,6 +116,7 @@ def trace(model: nn.Module) -> Graph:
         raise GraphError(f"torch.fx cannot trace {type(model).__name__}: {reason}") from error
     named = dict(model.named_modules())
     names = _node_names(traced, named)
+    _refuse_aliases(traced, named, names)
     nodes, output = [], ""
     for node in traced.nodes:
         if node.op == "output":
@@ -128,19 +131,32 @@ def trace(model: nn.Module) -> Graph:
 
 
 def _node_names(traced: fx.Graph, named: dict[str, nn.Module]) -> dict[fx.Node, str]:
-    """A name of its own for every node; a layer with weights may be called only once."""
+    """A name of its own for every node, layers first; a layer with weights may be called only once."""
     names: dict[fx.Node, str] = {}
-    for node in traced.nodes:
-        module_call = node.op == "call_module"
-        name = str(node.target) if module_call else node.name
-        if module_call and name in names.values():
-            if next(named[node.target].parameters(), None) is not None:
-                raise GraphError(f"layer {node.target!r} is called more than once: a layer with weights is called once")
-            name = node.name
+    called: set[str] = set()
+    for node in sorted(traced.nodes, key=lambda node: node.op != "call_module"):
+        name = node.name
+        if node.op == "call_module" and node.target not in called:
+            name = str(node.target)
+            called.add(name)
+        elif node.op == "call_module" and MODULES.get(type(named[node.target])) in ("conv", "linear", "bn"):
+            raise GraphError(f"layer {node.target!r} is called more than once: a layer with weights is called once")
         while name in names.values():
             name += "_"
         names[node] = name
     return names
+
+
+def _refuse_aliases(traced: fx.Graph, named: dict[str, nn.Module], names: dict[fx.Node, str]) -> None:
+    """GraphError where a tensor is read after it was changed in place: a graph computes nothing in place."""
+    order = {node: i for i, node in enumerate(traced.nodes)}
+    for node in traced.nodes:
+        owner = named[node.target] if node.op == "call_module" else None
+        in_place = isinstance(owner, nn.ReLU) and owner.inplace or node.kwargs.get("inplace") and node.target is F.relu
+        late = [user for user in node.args[0].users if order[user] > order[node]] if in_place else []
+        if late:
+            raise GraphError(f"{names[node]!r} changes a tensor in place that {names[late[0]]!r} reads later: "
+                             "call it with inplace=False")
 
 
 def _one(value, names: dict[fx.Node, str]) -> str:
@@ -159,6 +175,10 @@ def _convert(node: fx.Node, named: dict[str, nn.Module], names: dict[fx.Node, st
         if op is None:
             raise GraphError(f"layer {node.target!r} is a {type(module).__name__}; known are: "
                              + ", ".join(sorted(kind.__name__ for kind in MODULES)))
+        if op == "bn" and module.running_var is None:
+            raise GraphError(f"batch norm {node.target!r} has no running statistics")
+        if len(node.args) != 1 or node.kwargs:
+            raise GraphError(f"layer {node.target!r} must be called with one tensor and nothing else")
         run = F.relu if op == "relu" else module  # never in place: other operations may read the same tensor
         return Node(name, op, (_one(node.args[0], names),), run, module)
     op = FUNCTIONS.get(node.target)
@@ -166,8 +186,8 @@ def _convert(node: fx.Node, named: dict[str, nn.Module], names: dict[fx.Node, st
         known = sorted({t if isinstance(t, str) else t.__name__ for t in FUNCTIONS})
         raise GraphError(f"operation {name!r} ({node.target}) is not known; known are: {', '.join(known)}")
     inputs = tuple(names[arg] for arg in node.args if isinstance(arg, fx.Node))
-    if op == "add" and (len(node.args) != 2 or len(inputs) != 2):
-        raise GraphError(f"operation {name!r} adds something that is not an activation")
+    if op == "add" and (len(node.args) != 2 or len(inputs) != 2 or node.kwargs):
+        raise GraphError(f"operation {name!r} adds something that is not an activation, or scales it")
     return Node(name, op, inputs, _function(node, op))
 
 

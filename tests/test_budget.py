@@ -1,0 +1,72 @@
+"""Budgets: ranges, required and foreign fields, and values per layer."""
+
+import pytest
+
+from methods.core.budget import Budget
+from methods.core.errors import BudgetError
+
+RATIOS = ("density", "channel_density", "data_ratio", "size_ratio")
+LAYERS = ("conv1", "fc")
+
+
+@pytest.mark.parametrize("name", RATIOS)
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.0000001, 2, float("nan"), float("inf"), True, "0.5", [0.5]])
+def test_ratios_outside_0_to_1_are_refused(name, value):
+    with pytest.raises(BudgetError, match=rf"budget {name} = .*allowed is a number in \(0, 1\]"):
+        Budget(**{name: value})
+
+
+@pytest.mark.parametrize("name", RATIOS)
+@pytest.mark.parametrize("value", [1, 1.0, 1e-9, 0.5])
+def test_ratios_in_0_to_1_are_taken(name, value):
+    assert getattr(Budget(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize("value", [0, 17, -1, 2.5, float("nan"), float("inf"), True, "8"])
+def test_widths_that_are_no_whole_number_of_bits(value):
+    with pytest.raises(BudgetError, match=r"whole number of bits in 1\.\.16"):
+        Budget(bits=value)
+    with pytest.raises(BudgetError, match=r"budget bits\['fc'\]"):
+        Budget(bits={"conv1": 4, "fc": value})
+
+
+def test_widths_from_1_to_16():
+    assert [Budget(bits=b).bits for b in (1, 16, 4.0)] == [1, 16, 4.0]
+
+
+def test_a_value_per_layer_is_checked_by_layer():
+    assert Budget(density={"conv1": 0.5, "fc": 1}).density == {"conv1": 0.5, "fc": 1}
+    with pytest.raises(BudgetError, match=r"budget density\['fc'\] = 0:"):
+        Budget(density={"conv1": 0.5, "fc": 0})
+
+
+@pytest.mark.parametrize("name", ["data_ratio", "size_ratio"])
+def test_ratios_of_the_whole_network_take_one_number(name):
+    with pytest.raises(BudgetError, match="one number for the whole network"):
+        Budget(**{name: {"fc": 0.5}})
+
+
+def test_a_method_refuses_what_it_cannot_honour_and_asks_for_what_it_needs():
+    budget = Budget(density=0.5, bits=4)
+    budget.require("m", "density", "bits")
+    budget.require("m", "density", optional=("bits",))
+    Budget(density=0.5).require("m", "density", optional=("bits",))
+    with pytest.raises(BudgetError, match="m cannot honour the budget field 'bits'; it takes: density, size_ratio"):
+        budget.require("m", "density", optional=("size_ratio",))
+    with pytest.raises(BudgetError, match="m needs the budget field 'size_ratio'"):
+        budget.require("m", "density", "bits", "size_ratio")
+
+
+def test_per_layer():
+    assert Budget(density=0.5).per_layer("density", LAYERS) == {"conv1": 0.5, "fc": 0.5}
+    assert Budget().per_layer("bits", LAYERS) == {"conv1": None, "fc": None}
+    given = Budget(bits={"fc": 2, "conv1": 8}).per_layer("bits", iter(LAYERS))
+    assert list(given.items()) == [("conv1", 8), ("fc", 2)]  # in the network's order
+    with pytest.raises(BudgetError, match=r"unknown layers \['fc1'\]; the network has: conv1, fc"):
+        Budget(bits={"fc": 2, "conv1": 8, "fc1": 2}).per_layer("bits", LAYERS)
+    with pytest.raises(BudgetError, match=r"misses the layers \['conv1'\]"):
+        Budget(bits={"fc": 2}).per_layer("bits", LAYERS)
+    with pytest.raises(BudgetError, match="misses the layers"):
+        Budget(density={}).per_layer("density", LAYERS)
+    with pytest.raises(BudgetError, match="no Conv2d and no Linear"):
+        Budget(density=0.5).per_layer("density", [])

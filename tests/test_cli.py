@@ -1,0 +1,305 @@
+"""The command line: each mistake is one line that names the value and what is allowed; nothing earlier is lost."""
+
+import errno
+import os
+import re
+
+import pytest
+import safetensors.torch
+import torch
+
+from benchmarks import baselines, commands, jobs, rows, sources
+from benchmarks.__main__ import main
+from benchmarks.baselines import shorter
+from benchmarks.checkpoints import write_checkpoint
+from benchmarks.data import open_dataset
+from benchmarks.networks import build
+from benchmarks.rows import read_rows
+from methods.core import container
+
+TABLE = """
+method = "prune_then_quantize"
+title = "Quick rows"
+[[compare]]
+name = "8 bits, ünï"
+task = "digits"
+network = "resnet18w2"
+budget = { density = 0.5, bits = 8 }
+[[compare]]
+name = "4 bits"
+task = "digits"
+network = "resnet18w2"
+budget = { density = 0.5, bits = 4 }
+[[row]]
+name = "first"
+task = "digits"
+network = "resnet18w2"
+budget = { density = 0.9, bits = 8 }
+paper = { error_float = 1.5, cost.density = 0.5 }
+[[row]]
+name = "second"
+task = "digits"
+network = "resnet18w2"
+budget = { density = 0.8, bits = 8 }
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with start.safetensors (resnet18w2 for digits) and quick.toml, the only configuration there is."""
+    folder = tmp_path / "somewhere with [brackets] ü"
+    folder.mkdir()
+    monkeypatch.setattr(jobs, "CONFIGS", folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    (folder / "quick.toml").write_text(TABLE, encoding="utf-8")
+    write_checkpoint(folder / "start.safetensors", build("resnet18w2", 10, 1).eval().state_dict(), {})
+    return folder
+
+
+@pytest.fixture
+def run(place, capsys):
+    """run(command line, ...) -> (exit code, stdout, stderr); {here} stands for the folder, results go into it."""
+
+    def run(text, *more):
+        words = [*(word.replace("{here}", str(place)) for word in text.split()), *map(str, more)]
+        if words[0] in ("compare", "reproduce", "compress", "report") and "--results" not in words:
+            words += ["--results", str(place / "results")]
+        capsys.readouterr()
+        code = main(words)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+QUICK = "compress prune_then_quantize --network resnet18w2 --checkpoint {here}/start.safetensors"
+START = " --network resnet18w2 --checkpoint {here}/start.safetensors"
+
+
+@pytest.fixture
+def made(run, place):
+    """The file and the rows of one finished `compress`."""
+    assert run(QUICK + " --budget density=0.5 bits=8")[0] == 0
+    path = place / "results" / "models" / "own" / "prune-then-quantize-resnet18w2.jc"
+    return path, place / "results" / "rows" / "own.jsonl"
+
+
+MISTAKES = [
+    ("compress magic --budget bits=4", "unknown method 'magic'; there are: .*deep_compression.*prune_then_quantize"),
+    ("compare --methods magic", "unknown method 'magic'; there are: prune_then_quantize"),
+    ("compare --task imagenet", "unknown data set 'imagenet'; there are: digits, cifar10, mnist, folder:DIR"),
+    ("compare --task folder:{here}/absent", "there is no folder .*absent"),
+    ("compare --network resnet9", "unknown network 'resnet9'; there are: resnet18, .*resnet18wN"),
+    ("compare --network lenet300", "network lenet300 takes images of 28 x 28 x 1, but those of digits are 8 x 8 x 1"),
+    ("compare --device tpu", "--device tpu: there is no such device here; allowed are cpu"),
+    ("compare --device meta", "--device meta: there is no such device here"),
+    ("compare --epochs -1", "epochs=-1"),
+    ("compare --epochs 1 --checkpoint {here}/start.safetensors", "--epochs 1 trains a baseline, --checkpoint gives"),
+    ("compare --results {here}/quick.toml/x", "quick.toml.*Not a directory"),
+    ("compare --results {here}/quick.toml", "quick.toml.*File exists"),
+    (QUICK + " --budget density", "'density' is not KEY=VALUE"),
+    (QUICK + " --budget density=lots bits=8", "budget density = 'lots': needed is a number or a table"),
+    (QUICK + " --budget density=1.5 bits=8", r"budget density = 1.5: allowed is a number in \(0, 1\]"),
+    (QUICK + " --budget bits=8", "prune_then_quantize needs the budget field 'density'; it takes: density, bits"),
+    (QUICK + " --budget density=0.5 bits=8 data_ratio=0.1", "cannot honour the budget field 'data_ratio'; it takes"),
+    (QUICK + " --budget densities=0.5", "unknown key budget 'densities'; allowed are: density"),
+    (QUICK + " --budget density={{conv9=1}} bits=8", "budget density"),
+    (QUICK + " --set scop=local", "unknown key config 'scop'; allowed are: scope"),
+    (QUICK + " --set retrain.epochs=3", "config retrain lacks the keys lr"),
+    (QUICK + " --budget density=0.5 bits=8 --set scope=odd", "scope = 'odd': allowed are 'local', 'global'"),
+    (QUICK + " --index-bits 99", "index_bits = 99: allowed is 1..16"),
+    ("compress prune_then_quantize --checkpoint {here}/absent.pt", "there is no checkpoint file .*absent.pt"),
+    ("compress prune_then_quantize --checkpoint {here}/quick.toml", "suffix '.toml'; allowed: .safetensors"),
+    ("compress prune_then_quantize --network resnet18w4 --checkpoint {here}/start.safetensors", "does not fit ResNet"),
+    ("train --task digits --network resnet18w2 --out {here}/a.pt", "a.pt: written are only .safetensors"),
+    ("train --task digits --network nonsense --out {here}/a.safetensors", "unknown network 'nonsense'"),
+    ("reproduce {here}/absent.toml", "cannot read the configuration .*absent.toml: No such file"),
+    ("reproduce {here}/start.safetensors", "start.safetensors is not valid TOML"),
+    ("reproduce {here}/quick.toml --row third", "quick.toml has no row 'third'; there are: first, second"),
+    ("report nothing", "cannot read the rows .*nothing.jsonl: No such file"),
+    ("report --rows {here}/start.safetensors", "start.safetensors, line 1, is not a row"),
+    ("report --rows {here}/quick.toml", "quick.toml, line 2, is not a row"),
+    ("inspect {here}/absent.jc", "absent.jc.*no such file"),
+    ("inspect {here}/quick.toml", "quick.toml: not a compressed model"),
+    ("inspect {here}", "cannot be read: Is a directory"),
+    ("decode {here}/start.safetensors {here}/out.safetensors", "not a compressed model"),
+    ("measure {here}/absent.jc --task digits --network resnet18w2", "absent.jc"),
+]
+
+
+@pytest.mark.parametrize("words, message", MISTAKES, ids=lambda value: re.sub(r"\W+", "-", value)[:60])
+def test_mistakes_are_one_line(run, place, words, message):
+    code, out, err = run(words.replace("{{", "{").replace("}}", "}"))
+    assert code == 1 and out == ""
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and re.search(message, err), err
+    assert "Traceback" not in err and "[Errno" not in err
+    assert not (place / "results" / "rows").exists()
+
+
+def test_unknown_words_are_refused_with_usage(run, capsys):
+    for words in ("compress", "nonsense", "compare --seed -1", "compare --seed x", "compare --dev cpu", ""):
+        with pytest.raises(SystemExit) as caught:
+            main(words.split())
+        assert caught.value.code == 2 and "usage: python -m benchmarks" in capsys.readouterr().err
+
+
+def test_missing_data_say_where_they_were_looked_for(run, place, monkeypatch):
+    def offline(*_):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(sources._torchvision, "download", offline)
+    code, _, err = run("compare --task mnist --data-dir {here}")
+    assert code == 1 and len(err.splitlines()) == 1 and "mnist.npz" in err and "no route to host" in err
+
+
+@pytest.mark.parametrize("command", ["inspect {file}", "decode {file} {here}/out.safetensors",
+                                     "measure {file} --task digits --network resnet18w2"])
+def test_damaged_files(run, place, made, command):
+    data = made[0].read_bytes()
+    middle = len(data) // 2
+    damages = {"cut": data[:-1], "half": data[:middle], "empty": b"", "one": data[:1],
+               "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:], "longer": data + b"x"}
+    for name, damaged in damages.items():
+        path = place / f"{name}.jc"
+        path.write_bytes(damaged)
+        code, out, err = run(command.replace("{file}", f"{{here}}/{name}.jc"))
+        assert code == 1 and out == "" and len(err.splitlines()) == 1 and err.startswith("error: "), (name, err)
+        assert f"{name}.jc" in err
+    assert not (place / "out.safetensors").exists()
+
+
+def test_a_file_of_another_network(run, made):
+    code, _, err = run("measure {here}/results/models/own/prune-then-quantize-resnet18w2.jc "
+                       "--task digits --network resnet18w4")
+    assert code == 1 and len(err.splitlines()) == 1 and "belongs to another network" in err
+
+
+# --- a full disk -------------------------------------------------------------------------------------------
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("module, name", [(container, "fsync"), (rows, "write"), (rows, "fsync")],
+                         ids=["model", "row", "row flush"])
+def test_a_full_disk_loses_nothing(run, place, made, monkeypatch, module, name):
+    file, rows_path = made
+    before = rows_path.read_bytes()
+    monkeypatch.setattr(module.os, name, full)
+    code, _, err = run(QUICK + " --budget density=0.25 bits=8 --name second")
+    monkeypatch.undo()
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in err
+    assert rows_path.read_bytes() == before and file.exists() and not list(place.rglob("*.tmp"))
+
+
+def test_a_report_is_replaced_whole_or_not_at_all(run, place, made, monkeypatch):
+    assert run("report own")[0] == 0
+    before = {path: path.read_bytes() for path in (place / "results" / "reports").iterdir()}
+    assert run(QUICK + " --budget density=0.25 bits=8 --name second")[0] == 0
+    monkeypatch.setattr(container.os, "fsync", full)
+    code, _, err = run("report own")
+    assert code == 1 and err.startswith("error: cannot write ") and len(err.splitlines()) == 1
+    assert {path: path.read_bytes() for path in (place / "results" / "reports").iterdir()} == before
+
+
+def test_decoding_onto_a_full_disk(run, place, made, monkeypatch):
+    monkeypatch.setattr(container.os, "fsync", full)
+    code, _, err = run("decode {file} {here}/out.safetensors".replace("{file}", "{here}/" + str(
+        made[0].relative_to(place))))
+    assert code == 1 and "out.safetensors: No space left on device" in err and len(err.splitlines()) == 1
+    assert not (place / "out.safetensors").exists()
+
+
+# --- what it is for ----------------------------------------------------------------------------------------
+
+
+def test_compress_inspect_measure_decode(run, place, made):
+    file, rows_path = made
+    (row,) = read_rows(rows_path)
+    words = "{here}/" + str(file.relative_to(place))
+    code, out, _ = run(f"inspect {words}")
+    assert code == 0 and f'"bytes": {file.stat().st_size}' in out
+    code, out, _ = run(f"measure {words} --task digits --network resnet18w2")
+    assert code == 0 and f'"top1_integer": {row["top1_integer"]}' in out
+    code, out, _ = run(f"decode {words} {{here}}/out.safetensors")
+    assert code == 0 and str(place / "out.safetensors") in out.replace("\n", "")
+    state = safetensors.torch.load_file(place / "out.safetensors")
+    assert sum(int((state[name] != 0).sum()) for name in row["layers"] for name in [f"{name}.weight"]) == row["cost"][
+        "kept_weights"]
+
+
+def test_compare_from_training_to_report(run, place):
+    code, out, err = run("compare --task digits --network resnet18w2 --epochs 1")
+    assert code == 0 and "Traceback" not in err
+    assert "8 bits, ünï" in out and "float32 baseline" in out and "4 bits" in out
+    made = read_rows(place / "results" / "rows" / "compare_digits.jsonl")
+    assert [row["name"] for row in made] == ["8 bits, ünï", "4 bits"] and made[0]["setup"]["recipe"]["epochs"] > 1
+    page = (place / "results" / "reports" / "compare_digits.html").read_text(encoding="utf-8")
+    assert "python -m benchmarks compare --task digits --network resnet18w2 --epochs 1<" in page
+    assert str(place) not in page and str(place) not in str(made)
+    names = {path.name for path in (place / "results" / "reports").iterdir()}
+    assert names == {f"compare_digits{end}" for end in (".html", ".md", ".csv", "_bytes.png", "_bops.png")}
+    assert run("report compare_digits")[0] == 0
+
+
+def test_an_interrupted_compare_goes_on_where_it_was(run, place, monkeypatch):
+    """The baseline and the first row are done when it breaks off: neither is made again."""
+    whole, trainings = jobs.store_and_measure, []
+    monkeypatch.setattr(commands, "train_baseline",
+                        lambda *given, _f=commands.train_baseline, **more: trainings.append(1) or _f(*given, **more))
+    counted = []
+
+    def breaking(*given):
+        counted.append(1)
+        if len(counted) == 2:
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    monkeypatch.setattr(jobs, "store_and_measure", breaking)
+    words = "compare --task digits --network resnet18w2 --epochs 1"
+    code, _, err = run(words)
+    assert code == 130 and err.splitlines()[-1] == "interrupted; the same command with --resume continues"
+    rows_path = place / "results" / "rows" / "compare_digits.jsonl"
+    (first,) = read_rows(rows_path)
+    code, out, _ = run(words + " --resume")
+    assert code == 0 and read_rows(rows_path)[0] == first and len(read_rows(rows_path)) == 2
+    assert len(counted) == 3 and len(trainings) == 1 and "8 bits, ünï" in out
+    assert run(words + " --resume")[0] == 0 and len(read_rows(rows_path)) == 2 and len(counted) == 3
+
+
+def test_a_shipped_baseline_is_taken_only_for_the_data_it_was_trained_on(run, place, monkeypatch):
+    monkeypatch.setattr(baselines, "SHIPPED", place)
+    shipped, words = place / "digits_resnet18w2.safetensors", "compare --task digits --network resnet18w2"
+    state = build("resnet18w2", 10, 1).eval().state_dict()
+    write_checkpoint(shipped, state, {"data": open_dataset("digits").digest})
+    code, _, err = run(words)
+    assert code == 0 and "train" not in err
+    write_checkpoint(shipped, state, {"data": "other"})
+    monkeypatch.setattr(commands, "shorter", lambda setup, epochs: shorter(setup, 1))
+    code, _, err = run(words)
+    assert code == 0 and "digits_resnet18w2.safetensors has seen other pictures" in err and "train resnet18w2" in err
+    sources_of = [row["checkpoint"]["source"] for row in read_rows(place / "results" / "rows" / "compare_digits.jsonl")]
+    assert sources_of[0] == shipped.name and sources_of[-1] != shipped.name
+
+
+def test_reproduce_prints_ours_beside_the_paper(run, place):
+    code, out, _ = run("reproduce {here}/quick.toml --epochs 1 --row first")
+    assert code == 0 and "error_float" in out and "1.5" in out and "cost.density" in out
+    code, out, _ = run("reproduce {here}/quick.toml --epochs 1")
+    names = [row["name"] for row in read_rows(place / "results" / "rows" / "quick.jsonl")]
+    assert code == 0 and names == ["first", "first", "second"]
+    assert run("report quick")[0] == 0
+    assert "| first | error_float | 1.5 |" in (place / "results" / "reports" / "quick.md").read_text(encoding="utf-8")
+
+
+def test_train_writes_a_checkpoint_that_compress_takes(run, place):
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    code, out, _ = run("train --task digits --network resnet18w2 --epochs 1 --results {here}/results "
+                       "--out {here}/new/net.safetensors")
+    assert code == 0 and "held-out" in out and torch.equal(torch.random.get_rng_state(), before)
+    assert run("compress prune_then_quantize --network resnet18w2 --checkpoint {here}/new/net.safetensors "
+               "--budget density=0.5 bits=8 --seed 3")[0] == 0
+    assert read_rows(place / "results" / "rows" / "own.jsonl")[0]["seed"] == 3

@@ -1,0 +1,267 @@
+"""Jobs: what a paper_configs file may say, what a method gets to see, and rows that are not made twice."""
+
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import jobs
+from benchmarks.baselines import Baseline, Setup, find_setup
+from benchmarks.data import open_dataset
+from benchmarks.jobs import CONFIGS, Job, Place, all_tables, file_name, module_lines, prepare, read_table, run_job, slug
+from benchmarks.networks import build
+from benchmarks.rows import read_rows
+from benchmarks.settings import build as build_settings
+from methods import find_method, method_names
+from methods.core.budget import Budget
+from methods.core.errors import BudgetError, ConfigError, GraphError
+from methods.core.finetune import Recipe
+from methods.core.storage import decode, encode
+
+CPU = torch.device("cpu")
+HEAD = 'method = "prune_then_quantize"\ntitle = "A title"\n'
+ROW = '[[row]]\nname = "a"\ntask = "digits"\nnetwork = "resnet18w2"\nbudget = { density = 0.5, bits = 8 }\n'
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        path = tmp_path / "table.toml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+def test_a_table(written):
+    table = read_table(written(HEAD + '[smoke]\nbudget = { bits = 4 }\n' + ROW + 'seed = 3\n[row.paper]\n'
+                               'error_float = 1.58\ncost.density = 0.08\n[row.paper.layers]\n'
+                               'conv1 = { density = 0.5 }\n'))
+    job = Job("a", "prune_then_quantize", "digits", "resnet18w2", {"density": 0.5, "bits": 8}, seed=3, paper={
+        "error_float": 1.58, "cost": {"density": 0.08}, "layers": {"conv1": {"density": 0.5}}})
+    assert table.rows == (job,) and table.compare == () and table.smoke == {"budget": {"bits": 4}}
+    assert (table.name, table.method, table.title) == ("table", "prune_then_quantize", "A title")
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "table.toml: no method; allowed are: method, title, smoke"),
+    ('method = "x"\nrows = 3', "table.toml: unknown key 'rows'"),
+    ("method = 3", "table.toml: method must be a text"),
+    (HEAD + "smoke = 3", "table.toml: smoke must be a table"),
+    (HEAD + "row = 3", r"table.toml: row must be tables under \[\[row\]\]"),
+    (HEAD + "[row]\nname = 'a'", r"table.toml: row must be tables under \[\[row\]\]"),
+    (HEAD + "[[row]]\nname = 'a'\ntask = 'digits'", "table.toml row 1 lacks the keys network"),
+    (HEAD + ROW + ROW.replace('"a"', '"b"') + "lr = 3", "unknown key table.toml row 2: 'lr'; allowed are: name"),
+    (HEAD + ROW + "seed = 'x'", "table.toml row 1: seed = 'x': needed is a whole number"),
+    (HEAD + ROW + ROW, r"table.toml: the names under \[\[row\]\] must differ in letters or digits, but there is 'a'"),
+    (HEAD + ROW + ROW.replace('"a"', '"A?"'), "must differ in letters or digits"),
+    (HEAD + ROW.replace('"a"', '"!"'), "must differ in letters or digits, but there is '!'"),
+    (HEAD + ROW + "[row.paper]\ntop1 = '57.2'", "table.toml: paper of 'a', top1 = '57.2': a number is needed"),
+    (HEAD + ROW + "[row.paper]\nlayers = { conv1 = 3 }", "paper of 'a': layers"),
+    (HEAD + "= 3", "is not valid TOML"),
+])
+def test_mistakes_in_tables(written, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_table(written(text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_well_formed(path):
+    if path.name == "baselines.toml":
+        setups = [(task, network) for task, networks in jobs.read_toml(path).items() if task != "default"
+                  for network in networks]
+        assert setups and all(isinstance(find_setup(*setup), Setup) for setup in setups)
+        return
+    table = read_table(path)
+    assert table.method in method_names() and (table.rows or table.compare)
+    for job in (*table.rows, *table.compare):
+        method, budget, config = prepare(job)
+        assert isinstance(budget, Budget) and isinstance(config, method.Config)
+    if table.smoke:
+        build_settings(find_method(table.method).Config, table.smoke.get("config", {}))
+
+
+def test_all_tables_reads_every_file(monkeypatch, tmp_path):
+    assert {table.name for table in all_tables()} == {path.stem for path in CONFIGS.glob("*.toml")} - {"baselines"}
+    (tmp_path / "one.toml").write_text(HEAD + ROW)
+    (tmp_path / "two.toml").write_text("broken")
+    monkeypatch.setattr(jobs, "CONFIGS", tmp_path)
+    with pytest.raises(ConfigError, match="two.toml"):
+        all_tables()
+
+
+@pytest.mark.parametrize("changes, error, message", [
+    ({"method": "prune_then_quantise"}, ConfigError, "unknown method 'prune_then_quantise'; there are: .*deep_comp"),
+    ({"budget": {"densty": 0.5}}, ConfigError, "unknown key budget 'densty'; allowed are: density"),
+    ({"budget": {"density": 1.5}}, BudgetError, r"budget density = 1.5: allowed is a number in \(0, 1\]"),
+    ({"config": {"scope": 3}}, ConfigError, "config scope = 3: needed is a text"),
+    ({"config": {"retrain": {"epochs": 1}}}, ConfigError, "config retrain lacks the keys lr"),
+    ({"index_bits": 0}, ConfigError, "index_bits = 0: allowed is 1..16"),
+])
+def test_mistakes_in_jobs(changes, error, message):
+    with pytest.raises(error, match=message):
+        prepare(Job(**{"name": "a", "method": "prune_then_quantize", "task": "digits", "network": "n"} | changes))
+
+
+def test_names_of_files():
+    assert slug("4-bit, 10 % [Ünïcode]") == "4-bit-10-ünïcode" and slug("../../etc") == "etc"
+    job = Job("faithful", "m", "mnist", "lenet300")
+    names = {file_name(job), file_name(jobs.replace(job, seed=1)), file_name(jobs.replace(job, network="lenet5_bb"))}
+    assert len(names) == 3 and "faithful-lenet300" in names
+
+
+# --- what a method sees ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_dataset("digits")
+
+
+@pytest.mark.parametrize("kind", ["train", "calibration", "none", "test"])
+def test_a_method_sees_what_its_data_says(digits, kind):
+    method = types.SimpleNamespace(DATA=kind, __name__="method")
+    setup = Setup(Recipe(epochs=1, lr=0.1), augment="digits")
+    if kind == "test":
+        with pytest.raises(ConfigError, match="method.DATA = 'test': allowed are train, none, calibration"):
+            jobs.task_for(method, setup, digits, "resnet18w2", CPU)
+        return
+    task = jobs.task_for(method, setup, digits, "resnet18w2", CPU)
+    assert (task is None) == (kind == "none")
+    if task is not None:
+        assert (task.train is None) == (kind == "calibration")
+        assert len(task.calibration_inputs(10)) == 10
+        seen = {name for name, part in vars(task).items() if hasattr(part, "epoch")}
+        assert seen == {"held_out", "calibration"} | ({"train"} if kind == "train" else set())
+        images = {bytes(image) for part in seen for image in getattr(task, part).images.flatten(1).numpy()}
+        assert not images & {bytes(image) for image in digits.test.images.flatten(1).numpy()}
+
+
+SAMPLE = '''"""A module
+of two lines."""
+
+import os  # counted
+
+
+# not counted
+class Thing:
+    """Doc."""
+
+    size = 3
+
+    def method(self):
+        """Doc
+        over lines.
+        """
+        return """not
+a docstring"""
+
+
+def function(): return os
+'''
+
+
+def test_lines_of_code(tmp_path, monkeypatch):
+    (tmp_path / "sample_of_lines.py").write_text(SAMPLE)
+    monkeypatch.syspath_prepend(tmp_path)
+    import sample_of_lines
+
+    assert module_lines(sample_of_lines) == 7
+
+
+def test_knobs_of_a_budget():
+    assert jobs.knobs_of(Budget()) == 0
+    assert jobs.knobs_of(Budget(density={"a": 0.5, "b": 0.1}, bits=4)) == 3
+
+
+# --- a row -------------------------------------------------------------------------------------------------
+
+
+class Screen:
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, line):
+        self.lines.append(line)
+
+    def update(self, label, step, total, metrics):
+        pass
+
+
+def job(**changes):
+    return Job(**{"name": "a ü", "method": "prune_then_quantize", "task": "digits", "network": "resnet18w2",
+                  "budget": {"density": 0.5, "bits": 8}, "paper": {"error_float": 1.0}} | changes)
+
+
+@pytest.fixture
+def run(digits, tmp_path):
+    """run(job, resume) -> (row, lines said); with rows and models under tmp_path."""
+    baseline = Baseline(build("resnet18w2", 10, 1).eval(), "digest", "source", {})
+
+    def run(one, resume=False, start=baseline):
+        screen = Screen()
+        place = Place(tmp_path, tmp_path / "runs", CPU, screen, resume)
+        return run_job(one, digits, start, 50.0, place, "own"), screen.lines
+
+    return run
+
+
+def test_a_row_describes_its_file(run, tmp_path):
+    row, _ = run(job())
+    path = tmp_path / "models" / row["file"]
+    assert row["bytes"] == path.stat().st_size == sum(row["bytes_split"].values())
+    kept = sum(tensor.kept for tensor in decode(path).weights.values())
+    assert row["cost"]["kept_weights"] == kept and row["cost"]["density"] == kept / row["dense_weights"]
+    assert row["dense_macs"] == row["cost"]["macs"] and row["ranges_by"] == "method"
+    assert read_rows(tmp_path / "rows" / "own.jsonl") == [row]
+    assert row["config"]["scope"] == "local" and row["budget"]["bits"] == 8
+    assert not list((tmp_path / "runs").rglob("*.pt"))
+
+
+def test_resume_does_not_repeat_a_finished_job(run, tmp_path):
+    first, _ = run(job())
+    again, lines = run(job(paper={"error_float": 2.0}, note="other"), resume=True)
+    assert {**first, "paper": {"error_float": 2.0}, "note": "other"} == again and "in" in lines[0]
+    rows = tmp_path / "rows" / "own.jsonl"
+    assert len(read_rows(rows)) == 1
+    run(job(budget={"density": 0.4, "bits": 8}), resume=True)
+    run(job(seed=1), resume=True)
+    assert len(read_rows(rows)) == 3
+    run(job())  # without --resume it is asked for again
+    assert len(read_rows(rows)) == 4
+
+
+def test_another_baseline_is_another_job(run, tmp_path):
+    run(job())
+    run(job(), resume=True, start=Baseline(build("resnet18w2", 10, 1, seed=1).eval(), "other", "source", {}))
+    assert len(read_rows(tmp_path / "rows" / "own.jsonl")) == 2
+
+
+def test_an_unknown_float_layer_is_refused_before_any_work(run, tmp_path):
+    with pytest.raises((ConfigError, GraphError), match="float_policy names 'conv9'; resnet18w2 has: conv1, layer1"):
+        run(job(float_policy=("conv9",)))
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_failing_method_leaves_no_row(run, tmp_path):
+    with pytest.raises(BudgetError, match="cannot honour the budget field 'data_ratio'; it takes: density, bits"):
+        run(job(budget={"density": 0.5, "bits": 8, "data_ratio": 0.1}))
+    assert not Path(tmp_path / "rows").exists()
+
+
+def test_a_damaged_file_is_never_measured(run, monkeypatch, tmp_path):
+    def damaging(compressed, path, **options):
+        encode(compressed, path, **options)
+        path.write_bytes(path.read_bytes()[:-1])
+
+    monkeypatch.setattr(jobs, "encode", damaging)
+    with pytest.raises(ValueError, match="checksum"):
+        run(job())
+    assert not (tmp_path / "rows").exists()

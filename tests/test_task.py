@@ -1,0 +1,75 @@
+"""What a method may see: a user's own loaders, calibration inputs, and scores that no global seed can move."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from methods import prune_then_quantize as pq
+from methods.core.budget import Budget
+from methods.core.errors import CompressError, ConfigError
+from methods.core.finetune import Recipe
+from methods.core.storage import to_bytes
+from methods.core.task import Task, top1
+
+
+def loader(tiny, n=96, **settings):
+    data = tiny.Batches(n, 1)
+    return DataLoader(TensorDataset(data.inputs, data.targets), batch_size=24, **settings)
+
+
+def test_a_shuffling_loader_gives_the_same_bytes_whatever_the_global_seed(tiny):
+    found = []
+    for seed in (1, 2):
+        task = Task.from_loader(loader(tiny, shuffle=True), loader(tiny, 24, shuffle=True))
+        model = tiny.model()
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        out = pq.compress(model, task, Budget(density=0.5, bits=4),
+                          pq.Config(retrain=Recipe(1, 0.01), calibration_inputs=30), torch.Generator().manual_seed(0))
+        task.score(model)
+        assert torch.equal(torch.get_rng_state(), before)
+        found.append(to_bytes(out)[0])
+    assert found[0] == found[1]
+
+
+def test_calibration_inputs_in_fixed_order(tiny):
+    task = tiny.task()
+    assert torch.equal(task.calibration_inputs(30), tiny.Batches(96, 1).inputs[:30])
+    assert len(task.calibration_inputs(1000)) == 96
+    own = Task.from_loader(loader(tiny, shuffle=True), [], calibration=loader(tiny, 48))
+    assert torch.equal(own.calibration_inputs(40), tiny.Batches(48, 1).inputs[:40])
+    shuffled = Task.from_loader(loader(tiny, shuffle=True), [])
+    assert torch.equal(shuffled.calibration_inputs(40), shuffled.calibration_inputs(40))
+    for n in (0, -5):
+        with pytest.raises(ConfigError, match=f"calibration inputs = {n}"):
+            task.calibration_inputs(n)
+    for empty in (Task(None, task.held_out), Task.from_loader([], [])):
+        with pytest.raises(CompressError, match="to calibrate on"):
+            empty.calibration_inputs(5)
+
+
+def test_a_device_may_be_given_by_name(tiny):
+    assert tiny.task(device="cpu").device == torch.device("cpu")
+
+
+def test_top1_counts_images_in_evaluation_mode(tiny):
+    model, data = tiny.model().train(), tiny.Batches(50, 4)  # batches of 24, 24 and 2
+    score = top1(model, data.epoch(None))
+    assert model.training
+    with torch.no_grad():
+        right = int((model.eval()(data.inputs).argmax(1) == data.targets).sum())
+    assert score == 100 * right / 50
+    with pytest.raises(CompressError, match="nothing to score"):
+        top1(model, [])
+
+
+def test_channels_last_and_autocast(tiny):
+    task = tiny.task(channels_last=True, autocast=torch.bfloat16)
+    model = task.placed(tiny.model())
+    inputs, _ = task.placed_batch((torch.randn(2, 3, 8, 8), torch.zeros(2)))
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in (inputs, model.conv1.weight))
+    with task.precision():
+        assert model(inputs).dtype == torch.bfloat16
+    budget, config = Budget(density=0.5, bits=4), pq.Config(aware=Recipe(1, 0.01))
+    out = pq.compress(tiny.model(), task, budget, config, torch.Generator())
+    assert all(value.is_contiguous() for value in out.state_dict().values())
