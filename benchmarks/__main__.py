@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("report", commands.report, "tables, plots and page from existing rows")
     sub.add_argument("name", nargs="?", default="compare_digits", help="rows file of results/rows, without .jsonl")
     sub.add_argument("--rows", type=Path, help="any other rows file")
+    sub.add_argument("--all", action="store_true", help="every rows file of results/rows, and the tables of README.md")
     sub.add_argument("--results", type=Path, default=RESULTS)
     sub = command("measure", commands.measure_file, "everything a row says about a file")
     sub.add_argument("file", type=Path)

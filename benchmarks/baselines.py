@@ -50,11 +50,12 @@ class Baseline:
 
 
 def find_setup(task: str, network: str, recipes: Path = RECIPES) -> Setup:
-    """The setup of paper_configs/baselines.toml for a task and network, else its [default]."""
+    """The setup of paper_configs/baselines.toml for a task and network, else [TASK.default], else its [default]."""
     tables = read_toml(recipes)
-    found = tables.get(task, {}).get(network, tables.get("default"))
+    own = tables.get(task, {})
+    found = own.get(network, own.get("default", tables.get("default")))
     if found is None:
-        raise ConfigError(f"{recipes.name} has no table [{task}.{network}] and no [default]")
+        raise ConfigError(f"{recipes.name} has no table [{task}.{network}], [{task}.default] or [default]")
     return build_settings(Setup, found, f"{task}.{network}.")
 
 

@@ -31,9 +31,9 @@ from .data import Dataset, open_dataset, test_batches
 from .jobs import Job, Place, all_tables, file_name, prepare, read_table, run_job, slug
 from .measure import measure
 from .networks import find, network_names
-from .report import against_paper, plots, table
+from .report import against_paper, plots, readme, table
 from .report.page import page
-from .rows import read_rows
+from .rows import RESULTS, ROOT, read_rows
 from .runs import DiskRun, Screen, run_key
 from .settings import from_assignments, plain
 
@@ -178,15 +178,21 @@ def reproduce(options: Namespace, console: Console) -> None:
 
 def report(options: Namespace, console: Console) -> None:
     """Tables, plots and page from rows that are already there; of equal ones the last row counts."""
-    path = options.rows if options.rows is not None else options.results / "rows" / f"{options.name}.jsonl"
-    rows = table.latest(read_rows(path))
-    if not rows:
-        raise ConfigError(f"{path} holds no rows")
-    title = " and ".join(dict.fromkeys(f"{row['network']} on {row['task']}" for row in rows))
-    console.print(table.terminal(table.listed(rows), title, console.width))
-    if any(row["paper"] for row in rows):
-        console.print(against_paper.terminal(rows, "beside the paper"))
-    console.print(f"report: {write_reports(rows, path.stem, title, options)}", soft_wrap=True)
+    folder = options.results / "rows"
+    path = options.rows if options.rows is not None else folder / f"{options.name}.jsonl"
+    paths = sorted(folder.glob("*.jsonl")) if options.all else [path]
+    rows_of = {path.stem: table.latest(read_rows(path)) for path in paths}
+    empty = [path for path in paths if not rows_of[path.stem]]
+    if empty or not paths:
+        raise ConfigError(f"{(empty or [folder])[0]} holds no rows")
+    for name, rows in rows_of.items():
+        title = " and ".join(dict.fromkeys(f"{row['network']} on {row['task']}" for row in rows))
+        console.print(table.terminal(table.listed(rows), title, console.width))
+        if any(row["paper"] for row in rows):
+            console.print(against_paper.terminal(rows, "beside the paper"))
+        console.print(f"report: {write_reports(rows, name, title, options)}", soft_wrap=True)
+    if options.all and options.results.resolve() == RESULTS:
+        readme.refresh(ROOT / "README.md", rows_of)
 
 
 def write_reports(rows: Sequence[dict], name: str, title: str, options: Namespace) -> Path:

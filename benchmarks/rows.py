@@ -32,13 +32,14 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        before = os.fstat(descriptor).st_size
+        before, complete = os.fstat(descriptor).st_size, False
         try:
             _write_whole(descriptor, line, before)
             os.fsync(descriptor)
-        except OSError:
-            os.ftruncate(descriptor, before)
-            raise
+            complete = True
+        finally:  # a failed write, or Ctrl-C
+            if not complete:
+                os.ftruncate(descriptor, before)
     except OSError as error:
         raise CompressError(f"the row could not be appended to {path}: {error.strerror}; "
                             "earlier rows are intact; free space or choose --results DIR") from error

@@ -17,6 +17,7 @@ Departures
     exact number; the q_l it amounts to (std over the dense weights) is reported in the notes.
   * Rounds: the number for the MNIST networks is not printed. Densities fall geometrically, d^(r/R) in round r.
   * Code 0 is reserved for the filler zero, as in the authors' released files; the paper does not say.
+  * Clusters that stay empty (linear starts leave some) are dropped: they would only be stored.
   * Centroid training: recipe not printed. SGD without weight decay at a small learning rate. Biases and batch
     norm, which are not shared, train along.
   * Dropout: the rate of each Dropout follows D_r = D_o sqrt(density) with the density of the layer before it.
@@ -118,12 +119,13 @@ def scale_dropout(model: nn.Module, masks: Mapping[str, Tensor], rates: Mapping[
 
 
 def share(weight: Tensor, mask: Tensor, bits: int, init: str, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Codebook float32 [1 + k], whose entry 0 is the reserved 0, and int32 codes of `weight`. (Section 3)"""
+    """Codebook float32 [1 + used], whose entry 0 is the reserved 0, and int32 codes of `weight`. (Section 3)"""
     survivors = weight.detach()[mask].cpu().numpy()
     clusters = kmeans(survivors, (1 << bits) - 1, init, rng=rng)
+    used, labels = np.unique(clusters.labels, return_inverse=True)
     codes = torch.zeros(weight.shape, dtype=torch.int32)
-    codes[mask.cpu()] = torch.from_numpy(clusters.labels + 1).to(torch.int32)
-    return torch.from_numpy(np.concatenate([[0.0], clusters.centroids]).astype(np.float32)), codes
+    codes[mask.cpu()] = torch.from_numpy(labels + 1).to(torch.int32)
+    return torch.from_numpy(np.concatenate([[0.0], clusters.centroids[used]]).astype(np.float32)), codes
 
 
 class SharedWeight(nn.Module):
@@ -137,7 +139,7 @@ class SharedWeight(nn.Module):
         return torch.cat([centroids.new_zeros(1), centroids])[self.codes.long()]
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Centroids [k] from a weight that already is C[I]; an unused centroid starts at 0."""
+        """Centroids [k] from a weight that already is C[I]."""
         centroids = weight.new_zeros(int(self.codes.max()) + 1)
         centroids[self.codes.long().reshape(-1)] = weight.reshape(-1)
         return centroids[1:]

@@ -14,7 +14,7 @@ Algorithm
     activation ranges: least and largest over channels of beta -+ 6 |gamma|, least 0 after a ReLU
 
 Symbols    beta, |gamma| (after folding: mean and deviation of an output): Normal.mean, Normal.std
-           r1, r2 `row_ranges`, `column_ranges`; eps `shift`; n of "n standard deviations" Config.sigmas
+           r1, r2: row and column maxima of `peaks`; eps `errors`; n of "n standard deviations" Config.sigmas
 
 Departures
   * Pairs are those of core/channels.py: without groups, so depthwise layers keep their ranges.
@@ -22,7 +22,7 @@ Departures
     of its inputs weighted with W and W^2, both as if inputs were independent; pools pass their input's moments on.
     The network's input counts as N(0, 1) per channel, that is, as standardised.
   * Ranges of a channel that is 0 on either side stay as they are (s = 1), and s stays in [1e-8, 1e8].
-  * Equalization stops when the mean change of all weights is below `tolerance`, or after `rounds` rounds.
+  * Equalization stops when the mean change of max|w| between two channels is below `tolerance`, or after `rounds`.
   * At a border padded with zeros the absorbed bias is a little too large; a layer without a bias neither takes one
     over nor is corrected.
   * Arithmetic is float64 until the weights are quantized. activation_bits = none leaves the ranges to the harness.
@@ -137,38 +137,43 @@ def read_normal(norm: nn.Module) -> Normal:
 # --- cross-layer equalization and bias absorption (sections 4.1) ----------------------------------------------
 
 
-def row_ranges(weight: Tensor) -> Tensor:
-    """max|w| of each output channel, [N]."""
-    return weight.abs().reshape(weight.shape[0], -1).amax(1)
+@torch.no_grad()
+def equalize(model: nn.Module, pairs: list[Pair], outputs: dict[str, Normal], config: Config) -> int:
+    """Make the ranges of every pair's channels equal, in place; returns the rounds that took.
 
-
-def column_ranges(weight: Tensor, n: int) -> Tensor:
-    """max|w| of each of `n` input channels, [n]; after a flatten one channel owns several columns."""
-    return weight.abs().reshape(weight.shape[0], n, -1).amax((0, 2))
+    The rounds run on the largest |w| between each two channels, which scale as the weights do.
+    """
+    sources = {pair.second: len(model.get_submodule(pair.first).weight) for pair in pairs}
+    peaks = {name: layer.weight.abs().reshape(len(layer.weight), sources.get(name, layer.weight.shape[1]), -1).amax(2)
+             for name, layer in weight_layers(model).items()}  # [C_out, C_in]
+    total = {pair: torch.ones(sources[pair.second], dtype=torch.float64) for pair in pairs}
+    rounds, moved = 0, math.inf
+    while rounds < config.rounds and moved >= config.tolerance:
+        before = {name: peak.clone() for name, peak in peaks.items()}
+        for pair in pairs:
+            r1, r2 = peaks[pair.first].amax(1), peaks[pair.second].amax(0)
+            live = (r1 > 0) & (r2 > 0)
+            s = torch.where(live, (r1 * r2).sqrt() / torch.where(live, r2, 1.0), 1.0).clamp(1e-8, 1e8)
+            peaks[pair.first] /= s[:, None]
+            peaks[pair.second] *= s
+            total[pair] *= s
+        rounds += 1
+        moved = sum(float((peaks[name] - before[name]).abs().mean()) for name in peaks) / len(peaks)
+    for pair, s in total.items():
+        divide(model, pair, s)
+        if pair.first in outputs:
+            outputs[pair.first] = Normal(outputs[pair.first].mean / s, outputs[pair.first].std / s)
+    return rounds
 
 
 @torch.no_grad()
-def equalize(model: nn.Module, pairs: list[Pair], outputs: dict[str, Normal], config: Config) -> int:
-    """Make the ranges of every pair's channels equal, in place; returns the rounds that took."""
-    for done in range(config.rounds):
-        before = [layer.weight.clone() for layer in weight_layers(model).values()]
-        for pair in pairs:
-            first, second = model.get_submodule(pair.first), model.get_submodule(pair.second)
-            n = len(first.weight)
-            r1, r2 = row_ranges(first.weight), column_ranges(second.weight, n)
-            live = (r1 > 0) & (r2 > 0)
-            s = torch.where(live, (r1 * r2).sqrt() / torch.where(live, r2, 1.0), 1.0).clamp(1e-8, 1e8)
-            first.weight.div_(s.reshape(-1, *[1] * (first.weight.ndim - 1)))
-            if first.bias is not None:
-                first.bias.div_(s)
-            second.weight.view(len(second.weight), n, -1).mul_(s[:, None])
-            if pair.first in outputs:
-                outputs[pair.first] = Normal(outputs[pair.first].mean / s, outputs[pair.first].std / s)
-        after = [layer.weight for layer in weight_layers(model).values()]
-        moved = sum(float((a - b).abs().mean()) for a, b in zip(after, before, strict=True)) / len(after)
-        if moved < config.tolerance:
-            return done + 1
-    return config.rounds
+def divide(model: nn.Module, pair: Pair, s: Tensor) -> None:
+    """W1, b1 divided and W2 multiplied by s per channel, in place; after a flatten a channel has several columns."""
+    first, second = model.get_submodule(pair.first), model.get_submodule(pair.second)
+    first.weight.div_(s.reshape(-1, *[1] * (first.weight.ndim - 1)))
+    if first.bias is not None:
+        first.bias.div_(s)
+    second.weight.view(len(second.weight), len(s), -1).mul_(s[:, None])
 
 
 @torch.no_grad()

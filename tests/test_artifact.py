@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from methods.core.artifact import (
     ActivationQuantizer,
@@ -232,3 +233,11 @@ def test_weights_that_cannot_be_compressed_are_named(tiny):
             check_finite(model)
     with pytest.raises(CompressError, match="weight of conv1 is torch.float16"):
         check_finite(tiny.model().half())
+    model = tiny.model()
+    prune.l1_unstructured(model.conv2, "weight", amount=0.5)
+    with pytest.raises(CompressError, match="weight of conv2 is computed"):
+        check_finite(model)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    with pytest.raises(CompressError, match="0 and 1 share one weight"):
+        check_finite(model)

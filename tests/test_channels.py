@@ -88,8 +88,18 @@ class Twice(nn.Module):
         return self.b(x) + self.c(x)
 
 
+class Returned(Twice):
+    """The output of the first convolution is returned, although another one reads it, too."""
+
+    def forward(self, x):
+        x = self.a(x)
+        self.b(x)
+        return x
+
+
 @pytest.mark.parametrize("model", [
     Twice(),
+    Returned(),
     nn.Sequential(conv(3, 4), nn.ReLU()),
     nn.Sequential(conv(4, 4, groups=4), nn.ReLU(), conv(4, 2)),
     nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4, groups=2), nn.ReLU()),
@@ -97,7 +107,8 @@ class Twice(nn.Module):
     nn.Sequential(conv(3, 4), nn.ReLU(), nn.BatchNorm2d(4), conv(4, 2)),
     nn.Sequential(conv(3, 4), nn.ReLU(), nn.Flatten(2), nn.Linear(64, 2)),
     nn.Sequential(conv(3, 4), nn.ReLU(), nn.Linear(4, 2)),
-], ids=["shared", "returned", "depthwise", "grouped reader", "plain norm", "late norm", "flatten", "unflattened"])
+], ids=["shared", "read and returned", "returned", "depthwise", "grouped reader", "plain norm", "late norm", "flatten",
+        "unflattened"])
 def test_no_pair(model):
     assert find_pairs(model) == []
     with pytest.raises(CompressError, match="udfc finds no prunable pair") as error:

@@ -285,13 +285,29 @@ def test_a_shipped_baseline_is_taken_only_for_the_data_it_was_trained_on(run, pl
 
 
 def test_reproduce_prints_ours_beside_the_paper(run, place):
-    code, out, _ = run("reproduce {here}/quick.toml --epochs 1 --row first")
+    code, out, _ = run("reproduce {here}/quick.toml --checkpoint {here}/start.safetensors --row first")
     assert code == 0 and "error_float" in out and "1.5" in out and "cost.density" in out
-    code, out, _ = run("reproduce {here}/quick.toml --epochs 1")
+    code, out, _ = run("reproduce {here}/quick.toml --checkpoint {here}/start.safetensors")
     names = [row["name"] for row in read_rows(place / "results" / "rows" / "quick.jsonl")]
     assert code == 0 and names == ["first", "first", "second"]
     assert run("report quick")[0] == 0
     assert "| first | error_float | 1.5 |" in (place / "results" / "reports" / "quick.md").read_text(encoding="utf-8")
+
+
+def test_report_of_all_rows_fills_the_readme(run, place, made, monkeypatch):
+    assert run("reproduce {here}/quick.toml --checkpoint {here}/start.safetensors --row first")[0] == 0
+    text = "<!-- rows: own -->\n<!-- end -->\n<!-- paper: quick -->\n<!-- end -->\n"
+    (place / "README.md").write_text(text)
+    monkeypatch.setattr(commands, "ROOT", place)
+    assert run("report --all")[0] == 0 and (place / "README.md").read_text() == text  # not the project's results
+    monkeypatch.setattr(commands, "RESULTS", (place / "results").resolve())
+    assert run("report --all")[0] == 0
+    filled = (place / "README.md").read_text(encoding="utf-8")
+    assert "| prune_then_quantize |" in filled and "| first | error_float | 1.5 |" in filled
+    assert {path.stem for path in (place / "results" / "reports").glob("*.html")} == {"own", "quick"}
+    (place / "results" / "rows" / "empty.jsonl").write_text("")
+    code, _, err = run("report --all")
+    assert code == 1 and "empty.jsonl holds no rows" in err
 
 
 def test_train_writes_a_checkpoint_that_compress_takes(run, place):

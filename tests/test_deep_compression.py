@@ -61,7 +61,8 @@ def test_code_0_is_kept_for_the_pruned(bits):
     weight = torch.randn(20, 30, generator=seeded())
     mask = weight.abs() > 1
     codebook, codes = share(weight, mask, bits, "linear", np.random.default_rng(0))
-    assert codebook[0] == 0 and len(codebook) == 2**bits and codes.dtype == torch.int32
+    assert codebook[0] == 0 and len(codebook) <= 2**bits and codes.dtype == torch.int32
+    assert codes.unique().tolist() == list(range(len(codebook)))  # every entry that is stored is used
     assert torch.equal(codes == 0, ~mask) and int(codes.max()) <= 2**bits - 1
     nearest = (weight[mask].double()[:, None] - codebook[1:].double()).abs().argmin(1)
     assert torch.equal(codes[mask].long() - 1, nearest)

@@ -16,7 +16,7 @@ from methods.core.channels import find_pairs
 from methods.core.errors import BudgetError, ConfigError
 from methods.core.fold import fold_batchnorm
 from methods.core.graph import trace
-from methods.dfq import Config, Normal, absorb_biases, column_ranges, equalize, read_normal, row_ranges
+from methods.dfq import Config, Normal, absorb_biases, equalize, read_normal
 
 KINDS = (nn.Conv2d, nn.Linear)
 
@@ -43,6 +43,14 @@ def prepared(model):
     folded, topology = fold_batchnorm(model)
     outputs = {layer: read_normal(model.get_submodule(norm)) for layer, norm in topology.folded.items()}
     return folded.double(), find_pairs(folded, KINDS), outputs
+
+
+def row_ranges(weight):
+    return torch.stack([row.abs().max() for row in weight])
+
+
+def column_ranges(weight, n):
+    return torch.stack([part.abs().max() for part in weight.chunk(n, 1)])
 
 
 def compress(model, config=None, **budget):

@@ -133,6 +133,9 @@ def test_degenerate_channels_are_never_stand_ins():
             z = stand_ins(read_weights(model, pair), read_norms(model[1], mode), kept, removed,
                           Config(mode=mode, lam=lam, threshold=0.0))
             assert z.isfinite().all() and not z[0].any()
+            z = stand_ins(read_weights(model, pair), read_norms(model[1], mode), torch.tensor([3, 5, 7]), removed[:5],
+                          Config(mode=mode, lam=lam, threshold=0.0))
+            assert z.isfinite().all() and not z[0].any() and (z[2] != 0).all()
     flat = read_norms(nn.BatchNorm2d(8), "official")  # equal distances of biases: 0 / 0 in the official code
     z = stand_ins(read_weights(model, pair), flat, torch.tensor([0, 1]), torch.tensor([2]), Config(threshold=0.0))
     assert int((z != 0).sum()) == 1
@@ -140,7 +143,9 @@ def test_degenerate_channels_are_never_stand_ins():
 
 def test_counts_round_for_linear_layers_and_floor_for_convolutions():
     lenet = networks.build("lenet300", 10, 1)
-    assert compress(lenet, Config(target="linear"), 0.295).topology.widths["ip1"] == (88, 784)
+    widths = compress(lenet, Config(target="linear"), 0.297).topology.widths
+    assert widths["ip1"] == (89, 784) and widths["ip2"] == (30, 89)  # of 89.1 and 29.7
+    assert compress(lenet, Config(target="linear"), 0.295).topology.widths["ip1"] == (88, 784)  # 88.5, half to even
     small = compress(networks.build("lenet5_caffe", 10, 1), Config(), 0.55)
     assert small.topology.widths["conv1"] == (11, 1) and small.topology.widths["conv2"] == (27, 11)
 

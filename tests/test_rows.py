@@ -96,6 +96,23 @@ def test_a_full_disk_leaves_earlier_rows(tmp_path, monkeypatch, written, open_li
     assert [one["name"] for one in read_rows(path)] == ["a", "c"]
 
 
+def test_an_interruption_leaves_earlier_rows(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    append_row(path, row("a"))
+    before, write, calls = path.read_bytes(), os.write, []
+
+    def interrupted(descriptor, data):
+        calls.append(data)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return write(descriptor, data[:30])
+
+    monkeypatch.setattr(rows.os, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        append_row(path, row("b"))
+    assert path.read_bytes() == before
+
+
 def forked(function, *given):
     """A process of its own without the seconds that importing torch takes."""
     process = multiprocessing.get_context("fork").Process(target=function, args=given)

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from methods.core.artifact import ActivationQuantizer, CompressedModel
+from methods.core.artifact import ActivationQuantizer, CompressedModel, Window
 from methods.core.build import apply
 from methods.core.errors import GraphError
 from methods.core.fold import norm_ratio
 from methods.core.graph import CODE_OPS, EDGE_OPS, Graph, Node, trace
+from methods.core.windows import is_elementwise
 
 from .accumulate import accumulate, exact_dtype
 from .weights import IntegerWeight, integer_weight
+from .windowed import accumulate_windowed, check_window, windowed_codes
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,19 @@ class IntegerLayer:
     gain: Tensor  # float64 [C_out]
     shift: Tensor  # float64 [C_out]
     dtype: torch.dtype
+    window: Window | None = None
+
+    def read(self, codes: Tensor) -> Tensor:
+        """The codes after a window, where that is a function of the codes alone."""
+        return windowed_codes(codes, self.window) if self._elementwise() else codes
+
+    def _elementwise(self) -> bool:
+        return self.window is not None and is_elementwise(self.window, self.weight.integers.shape[1])
 
     def accumulate(self, codes: Tensor) -> Tensor:
+        """Sums over what `read` returned."""
+        if self.window is not None and not self._elementwise():
+            return accumulate_windowed(self.node.module, codes, self.weight.integers, self.window, self.dtype)
         return accumulate(self.node.module, codes - self.source.zero, self.weight.integers, self.dtype)
 
 
@@ -77,6 +90,9 @@ class IntegerNetwork:
         self.module = apply(compressed, skeleton)
         self.graph: Graph = trace(self.module)
         self.ranges = compressed.activations
+        unread = sorted(set(compressed.windows) - set(compressed.weights))
+        if unread:
+            raise GraphError(f"the edges {unread[:4]} have bit windows, but no layer with integer weights reads them")
         unknown = sorted(set(float_policy) - set(compressed.weights))
         if unknown:
             raise GraphError(f"no layers {unknown} to run in float; there are: {', '.join(compressed.weights)}")
@@ -96,9 +112,12 @@ class IntegerNetwork:
             raise GraphError(f"the input of {node.name} has no activation quantizer: calibrate the model first")
         weight = integer_weight(compressed.weights[node.name])
         low, high = (code - source.zero for code in source.code_range)
+        window = compressed.windows.get(node.name)
+        if window is not None:
+            check_window(node.name, node.module, source, weight.integers, window)
         ratio, shift = self._epilogue(node)
         return IntegerLayer(node, weight, source, weight.scale * ratio * source.scale, shift,
-                            exact_dtype(weight.integers, low, high))
+                            exact_dtype(weight.integers, low, high), window)
 
     def _epilogue(self, node: Node) -> tuple[Tensor, Tensor]:
         """float64 [C_out] ratio and shift of bias and batch norm: y = z * ratio + shift."""
@@ -157,7 +176,7 @@ class IntegerNetwork:
 
     def _multiplied(self, node: Node, inputs: list[Forms]) -> Terms:
         layer = self.layers[node.name]
-        codes = inputs[0][layer.source]
+        codes = layer.read(inputs[0][layer.source])
         total = layer.accumulate(codes)
         if self.see is not None:
             self.see(layer, codes, total)

@@ -19,10 +19,20 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_finite(model: nn.Module) -> None:
-    """Raise CompressError naming the first tensor of `model` that holds NaN or infinity, or weight not in float32."""
+    """Raise CompressError naming the first tensor of `model` that holds NaN or infinity.
+
+    Also where the weight of a conv or linear is not a float32 parameter of its own.
+    """
+    owners: dict[nn.Parameter, str] = {}
     for name, layer in weight_layers(model).items():
+        if not isinstance(layer.weight, nn.Parameter):
+            raise CompressError(f"the weight of {name} is computed from other tensors (torch.nn.utils.prune or a "
+                                "parametrization): make it permanent first")
         if layer.weight.dtype != torch.float32:
             raise CompressError(f"the weight of {name} is {layer.weight.dtype}: call model.float() first")
+        if layer.weight in owners:
+            raise CompressError(f"{owners[layer.weight]} and {name} share one weight: give each a copy of its own")
+        owners[layer.weight] = name
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CompressError(f"{name} holds NaN or infinite values: the network cannot be compressed")
