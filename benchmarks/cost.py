@@ -9,6 +9,8 @@ from methods.core.artifact import CompressedModel
 from methods.core.build import apply
 from methods.core.graph import trace
 
+from .kernels.weights import operand_bits
+
 FLOAT_BITS = 32
 
 
@@ -18,7 +20,8 @@ class LayerCost:
 
     macs             C_out H_out W_out (C_in / groups) K_h K_w; linear: in x out
     density          kept fraction of the weights
-    weight_bits      32 where the weight is not stored as codes
+    weight_bits      of a stored code; 32 where the weight is not stored as codes
+    operand_bits     of what a multiplier takes for it (see `kernels.weights.operand_bits`)
     activation_bits  of the input; 32 where no quantizer is stored
     """
 
@@ -26,12 +29,13 @@ class LayerCost:
     weights: int
     density: float
     weight_bits: int
+    operand_bits: int
     activation_bits: int
 
     @property
     def bops(self) -> int:
-        """MACs x weight bits x activation bits (Bayesian Bits, section 4; no accumulator term)."""
-        return self.macs * self.weight_bits * self.activation_bits
+        """MACs x operand bits x activation bits (Bayesian Bits, section 4; no accumulator term)."""
+        return self.macs * self.operand_bits * self.activation_bits
 
     @property
     def sparse_bops(self) -> float:
@@ -40,7 +44,7 @@ class LayerCost:
 
     @property
     def bops_float_activations(self) -> int:
-        return self.macs * self.weight_bits * FLOAT_BITS
+        return self.macs * self.operand_bits * FLOAT_BITS
 
 
 @torch.no_grad()
@@ -66,7 +70,8 @@ def layer_costs(compressed: CompressedModel, skeleton: nn.Module, shape: tuple[i
         tensor, quantizer = compressed.weights.get(name), compressed.activations.get(name)
         weight = model.get_submodule(name).weight
         density = tensor.density if tensor is not None else float((weight != 0).float().mean())
-        costs[name] = LayerCost(macs, weight.numel(), density, FLOAT_BITS if tensor is None else tensor.bits,
+        stored, operand = (FLOAT_BITS, FLOAT_BITS) if tensor is None else (tensor.bits, operand_bits(tensor))
+        costs[name] = LayerCost(macs, weight.numel(), density, stored, operand,
                                 FLOAT_BITS if quantizer is None else quantizer.bits)
     return costs
 

@@ -80,12 +80,12 @@ def test_bit_operations_by_hand(small):
     model, compressed = small
     costs = layer_costs(compressed, model, (2, 5, 5))
     first, second, last = 4 * 9 * 2 * 9, 2 * 9 * 4, 18 * 3
-    assert costs == {"0": LayerCost(first, 72, 0.5, 8, 8), "2": LayerCost(second, 8, 1.0, 3, 4),
-                     "4": LayerCost(last, 54, pytest.approx(2 / 3), 32, 32)}
+    assert costs == {"0": LayerCost(first, 72, 0.5, 8, 8, 8), "2": LayerCost(second, 8, 1.0, 3, 8, 4),
+                     "4": LayerCost(last, 54, pytest.approx(2 / 3), 32, 32, 32)}
     found = totals(costs, 72 + 8 + 54)
-    assert found["bops"] == first * 64 + second * 12 + last * 1024
-    assert found["sparse_bops"] == pytest.approx(first * 32 + second * 12 + last * 1024 * 2 / 3)
-    assert found["bops_float_activations"] == 32 * (8 * first + 3 * second + 32 * last)
+    assert found["bops"] == first * 64 + second * 8 * 4 + last * 1024  # the codebook multiplies 8 bits
+    assert found["sparse_bops"] == pytest.approx(first * 32 + second * 32 + last * 1024 * 2 / 3)
+    assert found["bops_float_activations"] == 32 * (8 * first + 8 * second + 32 * last)
 
 
 def test_density_and_mean_bits_by_hand(small):

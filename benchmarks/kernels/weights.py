@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from methods.core.artifact import Codebook, CompressedTensor
+from methods.core.artifact import Affine, Codebook, CompressedTensor, Levels
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,16 @@ def integer_weight(tensor: CompressedTensor) -> IntegerWeight:
         fits = integers.numel() == 0 or (int(integers.min()) >= -128 and int(integers.max()) <= 127)
         width = 8 if fits else 16
     return IntegerWeight(integers, scales, width)
+
+
+def operand_bits(tensor: CompressedTensor) -> int:
+    """Width of the weight operand of a multiplier: the code's on an affine grid, that of the signed integers on
+    Levels, and for a codebook the width of its integer table (8 or 16), however few bits select an entry."""
+    if isinstance(tensor.grid, Affine):
+        return tensor.bits
+    if isinstance(tensor.grid, Levels):
+        return int(tensor.grid.levels.abs().max()).bit_length() + 1
+    return integer_table(tensor.grid.values, tensor.codes[tensor.mask].unique())[2]
 
 
 def integer_table(values: Tensor, used: Tensor) -> tuple[Tensor, float, int]:

@@ -53,7 +53,7 @@ COLUMNS = (
     Column(HARDWARE, "density", lambda r: r["cost"]["density"], "{:.3g}".format,
            "kept fraction of the uncompressed network's conv and linear weights"),
     Column(HARDWARE, "bits", lambda r: r["cost"]["mean_bits"], "{:.3g}".format, "mean code width of a kept weight"),
-    Column(HARDWARE, "BOPs", lambda r: r["cost"]["bops"], short_count, "sum of MACs x weight bits x activation bits"),
+    Column(HARDWARE, "BOPs", lambda r: r["cost"]["bops"], short_count, "sum of MACs x weight operand bits x activation bits (a codebook multiplies 8 or 16 bits)"),
     Column(HARDWARE, "BOPs, zeros skipped", lambda r: r["cost"]["sparse_bops"], short_count,
            "the same x density: hardware that skips every pruned weight"),
     Column(HARDWARE, "MACs", lambda r: r["cost"]["macs"], short_count, "multiply-accumulates of one input"),
