@@ -17,13 +17,13 @@ from methods.core.blocks import INDEX_BITS
 from methods.core.budget import Budget
 from methods.core.build import weight_layers
 from methods.core.errors import ConfigError
-from methods.core.storage import encode
+from methods.core.storage import encode, load
 from methods.core.task import Task
 
 from .baselines import Baseline, Setup, find_setup, skeleton
 from .checkpoints import digest_of
 from .data import Dataset, test_batches
-from .measure import measure, with_ranges
+from .measure import measure, reestimate_batchnorm, score, with_ranges
 from .networks import find
 from .rows import ROOT, append_row, provenance, read_rows
 from .runs import DiskRun, Screen, run_key
@@ -40,6 +40,7 @@ class Job:
     task, network where it runs;  seed of the method's generator
     index_bits    relative-index width of paper mode and of the papers' accountings
     float_policy  layers that the integer kernels leave in float (a paper's policy)
+    bn_reestimation  training inputs for an extra, labelled score after re-estimating batch norm (0: none)
     setup         overrides of the baseline's batches ({batch_size, augment})
     paper         the printed numbers of this row, and [{layer, ...}] per layer
     """
@@ -53,6 +54,7 @@ class Job:
     seed: int = 0
     index_bits: int = 5
     float_policy: tuple[str, ...] = ()
+    bn_reestimation: int = 0
     setup: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
@@ -199,6 +201,10 @@ def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network
     test = test_batches(dataset, batch_size=250, device=torch.device("cpu"), scaling=scaling)
     row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
                   float_policy=job.float_policy)
+    if job.bn_reestimation:
+        model = reestimate_batchnorm(load(path, network), calibration.calibration_inputs(job.bn_reestimation))
+        row |= {"bn_reestimation": job.bn_reestimation,
+                "top1_float_bn_reestimated": score([model], test.epoch(None))[0]}
     return {**row, "file": f"{path.parent.name}/{path.name}", "file_digest": digest_of(path)}
 
 

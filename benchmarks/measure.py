@@ -1,23 +1,27 @@
 """Measuring a compressed model: from its file and the test set alone."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from methods.core.artifact import CompressedModel
-from methods.core.build import apply, weight_layers
+from methods.core.build import NORMS, apply, weight_layers
 from methods.core.calibrate import calibrate
+from methods.core.errors import ConfigError
 from methods.core.storage import decode, inspect, to_bytes
 from methods.core.task import Batch, Task
 
 from .accounting import account, huffman_total, stored_entries, tensor_bits
 from .cost import layer_costs, layer_macs, totals
+from .costs import hardware_costs
 from .kernels.network import IntegerNetwork
 
 RANGE_METHOD, RANGE_INPUTS, RANGE_BITS = "minmax", 1024, 8  # for methods that leave activations in float
+COUNTED_INPUTS = 32  # test inputs on which zero activations are counted for the cost models
 
 
 def with_ranges(compressed: CompressedModel, skeleton: nn.Module, task: Task) -> CompressedModel:
@@ -37,7 +41,10 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     compressed = decode(path)
     module = apply(compressed, skeleton)
     integer = IntegerNetwork(compressed, skeleton, float_policy)
-    scores = score([module, integer], test)
+    batches = iter(test)
+    first = next(batches)
+    scores = score([module, integer], itertools.chain([first], batches))
+    hardware = hardware_costs(compressed, skeleton, shape, integer, first[0][:COUNTED_INPUTS])
     dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
     dense_bytes = 4 * sum(t.numel() for t in skeleton.state_dict().values() if t.is_floating_point())
     costs, dense_macs = layer_costs(compressed, skeleton, shape), sum(layer_macs(skeleton, shape).values())
@@ -48,11 +55,33 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
         "size_ratio": size["bytes"] / dense_bytes,
         "paper_mode_bytes": len(to_bytes(compressed, mode="paper", index_bits=index_bits)[0]),
         "accounting": account(compressed, dense, index_bits), "dense_weights": dense, "dense_macs": dense_macs,
-        "cost": totals(costs, dense), "ranges_by": compressed.ranges_by,
+        "cost": totals(costs, dense), "hardware": {"setting": hardware["setting"], **hardware["total"]},
+        "ranges_by": compressed.ranges_by,
         "integer": {"float_nodes": integer.float_nodes,
                     "wide_layers": [n for n, layer in integer.layers.items() if layer.weight.width > 8]},
         "layers": layer_table(compressed, costs, index_bits),
     }
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, inputs: Tensor, batch: int = 256) -> nn.Module:
+    """`model` with the running statistics of its batch norms replaced, in place, by the means over `inputs`.
+
+    Not part of any method: a labelled option of a row, because it needs data. ConfigError without batch norm.
+    """
+    norms = [module for module in model.modules() if isinstance(module, NORMS)]
+    if not norms:
+        raise ConfigError("bn_reestimation needs batch norm, and the stored network has none left")
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        norm.train()
+    for part in inputs.split(batch):
+        model(part)
+    for norm, before in zip(norms, momentum, strict=True):
+        norm.momentum = before
+    return model.eval()
 
 
 @torch.no_grad()

@@ -5,14 +5,14 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from methods.core.artifact import Codebook, CompressedModel
+from methods.core.artifact import CompressedModel
 from methods.core.build import apply
 from methods.core.errors import ConfigError
 from methods.core.graph import Graph
 
 from ..cost import FLOAT_BITS
 from ..kernels.network import IntegerNetwork
-from ..kernels.weights import integer_weight
+from ..kernels.weights import operand_bits
 from . import bops, energy, formats, skipping, systolic, traffic
 from .shapes import LayerShape, layer_shapes, sizes_of
 
@@ -24,7 +24,7 @@ class _Layer:
     """One stored layer.
 
     bits     of a code; 32 for float weights
-    width    of the weights as operands: `bits` on a uniform grid, 8 or 16 for a codebook, 32 for floats
+    width    of the weights as operands (`kernels.weights.operand_bits`); 32 for floats
     sizes    {format: bits of the tensor};  smallest  the name of the smallest format
     """
 
@@ -91,7 +91,7 @@ def _layer(compressed: CompressedModel, model: nn.Module, shape: LayerShape) -> 
         bits, width, zero_code = FLOAT_BITS, FLOAT_BITS, True
     else:
         mask, bits, zero_code = tensor.mask, tensor.bits, tensor.grid.has_zero()
-        width = integer_weight(tensor).width if isinstance(tensor.grid, Codebook) else bits
+        width = operand_bits(tensor)
     sizes = formats.format_bits(mask, bits, zero_code=zero_code)
     return _Layer(shape, mask, bits, width, sizes, formats.smallest(sizes), float(mask.double().mean()))
 
@@ -134,7 +134,7 @@ def operand_width(compressed: CompressedModel, name: str) -> int:
 
 
 def _bops(compressed: CompressedModel, stored: _Traced, layers: Mapping[str, _Layer], dense: _Traced) -> Part:
-    operands = {name: bops.Operands(layer.bits, operand_width(compressed, name), bops.kept_filters(layer.mask),
+    operands = {name: bops.Operands(layer.width, operand_width(compressed, name), bops.kept_filters(layer.mask),
                                     layer.density) for name, layer in layers.items()}
     pruned = bops.bayesian_bits(stored.graph, stored.shapes, operands, bops.feeders(stored.model))
     rows = {}
