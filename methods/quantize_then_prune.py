@@ -45,9 +45,10 @@ class Config:
     aware: Recipe | None = None
     activation_bits: int = 8
     calibration_inputs: int = 1024
+    range_method: str = "minmax"
 
     def __post_init__(self):
-        check_calibration(self.activation_bits, self.calibration_inputs)
+        check_calibration(self.activation_bits, self.calibration_inputs, self.range_method)
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
@@ -76,7 +77,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     folded, weights, topology = fold_codes(model, codes)
     compressed = assemble(folded, weights, topology=topology)
     ranges = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs),
-                       config.activation_bits)
+                       config.activation_bits, config.range_method)
     return replace(compressed, activations=ranges)
 
 

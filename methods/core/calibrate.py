@@ -1,7 +1,6 @@
 """Ranges of activations from a few inputs: one 8-bit (or narrower) quantizer per edge of the graph."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -9,26 +8,9 @@ from torch import Tensor, nn
 from .artifact import MAX_BITS, ActivationQuantizer
 from .errors import CompressError, ConfigError
 from .graph import trace
+from .ranges import find_observer
 
 BATCH = 128
-
-
-class MinMax:
-    """Running extrema: nothing seen is clipped; one outlier widens the range."""
-
-    def __init__(self):
-        self.low, self.high = float("inf"), float("-inf")
-
-    def update(self, x: Tensor) -> None:
-        low, high = torch.aminmax(x)
-        self.low = float(torch.minimum(low.cpu(), torch.tensor(self.low)))  # unlike min(), lets no NaN pass unseen
-        self.high = float(torch.maximum(high.cpu(), torch.tensor(self.high)))
-
-    def range(self) -> tuple[float, float]:
-        return self.low, self.high
-
-
-OBSERVERS: dict[str, Callable] = {"minmax": MinMax}
 
 
 def quantizer_of(low: float, high: float, bits: int) -> ActivationQuantizer:
@@ -45,14 +27,13 @@ def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
 
     For every edge but those where an add takes the accumulators of the conv before it.
     """
-    if method not in OBSERVERS:
-        raise ConfigError(f"range method {method!r}: allowed are {', '.join(OBSERVERS)}")
-    check_calibration(bits, len(inputs))
+    check_calibration(bits, len(inputs), method)
+    observer = find_observer(method)
     was_training = model.training
     model.eval()
     graph = trace(model)
     skipped = graph.accumulator_edges()
-    observers = {edge: OBSERVERS[method]() for edge in graph.edges() if edge not in skipped}
+    observers = {edge: observer(bits) for edge in graph.edges() if edge not in skipped}
 
     def see(node, values, output):
         for edge, value in zip(node.edges(), values, strict=False):
@@ -70,8 +51,9 @@ def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
     return {edge: quantizer_of(low, high, bits) for edge, (low, high) in ranges.items()}
 
 
-def check_calibration(bits: int, inputs: int) -> None:
-    """ConfigError for a width of activations, or a number of calibration inputs, outside what is allowed."""
+def check_calibration(bits: int, inputs: int, method: str = "minmax") -> None:
+    """ConfigError for a width of activations, a number of calibration inputs, or a range method that is not allowed."""
+    find_observer(method)
     if not 1 <= bits <= MAX_BITS:
         raise ConfigError(f"activation bits = {bits}: allowed is 1..{MAX_BITS}")
     if inputs < 1:
