@@ -24,9 +24,19 @@ RECIPES = ROOT / "paper_configs" / "baselines.toml"
 SHIPPED = RESULTS / "baselines"
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 is faster than float32 there: a CPU without the instructions emulates it, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @dataclass(frozen=True)
 class Setup:
-    """How a network is trained on a task; methods fine-tune with the same batches and augmentation."""
+    """How a network is trained on a task; methods fine-tune with the same batches and augmentation.
+
+    autocast  train under bf16 autocast where the device has it
+    """
 
     recipe: Recipe
     batch_size: int = 128
@@ -36,7 +46,8 @@ class Setup:
     def task(self, dataset: Dataset, network: str, device: torch.device) -> Task:
         """Training and held-out data for this network, in its input scaling."""
         return make_task(dataset, batch_size=self.batch_size, device=device, augment=self.augment,
-                         autocast=torch.bfloat16 if self.autocast else None, scaling=find(network).scaling)
+                         autocast=torch.bfloat16 if self.autocast and multiplies_bf16(device) else None,
+                         scaling=find(network).scaling)
 
 
 @dataclass(frozen=True)
