@@ -66,12 +66,21 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--network", required=True)
     sub.add_argument("--data-dir", type=Path)
     sub.add_argument("--index-bits", type=int, default=5)
+    _add_speed(command)
     sub = command("inspect", commands.inspect_file, "what a compressed file holds")
     sub.add_argument("file", type=Path)
     sub = command("decode", commands.decode_file, "a compressed file as plain float weights")
     sub.add_argument("file", type=Path)
     sub.add_argument("out", type=Path, help="a .safetensors file")
     return top
+
+
+def _add_speed(command) -> None:
+    sub = command("speed", commands.speed, "CPU time of the integer kernels beside float32, on random pictures")
+    sub.add_argument("--network", default="resnet18")
+    sub.add_argument("--batch", type=int, default=64)
+    sub.add_argument("--rounds", type=int, default=7)
+    sub.add_argument("--threads", type=int, default=1)
 
 
 def _seed(text: str) -> int:

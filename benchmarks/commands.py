@@ -36,6 +36,7 @@ from .report.page import page
 from .rows import RESULTS, ROOT, read_rows
 from .runs import DiskRun, Screen, run_key
 from .settings import from_assignments, plain
+from .speed import as_table, measure_speed
 
 NETWORK_OF = {"digits": "resnet18w16", "mnist": "lenet5_caffe", "cifar10": "resnet18"}  # what compare runs by default
 PLACES = ("--data-dir", "--results")
@@ -245,6 +246,15 @@ def measure_file(options: Namespace, console: Console) -> None:
     test = test_batches(dataset, batch_size=250, device="cpu", scaling=find(options.network).scaling)
     console.print_json(data=measure(options.file, skeleton(dataset, options.network), test.epoch(None),
                                     (channels, height, width), index_bits=options.index_bits))
+
+
+def speed(options: Namespace, console: Console) -> None:
+    found = measure_speed(options.network, options.batch, options.rounds, options.threads)
+    console.print(as_table(found.timings, found.batch))
+    console.print(f"{options.network}, {options.threads} threads; kernels: {found.backend}; CPU: {found.cpu}",
+                  soft_wrap=True)
+    console.print(f"without a fast form: {', '.join(found.slow_nodes) or 'nothing'}; "
+                  f"outputs that differ from the exact ones: {found.wrong}", soft_wrap=True)
 
 
 def inspect_file(options: Namespace, console: Console) -> None:

@@ -18,7 +18,7 @@ from methods.core.task import Batch, Task
 from .accounting import account, huffman_total, stored_entries, tensor_bits
 from .cost import layer_costs, layer_macs, totals
 from .costs import hardware_costs
-from .kernels.network import IntegerNetwork
+from .kernels.fast import FastNetwork
 
 RANGE_METHOD, RANGE_INPUTS, RANGE_BITS = "minmax", 1024, 8  # for methods that leave activations in float
 COUNTED_INPUTS = 32  # test inputs on which zero activations are counted for the cost models
@@ -40,7 +40,7 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     """
     compressed = decode(path)
     module = apply(compressed, skeleton)
-    integer = IntegerNetwork(compressed, skeleton, float_policy)
+    integer = FastNetwork(compressed, skeleton, float_policy)
     batches = iter(test)
     first = next(batches)
     scores = score([module, integer], itertools.chain([first], batches))

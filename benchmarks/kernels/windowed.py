@@ -38,7 +38,7 @@ def windowed_codes(codes: Tensor, window: Window) -> Tensor:
     if channels % 2:
         return trim_pairs(codes, window)
     last = codes.movedim(1, -1).to(torch.uint8).contiguous()  # [N, ..., C]
-    index = last.view(torch.uint16).to(torch.int32).reshape(-1)
+    index = last.view(-1).view(torch.uint16).to(torch.int32)  # flat: of a 1 x 1 picture strides may be anything
     found = pair_table(window).to(codes.device).index_select(0, index)
     return found.view(torch.uint8).reshape(last.shape).to(codes.dtype).movedim(-1, 1)
 

@@ -138,6 +138,8 @@ def windowed_sum(layer: nn.Module, codes: Tensor, weight: Tensor, window: Window
 
     layer   gives the geometry;  weight  its integers;  window  None for the sum of the codes as they are
     """
+    if codes.ndim != weight.ndim:
+        raise CompressError(f"windows act on inputs of {weight.ndim} dimensions here, not on {list(codes.shape)}")
     multiply = _product(layer)
     if window is not None and window.paired and weight.shape[1] % (4 if window.sparse24 else 2):
         codes, weight = _columns(layer, codes.to(weight.dtype), weight)

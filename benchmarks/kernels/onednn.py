@@ -1,0 +1,144 @@
+"""Convs and linears on the int8 instructions of the CPU (VNNI, AMX), through oneDNN as torch ships it.
+
+Inputs are unsigned, weights signed 8-bit integers, sums exact in int32. What follows the sums was found by trying
+near-tie factors on every kind of layer, and is tried again on each CPU before first use (`unsupported`):
+
+    to float32    f32(acc) * m + b, product and sum each rounded
+    to 8 bits     the same, rounded half to even and saturated
+    added codes   fma(code, m1, f32(acc) * m + b): one rounding where `network.Terms` has two, so that it serves only
+                  where code * m1 is exact (`exact_product`)
+
+oneDNN multiplies with 16-bit sums that saturate on CPUs without VNNI: there `unsupported` gives a reason.
+"""
+
+import functools
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .accumulate import accumulate, largest_partial_sum
+
+INT32, BITS = 1 << 31, 8
+SIGNIFICAND = 24  # of float32
+SMALLEST = 2.0**-100  # factors far from the subnormal numbers
+
+
+class Int8Layer:
+    """f32(acc) * factor + offset of a conv or linear, acc = sum_k (x_k - zero) w_k over its uint8 inputs.
+
+    module    gives the geometry;  integers  [C_out, ...] of -128..127
+    zero      0..255, also what the padding holds
+    factor, offset  float32 [C_out]
+    """
+
+    def __init__(self, module: nn.Module, integers: Tensor, zero: int, factor: Tensor, offset: Tensor):
+        self.zero, self.offset = zero, offset.contiguous()
+        self.factor, self.no_zeros = factor.contiguous(), torch.zeros(len(factor), dtype=torch.int32)
+        weight = integers.to(torch.int8).contiguous()
+        self.geometry = None if isinstance(module, nn.Linear) else _geometry(module)
+        if self.geometry is None:
+            self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        else:
+            self.weight = torch.ops.onednn.qconv_prepack(weight, self.factor, 1.0, zero, *self.geometry)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """In `dtype` float32, or rounded half to even and saturated in uint8 or int8; 4-d outputs channels_last."""
+        given = (x, 1.0, self.zero, self.weight, self.factor, self.no_zeros)
+        if self.geometry is None:
+            return torch.ops.onednn.qlinear_pointwise(*given, self.offset, 1.0, 0, dtype, "none", [], "")
+        return torch.ops.onednn.qconv2d_pointwise(*given, self.offset, *self.geometry, 1.0, 0, dtype, "none", [], "")
+
+    def add_to(self, codes: Tensor, x: Tensor, factor: float) -> Tensor:
+        """uint8 of self(x) + codes * factor, conv only; exact if `exact_product(factor)`; `codes` are overwritten."""
+        return torch.ops.onednn.qconv2d_pointwise.binary(
+            x, 1.0, self.zero, self.weight, self.factor, self.no_zeros, codes, self.offset, *self.geometry, 1.0, 0,
+            torch.uint8, factor, 0, "sum", 1.0, None, [], "")
+
+
+def exact_product(factor: float) -> bool:
+    """Whether an 8-bit code times this float32 is a float32: then one rounding of a sum and two are the same."""
+    significand = math.frexp(factor)[0] * 2.0 ** (SIGNIFICAND - BITS)
+    return abs(factor) > SMALLEST and significand == int(significand)
+
+
+def takes(module: nn.Module, integers: Tensor, bits: int) -> bool:
+    """Whether `Int8Layer` has this layer with codes of so many bits: else the float kernels run it."""
+    if integers.numel() == 0 or bits > BITS or largest_partial_sum(integers, 0, 255) >= INT32 // 2:
+        return False
+    return isinstance(module, nn.Linear) or (module.padding_mode == "zeros" and _padding(module) is not None)
+
+
+def _geometry(conv: nn.Conv2d) -> tuple:
+    return list(conv.stride), _padding(conv), list(conv.dilation), conv.groups
+
+
+def _padding(conv: nn.Conv2d) -> list[int] | None:
+    """Of both sides alike; None where they differ ("same" with an even kernel)."""
+    if conv.padding == "valid":
+        return [0, 0]
+    if conv.padding == "same":
+        reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        return None if any(r % 2 for r in reach) else [r // 2 for r in reach]
+    return list(conv.padding)
+
+
+# --- what this CPU computes --------------------------------------------------------------------------------
+
+TRIALS = (  # layer, zero point, side of the picture: sums of up to 4,608 products, every kind of kernel
+    (lambda: nn.Conv2d(512, 32, 3, padding=1), 0, 4), (lambda: nn.Conv2d(64, 32, 3, 2, padding=1), 128, 8),
+    (lambda: nn.Conv2d(3, 16, 3, padding=1), 7, 8), (lambda: nn.Conv2d(64, 32, 1), 0, 8),
+    (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32), 9, 6), (lambda: nn.Conv2d(32, 32, 3, groups=2), 0, 6),
+    (lambda: nn.Conv2d(20, 50, 5), 0, 8), (lambda: nn.Linear(4096, 10), 3, None),
+)
+
+
+@functools.cache
+def unsupported() -> str:
+    """Why the int8 kernels of this CPU and torch may not be used; empty where they compute what they should."""
+    if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
+        return "this torch has no oneDNN int8 kernels"
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.default_generator.manual_seed(0)
+            wrong = [module for make, zero, side in TRIALS if not _is_exact(module := make(), zero, side)]
+    except (RuntimeError, TypeError) as error:  # no such kernel; other arguments than these
+        return f"oneDNN's int8 kernels cannot run here: {str(error).splitlines()[0]}"
+    return f"oneDNN's int8 kernels are not exact on this CPU, for example {wrong[0]}" if wrong else ""
+
+
+def _is_exact(module: nn.Module, zero: int, side: int | None) -> bool:
+    """Sums, factors, rounding and added codes of one layer, on extreme and on random operands."""
+    shape = (3, module.weight.shape[1]) if side is None else (3, module.in_channels, side, side)
+    x = torch.randint(0, 256, shape, dtype=torch.uint8)
+    x[0] = 255
+    w = torch.randint(-128, 128, module.weight.shape)
+    w[0], w[1], w[2] = -128, 127, 0
+    channels = (1, -1) if side is None else (1, -1, 1, 1)
+    total = accumulate(module, x.double() - zero, w, torch.float64)
+    factor = (torch.rand(len(w)) + 0.5) * 60 / float(total[1:, 3:].std())
+    factor[3::2] *= -1
+    offset = torch.randn(len(w)) * 40
+    layer = Int8Layer(module, w, zero, factor, offset)
+    x = x if side is None else x.contiguous(memory_format=torch.channels_last)
+    y = total.float() * factor.reshape(channels) + offset.reshape(channels)
+    good = (torch.equal(layer(x, torch.float32), y) and torch.equal(layer(x, torch.uint8), _saturated(y, 0, 255))
+            and torch.equal(layer(x, torch.int8), _saturated(y, -128, 127)))
+    if side is None or not good:
+        return good
+    codes, factor = torch.randint(0, 256, y.shape, dtype=torch.uint8), 95 / 256  # an exact product
+    summed = layer.add_to(codes.contiguous(memory_format=torch.channels_last), x, factor)
+    return torch.equal(summed, _saturated(y + codes.float() * factor, 0, 255))
+
+
+def _saturated(y: Tensor, low: int, high: int) -> Tensor:
+    return torch.round(y).clamp(low, high).to(torch.uint8 if low == 0 else torch.int8)
+
+
+def capability() -> str:
+    """The instructions that decide the speed: AMX, VNNI or neither, and torch's own level."""
+    flags = torch.cpu.get_capabilities()
+    names = {"amx_int8": "AMX-INT8", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI"}
+    found = [name for flag, name in names.items() if flags.get(flag)]
+    return f"{flags.get('cpu_name', flags.get('architecture', 'unknown CPU'))}, torch level " \
+           f"{torch.backends.cpu.get_cpu_capability()}, int8: {', '.join(found) or 'no VNNI, no AMX'}"
