@@ -44,7 +44,7 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     batches = iter(test)
     first = next(batches)
     scores = score([module, integer], itertools.chain([first], batches))
-    hardware = hardware_costs(compressed, skeleton, shape, integer, first[0][:COUNTED_INPUTS])
+    hardware = hardware_costs(compressed, skeleton, shape, integer.exact, first[0][:COUNTED_INPUTS])
     dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
     dense_bytes = 4 * sum(t.numel() for t in skeleton.state_dict().values() if t.is_floating_point())
     costs, dense_macs = layer_costs(compressed, skeleton, shape), sum(layer_macs(skeleton, shape).values())
