@@ -23,9 +23,11 @@ Departures (from the authors' code where the paper is silent; numbers in parenth
     in integers throughout. The paper's policy is a job's `float_policy`, which runs them in float on their decoded
     weights; adds and pools, float in the paper, are 8-bit there too. Calibration runs all of these in float.
   * Any layers may stand between those two: linear ones are treated as 1 x 1 convolutions, pairs being adjacent inputs.
-  * Calibration images are `calibration_inputs` unaugmented training images, in batches of 128, the same for both
-    passes; the authors draw 17 augmented batches each time. Dropout is off. Windows, ranges and weights stay as they
-    are in (6), which the authors' skip_bn_recal leaves out: recalibrations = 1.
+  * Calibration images are `calibration_inputs` training images without augmentation, in batches of 128, the same for
+    both passes; the authors draw 17 batches, augmented as in training, for each. What batch norm learns from plain
+    images suits a network trained on augmented ones badly, and costs more than the windows do (see the rows of
+    paper_configs): recalibrations = 0 leaves it as it is; 1 is the authors' skip_bn_recal, which omits (6).
+  * Dropout is off. Weights and ranges stay as they are in (6).
   * Inputs without negative values are taken; the authors' code also wants a zero among them. Groups are refused.
   * sparse24 keeps the two largest of four weights along the input channels (as NVIDIA's ASP does), without training:
     start from a network that was trained under this mask, which it then leaves as it is.
@@ -182,8 +184,8 @@ class QuantizedLayer:
     def __init__(self, name: str, layer: nn.Module, weight: CompressedTensor, bits: int):
         self.name, self.layer, self.bits, self.window, self.frozen = name, layer, bits, None, False
         self.total, self.count = 0.0, 0  # of the largest values of images
-        self.codes = weight.codes.to(layer.weight)  # integers in float32, as the authors carry them
-        self.scale = weight.grid.scale.to(layer.weight).reshape(-1, *[1] * (layer.weight.ndim - 2))
+        self.codes = weight.codes.to(layer.weight.device, torch.float32)  # integers, as the authors carry them
+        self.scale = weight.grid.scale.to(layer.weight.device).reshape(-1, *[1] * (layer.weight.ndim - 2))
 
     def freeze(self, window: Window | None) -> None:
         self.window, self.frozen = window, True
