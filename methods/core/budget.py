@@ -43,7 +43,7 @@ class Budget:
 
     def require(self, method: str, *needed: str, optional: tuple[str, ...] = ()) -> None:
         """Refuse a budget that lacks a field in `needed` or sets one in neither `needed` nor `optional`."""
-        taken = ", ".join(needed + optional)
+        taken = ", ".join(needed + optional) if needed + optional else "none"
         for field in fields(self):
             given = getattr(self, field.name) is not None
             if given and field.name not in needed + optional:
