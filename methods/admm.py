@@ -1,0 +1,301 @@
+"""ADMM: weight pruning, then quantization or clustering of the survivors (Ye, Zhang, Zhang et al., "A Unified Framework
+of DNN Weight Pruning and Weight Clustering/Quantization Using ADMM", arXiv 1811.01907).
+
+Each constraint (few non-zeros; few values) is handed to an auxiliary Z whose nearest point is exact, and the network
+trains with a quadratic pull towards it that a dual variable U sharpens. ADMM is stopped early: a projection makes the
+constraint hold and retraining repairs the loss. First weights are pruned, layer by layer; then the survivors are drawn
+to equally spaced levels without a zero, or to free centroids.
+
+Algorithm
+    prune:     S = {at most density * n non-zeros};  W <- top-k(W), m = its support;  retrain W under m
+    quantize:  S = {m * levels of q {-M/2..-1, 1..M/2}} or {m * 2^bits centroids}
+    both by ADMM:  Z = Proj_S(W), U = 0;  repeat K times, with the learning rate reset:
+        W <- SGD on loss + rho/2 |W - Z + U|^2;   Z <- Proj_S(W + U);   U <- U + W - Z
+    levels:    repeat: fix the closest fraction of each level's members on it; retrain the rest;  W <- nearest level
+    clusters:  assignments fixed, members move together by the sum of their gradients
+
+Symbols    W weights of the model;  Z, U AdmmHooks.z, .u;  m masks;  M = 2^budget.bits;  q Intervals.interval
+           rho config.rho, quantize_rho;  K prune_iterations, quantize_iterations
+
+Departures   Body and tables of the paper could not be read: the steps are those of its authors' released code.
+  * Settings are the code's for LeNet-5, in epochs. Momentum restarts with each ADMM iteration, as the learning rate
+    does; that falls at a half and three quarters of an iteration (the code: once, at a quarter).
+  * rho is constant. Later code of the group has other rules, kept as options: rho_growth multiplies rho at every
+    update (and divides U, which is scaled by it: the code leaves U alone), and several entries of rho are ADMMs one
+    after the other, each from Z = Proj(W), U = 0.
+  * Pruning in steps (the progressive paper, 1810.07378) is one chain, not three of which the best goes on. As there,
+    a layer that a step leaves alone has no penalty.
+  * q: the code scans within 10 % of max|w| / (M/2), zeros included. Here the error over the survivors is minimised
+    over the whole range. It is fitted once, as in the code; refit = True fits it to W + U at every update.
+  * Half-way between two levels the larger magnitude is taken (the code: the upper level).
+  * Clusters start even in [min, max] and are then warm-started; an empty one stays. The released solver has kernels
+    for clusters but does not call them: what is done here is what they compute.
+  * Without the budget's bits, weights are pruned and stay float32. A layer with density 1 is quantized only.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .core.artifact import CompressedModel
+from .core.budget import Budget
+from .core.build import assemble, check_finite, weight_layers
+from .core.errors import ConfigError
+from .core.finetune import Hooks, Recipe, train
+from .core.project import Clusters, Intervals, closest, keep_sparse, project_sparse
+from .core.prune import MaskHooks, apply_masks, keep_count
+from .core.run import NullRun, Run
+from .core.task import Task
+
+DATA = "train"
+GRIDS = {"levels": Intervals, "clusters": Clusters}
+Weights = dict[str, nn.Parameter]
+Projection = Callable[[str, Tensor], Tensor]  # (layer, values) -> nearest point of the layer's set
+
+
+@dataclass(frozen=True)
+class Config:
+    """grid: "levels" or "clusters"; steps: densities of successive prunings as multiples of the budget's, the last 1.
+
+    prune, quantize         recipes of one ADMM iteration;  retrain: after each pruning
+    rho, quantize_rho       penalties, one ADMM of that many iterations for each
+    rho_growth, refit       see the departures
+    fix_rounds, fix_fraction, fix   levels: rounds, fraction fixed in each, recipe of each; clusters: fix is the recipe
+                            of their one training, in which gradients are summed: its learning rate is smaller
+    """
+
+    grid: str = "levels"
+    steps: tuple[float, ...] = (1.0,)
+    rho: tuple[float, ...] = (7e-3,)
+    quantize_rho: tuple[float, ...] = (7e-3,)
+    rho_growth: float = 1.0
+    prune_iterations: int = 20
+    prune: Recipe = Recipe(epochs=8, lr=1e-3, schedule="step")
+    retrain: Recipe = Recipe(epochs=40, lr=1e-2, schedule="step")
+    quantize_iterations: int = 20
+    quantize: Recipe = Recipe(epochs=6, lr=1e-3, schedule="step")
+    refit: bool = False
+    fix_rounds: int = 8
+    fix_fraction: float = 0.3
+    fix: Recipe = Recipe(epochs=5, lr=1e-3)
+
+    def __post_init__(self):
+        if self.grid not in GRIDS:
+            raise ConfigError(f"grid = {self.grid!r}: allowed are {', '.join(GRIDS)}")
+        if not self.steps or self.steps[-1] != 1 or sorted(self.steps, reverse=True) != list(self.steps):
+            raise ConfigError(f"steps = {self.steps}: needed are falling multiples of the density that end with 1")
+        if not all(0 < rho < float("inf") for rho in (*self.rho, *self.quantize_rho, self.rho_growth)):
+            raise ConfigError(f"rho = {self.rho}, quantize_rho = {self.quantize_rho}, rho_growth = {self.rho_growth}: "
+                              "allowed are positive numbers")
+        for name in ("prune_iterations", "quantize_iterations", "fix_rounds"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: allowed are 0 or more")
+        if not 0 < self.fix_fraction <= 1:
+            raise ConfigError(f"fix_fraction = {self.fix_fraction}: allowed is (0, 1]")
+
+
+def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
+             *, run: Run | None = None) -> CompressedModel:
+    """Budget: density and, unless weights are to stay float32, bits; each a number or {layer: number}."""
+    run = NullRun() if run is None else run
+    budget.require("admm", "density", optional=("bits",))
+    check_finite(model)
+    model = task.placed(copy.deepcopy(model))
+    weights: Weights = {name: layer.weight for name, layer in weight_layers(model).items()}
+    density = budget.per_layer("density", weights)
+    widths = None if budget.bits is None else budget.per_layer("bits", weights)
+    training = Training(model, task, config, generator, run, {})
+    masks = prune(weights, density, training)
+    if widths is None:
+        return assemble(model, {}, notes={"residuals": training.residuals})
+    grids = quantize(weights, masks, {name: int(bits) for name, bits in widths.items()}, training)
+    (fix_levels if config.grid == "levels" else tie_clusters)(weights, masks, grids, training)
+    tensors = {name: grids[name].store(weight, masks[name]) for name, weight in weights.items()}
+    return assemble(model, tensors, notes={"residuals": training.residuals})
+
+
+# --- ADMM ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Training:
+    """What every stage trains with; residuals {stage: {layer: |W - Z| / |W| after each W-step}}."""
+
+    model: nn.Module
+    task: Task
+    config: Config
+    generator: torch.Generator
+    run: Run
+    residuals: dict[str, dict[str, list[float]]]
+
+    def train(self, recipe: Recipe, hooks: Hooks, stage: str) -> None:
+        train(self.model, self.task, recipe, self.generator, hooks=hooks, run=self.run.stage(stage))
+
+    def admm(self, weights: Weights, project: Projection, masks: Mapping[str, Tensor], rhos: tuple[float, ...],
+             iterations: int, recipe: Recipe, stage: str) -> None:
+        """W-, Z- and U-steps on `weights`, in place; weights outside `masks` stay 0."""
+        for s, rho in enumerate(rhos, 1):
+            hooks = AdmmHooks(weights, project, masks, rho)
+            for k in range(1, iterations + 1):
+                self.train(recipe, hooks, f"{stage} {s}.{k}")
+                hooks.update(self.config.rho_growth)
+            self.residuals[f"{stage}.{s}"] = hooks.residuals
+
+
+class AdmmHooks(MaskHooks):
+    """The pull of one W-step, and the Z- and U-step after it. Weights outside the masks stay 0."""
+
+    def __init__(self, weights: Weights, project: Projection, masks: Mapping[str, Tensor], rho: float):
+        super().__init__(masks)
+        self.weights, self.project, self.rho = weights, project, rho
+        self.z = {name: project(name, weight.detach()) for name, weight in weights.items()}
+        self.u = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        self.residuals: dict[str, list[float]] = {name: [] for name in weights}
+        self._aim()
+
+    def _aim(self) -> None:
+        self.toward = {name: self.z[name] - self.u[name] for name in self.weights}
+
+    @torch.no_grad()
+    def after_backward(self, model: nn.Module, lr: float) -> None:
+        """Gradient of rho/2 |W - Z + U|^2. (1810.07378, Eq. 4)"""
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                weight.grad.add_(weight, alpha=self.rho).sub_(self.toward[name], alpha=self.rho)
+
+    @torch.no_grad()
+    def update(self, growth: float) -> None:
+        """Z <- Proj(W + U);  U <- U + W - Z;  then rho grows and U, which is scaled by it, shrinks."""
+        for name, weight in self.weights.items():
+            moved = weight + self.u[name]
+            self.z[name] = self.project(name, moved)  # 1810.07378, Eq. (5)
+            self.u[name] = (moved - self.z[name]) / growth
+            apart, size = (float(x.double().norm()) for x in (weight - self.z[name], weight))
+            self.residuals[name].append(apart / size if size > 0 else 0.0)
+        self.rho *= growth
+        self._aim()
+
+    def state(self) -> dict:
+        return {"z": self.z, "u": self.u, "rho": self.rho}
+
+    def restore(self, state: dict) -> None:
+        self.rho = state["rho"]
+        for name, weight in self.weights.items():
+            self.z[name], self.u[name] = (state[key][name].to(weight.device) for key in ("z", "u"))
+        self._aim()
+
+
+def prune(weights: Weights, density: Mapping[str, float], training: Training) -> dict[str, Tensor]:
+    """Prune and retrain in place, in config.steps steps; returns the masks of survivors."""
+    config = training.config
+    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    for s, factor in enumerate(config.steps, 1):
+        counts = {name: keep_count(w.numel(), min(factor * density[name], 1.0)) for name, w in weights.items()}
+        active = {name: w for name, w in weights.items() if counts[name] < int(masks[name].sum())}
+        if not active:
+            continue
+
+        def few(name: str, values: Tensor, counts: Mapping[str, int] = counts) -> Tensor:
+            return project_sparse(values, counts[name], masks[name])
+
+        training.admm(active, few, masks, config.rho, config.prune_iterations, config.prune, f"prune {s}")
+        for name, weight in active.items():
+            masks[name] = keep_sparse(weight, counts[name], masks[name])
+        apply_masks(training.model, masks)  # W <- top-k(W): of W itself, not of W + U
+        training.train(config.retrain, MaskHooks(masks), f"retrain {s}")
+    return masks
+
+
+def quantize(weights: Weights, masks: Mapping[str, Tensor], bits: Mapping[str, int], training: Training
+             ) -> dict[str, Intervals]:
+    """ADMM towards levels or centroids, in place on `weights`; returns each layer's grid."""
+    config = training.config
+    grids = {name: GRIDS[config.grid](w.detach()[masks[name]].cpu(), bits[name]) for name, w in weights.items()}
+
+    def on_grid(name: str, values: Tensor) -> Tensor:
+        mask, survivors = masks[name], values[masks[name]].cpu()
+        if config.refit or config.grid == "clusters":
+            grids[name].refit(survivors)
+        z = torch.zeros_like(values)
+        z[mask] = grids[name].values(survivors).to(values.device)
+        return z
+
+    training.admm(weights, on_grid, masks, config.quantize_rho, config.quantize_iterations, config.quantize, "quantize")
+    return grids
+
+
+# --- after ADMM ---------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fix_levels(weights: Weights, masks: Mapping[str, Tensor], grids: Mapping[str, Intervals], training: Training):
+    """Fix the closest weights of every level on it and retrain the others, in rounds, in place."""
+    free = {name: mask.clone() for name, mask in masks.items()}
+    for r in range(1, training.config.fix_rounds + 1):
+        for name, weight in weights.items():
+            moving = weight[free[name]].cpu()
+            levels = grids[name].values(moving)
+            done = closest(moving, levels, training.config.fix_fraction)
+            weight[free[name]] = torch.where(done, levels, moving).to(weight.device)
+            free[name][free[name].clone()] = ~done.to(weight.device)
+        if not any(bool(mask.any()) for mask in free.values()):
+            break
+        with torch.enable_grad():
+            training.train(training.config.fix, HoldHooks(weights, free), f"fix {r}")
+
+
+class HoldHooks(Hooks):
+    """Weights outside the masks `free` keep their value: momentum and weight decay would move them."""
+
+    def __init__(self, weights: Weights, free: Mapping[str, Tensor]):
+        self.weights = list(weights.values())
+        self.free = [free[name].to(w.dtype) for name, w in weights.items()]
+        self.held = [w.detach() * (1 - mask) for w, mask in zip(self.weights, self.free, strict=True)]
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        torch._foreach_mul_(self.weights, self.free)
+        torch._foreach_add_(self.weights, self.held)
+
+
+@torch.no_grad()
+def tie_clusters(weights: Weights, masks: Mapping[str, Tensor], grids: Mapping[str, Clusters], training: Training):
+    """Set survivors to their centroids and train these, in place."""
+    with torch.enable_grad():
+        training.train(training.config.fix, TieHooks(weights, masks, grids), "tie")
+    for name, weight in weights.items():
+        grids[name].centroids = np.unique(weight[masks[name]].double().cpu().numpy())
+
+
+class TieHooks(MaskHooks):
+    """Members of a cluster move together, by the sum of their gradients."""
+
+    @torch.no_grad()
+    def __init__(self, weights: Weights, masks: Mapping[str, Tensor], grids: Mapping[str, Clusters]):
+        stored = {name: grids[name].store(weight, masks[name]) for name, weight in weights.items()}
+        super().__init__({name: tensor.mask for name, tensor in stored.items()})
+        self.weights, self.codes, self.first = weights, {}, {}
+        for name, weight in weights.items():
+            weight.copy_(stored[name].decode())
+            codes = torch.where(stored[name].mask, stored[name].codes, -1).numpy()
+            _, first, codes = np.unique(codes, return_index=True, return_inverse=True)
+            self.first[name] = torch.from_numpy(first).to(weight.device)  # a member of each cluster
+            self.codes[name] = torch.from_numpy(codes.reshape(weight.shape)).to(weight.device)
+
+    @torch.no_grad()
+    def after_backward(self, model: nn.Module, lr: float) -> None:
+        for name, weight in self.weights.items():
+            if weight.grad is not None:
+                grad, codes = weight.grad * self.masks[name].to(weight.device), self.codes[name]
+                sums = grad.new_zeros(len(self.first[name])).index_put_((codes,), grad, accumulate=True)
+                weight.grad.copy_(sums[codes])
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        for name, weight in self.weights.items():  # rounding may differ between places of a tensor
+            weight.copy_(weight.reshape(-1)[self.first[name]][self.codes[name]])
+        super().after_step(model, lr)
