@@ -1,0 +1,380 @@
+"""CLIP-Q: Fig. 2, the operator against its definition, training through it, and the search."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+from torch import nn
+from torch.nn.utils import parametrize
+
+from benchmarks.accounting import tensor_bits
+from methods import clip_q
+from methods.clip_q import ClipQuantize, Config, Theta, clip_counts, compress, encode, partition, stored_bits
+from methods.core import bayes
+from methods.core.budget import Budget
+from methods.core.errors import BudgetError, CompressError, ConfigError
+from methods.core.finetune import Hooks, Recipe
+from methods.core.run import NullRun
+from methods.core.storage import to_bytes
+
+FIGURE = torch.tensor([[0.1, -0.1, 0.7, -0.4], [0.7, -0.5, 0.9, -0.1], [-1.0, -0.6, -1.6, 0.8], [-0.5, 1.1, 0.2, 1.2]])
+QUANTIZED = torch.tensor([[0, 0, 0.9, -0.5], [0.9, -0.5, 0.9, 0], [-1.3, -0.5, -1.3, 0.9], [-0.5, 0.9, 0, 0.9]])
+LAYERS = ("conv1", "conv2", "conv3", "fc")
+SHORT = Recipe(epochs=1, lr=0.02)
+SEARCHED = Config(lam=0.3, evaluations=6, initial=4, held_out_inputs=30, finetune=Recipe(epochs=0, lr=0.1))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def quantized(weight, p, bits, split="A"):
+    codes, levels = partition(weight, Theta(p, bits), split)
+    assert codes.shape == weight.shape and len(levels) == 2**bits and levels[0] == 0
+    return levels[codes]
+
+
+def cases(count):
+    """Random layers of different weights, neither sign absent, with p, bits and split."""
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        n = int(draw.integers(4, 300))
+        weight = draw.normal(draw.normal() * 0.3, 1, n) ** draw.choice([1, 3])
+        weight[:2] = -0.5 - draw.random(), 0.5 + draw.random()
+        p, bits = float(draw.uniform(0, 0.95)), int(draw.integers(2, 7))
+        yield torch.tensor(weight, dtype=torch.float32), p, bits, "AB"[i % 2]
+
+
+# --- Fig. 2 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["A", "B"])
+def test_figure_2(split):
+    assert torch.allclose(quantized(FIGURE, 0.25, 2, split), QUANTIZED, atol=1e-6)
+    tensor = encode("layer", FIGURE, Theta(0.25, 2), split)
+    assert tensor.grid.values.tolist() == pytest.approx([0.0, 0.9, -1.3, -0.5], abs=1e-6) and tensor.bits == 2
+    assert torch.allclose(tensor.decode(), QUANTIZED, atol=1e-6)
+
+
+# --- the operator against its definition --------------------------------------------------------------------
+
+
+def defined(weight, p, bits, split):
+    """W^ by the definition, weight by weight in float64: section 2 of the note, one sign at a time."""
+    values = weight.double().tolist()
+    sides = {+1: sorted(v for v in values if v > 0), -1: sorted(-v for v in values if v < 0)}
+    clipped = {sign: math.floor(p * len(side)) for sign, side in sides.items()}
+    if sum(clipped.values()) + values.count(0) < math.floor(p * len(values)):
+        clipped[max(sides, key=lambda sign: p * len(sides[sign]) % 1)] += 1
+    edge = {sign: side[clipped[sign] - 1] if clipped[sign] else 0.0 for sign, side in sides.items()}
+    length = {sign: side[-1] - edge[sign] for sign, side in sides.items()}
+    count = {-1: 2 ** (bits - 1), +1: 2 ** (bits - 1) - 1}
+    if split == "B":
+        share = (2**bits - 1) * length[-1] / sum(length.values())
+        best = min(range(1, 2**bits - 1), key=lambda down: abs(down - share))
+        count = {-1: best, +1: 2**bits - 1 - best}
+
+    def interval(value):
+        sign = int(math.copysign(1, value))
+        if abs(value) <= edge[sign]:
+            return 0
+        return sign * next(j for j in range(1, count[sign] + 1)
+                           if abs(value) <= edge[sign] + j * length[sign] / count[sign] + 1e-12 or j == count[sign])
+
+    members = [interval(value) for value in values]
+    means = {j: np.mean([v for v, k in zip(values, members, strict=True) if k == j]) if j else 0.0 for j in members}
+    return torch.tensor([means[j] for j in members], dtype=torch.float32), length, count
+
+
+def test_the_operator_is_its_definition():
+    for weight, p, bits, split in cases(120):
+        if weight.numel() * (1 - p) > 6:
+            wanted, _, _ = defined(weight, p, bits, split)
+            assert torch.allclose(quantized(weight, p, bits, split), wanted, rtol=1e-6, atol=0), (p, bits, split)
+
+
+def test_what_holds_for_every_layer():
+    for weight, p, bits, split in cases(200):
+        out, n = quantized(weight, p, bits, split), len(weight)
+        pruned = out == 0
+        positive, negative = weight > 0, weight < 0
+        counts = [math.floor(p * int(side.sum())) for side in (negative, positive)]
+        clipped = [int((pruned & side).sum()) for side in (negative, positive)]
+        assert sum(clipped) == math.floor(p * n)  # exactly, whichever signs the weights have
+        assert all(have - want in (0, 1) for have, want in zip(clipped, counts, strict=True))
+        for side in (positive, negative):  # the smallest of each sign
+            if bool((side & pruned).any()) and bool((side & ~pruned).any()):
+                assert weight[side & pruned].abs().max() < weight[side & ~pruned].abs().min()
+        assert len(out.unique()) <= 2**bits
+        assert bool((out[weight.argsort()].diff() >= 0).all())  # monotone
+        assert bool((out * weight >= 0).all()) and bool((out[pruned] == 0).all())  # no sign flips
+        for level in out[~pruned].unique():  # sums are conserved, interval by interval
+            group = weight[out == level].double()
+            assert float(group.sum()) == pytest.approx(float(level) * len(group), rel=1e-6)
+        assert torch.equal(quantized(4 * weight, p, bits, split), 4 * out)
+        order = torch.randperm(n, generator=seeded())
+        assert torch.allclose(quantized(weight[order], p, bits, split), out[order], rtol=1e-6, atol=0)
+        if 0 < sum(clipped) < n - 2:
+            _, length, count = defined(weight, p, bits, split)
+            width = torch.where(positive, length[1] / count[1], length[-1] / count[-1])
+            assert bool(((weight - out).abs() <= width + 1e-5)[~pruned].all())
+
+
+def test_an_empty_interval_changes_no_other():
+    """A public implementation let the interval behind an empty one swallow all before it."""
+    weight = torch.tensor([0.10, 0.11, 0.12, 0.50, 0.51, 1.0, -1.0, -0.8])
+    out = quantized(weight, 0.0, 4)
+    assert torch.allclose(out, torch.tensor([0.11, 0.11, 0.11, 0.505, 0.505, 1.0, -1.0, -0.8]), atol=1e-6)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("split", ["A", "B"])
+def test_a_missing_sign_leaves_its_intervals_to_the_other(sign, split):
+    weight = sign * torch.arange(1, 15)  # in (0, 14] there are 7 intervals of 2
+    means = sign * torch.arange(1, 15).reshape(7, 2).float().mean(1).repeat_interleave(2)
+    assert torch.equal(quantized(weight.float(), 0.0, 3, split), means)
+    assert torch.equal(quantized(weight.float(), 0.5, 3, split), weight * (weight.abs() > 7))  # 7 left, one each
+
+
+def test_edge_cases():
+    few = torch.tensor([0.3, -0.2, 0.0, 5.0, -1.0])
+    assert torch.equal(quantized(few, 0.0, 8), few)  # fewer survivors than intervals: nothing is lost
+    assert torch.equal(quantized(torch.zeros(3, 4), 0.5, 2), torch.zeros(3, 4))
+    assert torch.equal(quantized(few, 0.99, 4).count_nonzero(), torch.tensor(1))
+    ties = torch.tensor([1.0, 1.0, 2.0, 3.0, -1.0, -2.0])
+    assert quantized(ties, 0.25, 4)[:2].tolist() == [0.0, 0.0]  # what equals c+ goes with it
+    assert not bool(torch.signbit(quantized(torch.tensor([-0.0, 1.0, -1.0]), 0.0, 2)[0]))
+    assert torch.equal(quantized(torch.full((8,), 1e-44), 0.0, 8), torch.full((8,), 1e-44))
+    with pytest.raises(CompressError, match="0.5 of the weights of fc leaves none"):
+        encode("fc", torch.ones(2, 4), Theta(0.5, 4), "A")
+    assert encode("fc", torch.zeros(2, 4), Theta(0.5, 4), "A").kept == 0
+
+
+def test_counts_do_not_follow_the_signs():
+    for n, p in itertools.product((10, 37, 100), (0.0, 0.29, 1 - 0.3, 1 - 0.9, 0.5)):
+        for negative in range(n + 1):
+            assert sum(clip_counts(negative, n - negative, n, p)) == n - math.ceil(round((1 - p) * n, 9))
+    assert clip_counts(4, 4, 10, 0.5) == (2, 2)  # two zeros are pruned besides: 6 of 10
+
+
+def test_a_layer_of_millions_of_weights():
+    weight = torch.randn(1 << 21, generator=seeded()) * 0.02
+    out = quantized(weight, 0.7, 4)
+    assert int((out == 0).sum()) == pytest.approx(0.7 * len(weight), abs=10)  # ties are clipped together
+    for level in out.unique()[[0, 7, -1]]:
+        assert float(level) == pytest.approx(float(weight[out == level].double().mean()), rel=1e-6)
+
+
+def test_only_levels_in_use_are_stored():
+    tensor = encode("fc", torch.tensor([[-8.0, 0.1, 0.2], [3.0, 1.0, -0.1]]), Theta(0.34, 4), "A")
+    assert tensor.codes.unique().tolist() == list(range(len(tensor.grid.values))) and tensor.grid.values[0] == 0
+    assert tensor.kept == 4 and tensor.bits == 4
+
+
+# --- training through the operator --------------------------------------------------------------------------
+
+
+def parametrized(weight):
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    parametrize.register_parametrization(layer, "weight", ClipQuantize(Theta(0.25, 2), "A"))
+    return layer, layer.parametrizations.weight.original
+
+
+def test_the_gradient_is_that_of_the_quantized_weight_at_every_entry():
+    layer, shadow = parametrized(FIGURE)
+    inputs, targets = torch.randn(6, 4, generator=seeded()), torch.tensor([0, 1, 2, 3, 0, 1])
+    nn.functional.cross_entropy(layer(inputs), targets).backward()
+    dense = QUANTIZED.clone().requires_grad_()
+    nn.functional.cross_entropy(inputs @ dense.T, targets).backward()
+    assert torch.allclose(shadow.grad, dense.grad, atol=1e-6)
+    assert bool((shadow.grad[QUANTIZED == 0] != 0).all())  # clipped entries too
+    assert torch.equal(shadow.detach(), FIGURE)  # and the forward pass wrote nothing
+    assert torch.allclose(layer.eval().weight, QUANTIZED, atol=1e-6)
+    assert torch.equal(layer.state_dict()["parametrizations.weight.original"], FIGURE)
+
+
+def test_a_clipped_weight_comes_back():
+    layer, shadow = parametrized(FIGURE + torch.arange(16).reshape(4, 4) / 1000)  # no two weights are equal
+    optimizer, alive = torch.optim.SGD([shadow], lr=0.1), []
+    for _ in range(8):
+        alive.append(bool(layer.weight[0, 0] != 0))
+        optimizer.zero_grad()
+        (-layer.weight[0, 0]).backward()  # outwards, although its quantized value is 0
+        optimizer.step()
+        assert int((layer.weight == 0).sum()) == 4
+    assert not alive[0] and alive[-1] and alive == sorted(alive)
+
+
+def test_fine_tuning_clips_anew_in_every_minibatch(tiny, monkeypatch):
+    model, theta, seen = tiny.model(), Theta(0.6, 3), []
+
+    class Watch(Hooks):
+        def after_step(self, model, lr):
+            layer = model.get_submodule("conv2")
+            shadow, out = layer.parametrizations.weight.original.detach(), layer.weight.detach()
+            seen.append((float(shadow[(out == 0) & (shadow > 0)].max()), int((out == 0).sum()), out != 0))
+
+    loop = clip_q.train
+    monkeypatch.setattr(clip_q, "train", lambda *given, **named: loop(*given, hooks=Watch(), **named))
+    before = {name: layer.weight.detach().clone() for name, layer in clip_q.weight_layers(model).items()}
+    config = Config(finetune=Recipe(3, 0.05))
+    clip_q.fine_tune(model, tiny.task(), dict.fromkeys(LAYERS, theta), config, seeded(), NullRun())
+    thresholds, zeros, masks = zip(*seen, strict=True)
+    assert len(set(thresholds)) == len(seen) == 12 and set(zeros) == {int(0.6 * 576)}
+    assert bool((masks[-1] & ~masks[0]).any())  # some that were clipped are back
+    for name in LAYERS:  # a plain parameter again, the shadow: neither the old weights nor quantized ones
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, nn.Parameter) and type(model.get_submodule(name)) in (nn.Conv2d, nn.Linear)
+        assert not torch.equal(weight, before[name]) and len(weight.detach().unique()) > 8
+
+
+def test_compress_with_a_budget(tiny):
+    density = {"conv1": 0.5, "conv2": 0.25, "conv3": 0.1, "fc": 1.0}
+    budget = Budget(density=density, bits={**dict.fromkeys(LAYERS, 3), "fc": 2})
+    out = compress(tiny.model(), tiny.task(), budget, Config(search="uniform", finetune=SHORT), seeded())
+    assert {name: tensor.kept for name, tensor in out.weights.items()} == {
+        "conv1": 108, "conv2": 144, "conv3": 87, "fc": 48}  # ceil(density n)
+    assert {name: tensor.bits for name, tensor in out.weights.items()} == budget.bits
+    for tensor in out.weights.values():
+        assert tensor.grid.values[0] == 0 and len(tensor.grid.values) <= 2**tensor.bits
+    assert out.notes["theta"]["conv3"] == {"p": 0.9, "bits": 3} and out.notes["trace"] == {}
+
+
+# --- the search ---------------------------------------------------------------------------------------------
+
+
+GRID = np.array([(p, b / 8) for p in clip_q.P_GRID for b in clip_q.BITS_GRID])
+
+
+def test_expected_improvement_is_its_integral():
+    x, y = GRID[::60], np.sin(5 * GRID[::60, 0]) + GRID[::60, 1]
+    process = bayes.fit_process(x, y, 0)
+    gain = bayes.gaussian_ei(GRID, process, y.min(), xi=0.0)
+    assert bool((gain >= 0).all()) and float(gain[::60].max()) < 2e-3 * np.ptp(y)  # nothing to gain at what is known
+    assert np.allclose(process.predict(x), y, atol=1e-2 * np.ptp(y))  # the process interpolates
+    mean, std = process.predict(GRID, return_std=True)
+    for i in (3, 200, 430):
+        low, high = mean[i] - 12 * std[i], min(y.min(), mean[i] + 12 * std[i])
+        want = integrate.quad(lambda f, i=i: (y.min() - f) * stats.norm.pdf(f, mean[i], std[i]), low, high)[0] \
+            if high > low else 0.0
+        assert gain[i] == pytest.approx(want, rel=1e-4, abs=1e-9)
+
+
+def test_bayes_finds_the_minimum_of_a_quadratic():
+    regrets = {"bayes": [], "random": []}
+    for seed in range(3):
+        centre = np.random.default_rng(seed).uniform([0, 0.25], [0.98, 1])
+        values = ((GRID - centre) ** 2 * [1, 3]).sum(1)
+        for search, found in regrets.items():
+            best, seen = bayes.minimize(GRID, lambda i, values=values: float(values[i]), 20, 5, seed, search)
+            assert len({i for i, _ in seen}) == len(seen) == 20 and best == min(seen, key=lambda s: s[1])[0]
+            found.append(values[best] - values.min())
+            if search == "bayes":
+                cell = np.abs(GRID[best] - GRID[values.argmin()])
+                assert cell[0] <= 0.01 + 1e-9 and cell[1] <= 1 / 8
+    assert np.mean(regrets["bayes"]) < np.mean(regrets["random"])
+
+
+def test_few_points_are_all_evaluated():
+    points = np.array([(0.5, b / 8) for b in range(2, 9)])
+    for search in ("bayes", "random"):
+        best, seen = bayes.minimize(points, lambda i: (i - 4.0) ** 2, 30, 5, 0, search)
+        assert sorted(i for i, _ in seen) == list(range(7)) and best == 4
+    with pytest.raises(ConfigError, match="bayes, random"):
+        bayes.minimize(points, float, 3, 1, 0, "grid")
+
+
+def test_the_bits_that_are_counted_are_those_of_the_encoder(tiny):
+    for name, layer in clip_q.weight_layers(tiny.model()).items():
+        for theta, index_bits in itertools.product((Theta(0.0, 2), Theta(0.5, 4), Theta(0.97, 3)), (2, 5)):
+            tensor = encode(name, layer.weight, theta, "A")
+            wanted = tensor_bits(tensor, index_bits)["prune_quantize"]
+            assert stored_bits(tensor.decode(), theta.bits, index_bits) == wanted
+
+
+def test_the_trace_holds_what_was_measured(tiny):
+    model, task = tiny.model(), tiny.task()
+    out = compress(model, task, Budget(), SEARCHED, seeded())
+    theta, trace = out.notes["theta"], out.notes["trace"]
+    total, trial = 32 * (216 + 576 + 864 + 48), tiny.model()
+    task = tiny.task()
+    inputs, targets = (torch.cat(part)[:30] for part in zip(*task.held_out.epoch(None), strict=True))
+    for name in LAYERS:  # in order, with what was chosen before and nothing after
+        weight = trial.get_submodule(name).weight
+        shadow = weight.detach().clone()
+        assert len(trace[name]) == 6 and theta[name] in [{"p": t["p"], "bits": t["bits"]} for t in trace[name]]
+        objective = {}
+        for seen in trace[name]:
+            choice = Theta(seen["p"], seen["bits"])
+            with torch.no_grad():
+                weight.copy_(quantized(shadow, *choice))
+                wrong = int((trial(inputs).argmax(1) != targets).sum())
+            assert seen["error"] == pytest.approx(wrong / 30)
+            stored = tensor_bits(encode(name, shadow, choice, "A"), 5)["prune_quantize"]
+            assert seen["saved"] == pytest.approx((32 * shadow.numel() - stored) / total)
+            assert seen["saved"] < 32 * shadow.numel() / total and type(seen["bits"]) is int
+            objective[choice] = wrong / 30 - 0.3 * (32 * shadow.numel() - stored) / total
+        best = Theta(**theta[name])
+        assert objective[best] == pytest.approx(min(objective.values()))
+        with torch.no_grad():
+            weight.copy_(quantized(shadow, *best))
+        assert torch.equal(out.weights[name].decode(), weight)  # no epoch of fine-tuning here
+
+
+def test_a_larger_lambda_never_gives_a_larger_layer(tiny):
+    spaces = {"fc": [Theta(p, b) for p in (0.0, 0.3, 0.6, 0.9) for b in (2, 4, 8)]}
+    sizes = []
+    for lam in (0.0, 0.5, 2.0, 8.0, 100.0):
+        config = Config(search="random", lam=lam, evaluations=100)
+        model = tiny.model()
+        theta, trace = clip_q.search_theta(model, tiny.task(), spaces, config, seeded(), NullRun())
+        assert len(trace["fc"]) == 12 and len(model.fc.weight.unique()) <= 2 ** theta["fc"].bits
+        sizes.append(stored_bits(model.fc.weight, theta["fc"].bits, 5))
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] > sizes[-1]
+
+
+def test_a_search_is_reproducible_and_resumes_to_the_same_bytes(tiny):
+    config = Config(lam=0.3, evaluations=5, initial=3, finetune=SHORT)
+    wanted, counted = compress(tiny.model(), tiny.task(), Budget(), config, seeded()), tiny.Run()
+    models = [tiny.model() for _ in range(7)]
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    again = compress(models.pop(), tiny.task(), Budget(), config, seeded(), run=counted)
+    assert to_bytes(again)[0] == to_bytes(wanted)[0]
+    assert [what for name, what in counted.calls if name == "/search"] == (["report"] * 5 + ["save"]) * 4
+    for calls in (0, 8, len(counted.calls) - 1):
+        states = {}
+        with pytest.raises(tiny.Interrupted):
+            compress(models.pop(), tiny.task(), Budget(), config, seeded(), run=tiny.Run(states, calls))
+        again = compress(models.pop(), tiny.task(), Budget(), config, seeded(), run=tiny.Run(states))
+        assert to_bytes(again)[0] == to_bytes(wanted)[0] and tiny.same(dict(again.notes), dict(wanted.notes))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_the_budget_fixes_is_not_searched(tiny):
+    spaces = clip_q.open_choices(tiny.model(), Budget(bits=3), "bayes")
+    assert all({t.bits for t in space} == {3} and len(space) == 99 for space in spaces.values())
+    spaces = clip_q.open_choices(tiny.model(), Budget(density={**dict.fromkeys(LAYERS, 0.25), "fc": 1}), "random")
+    assert {t.p for t in spaces["conv1"]} == {0.75} and {t.bits for t in spaces["fc"]} == set(range(2, 9))
+    assert len(clip_q.open_choices(tiny.model(), Budget(), "bayes")["fc"]) == 99 * 7
+    with pytest.raises(BudgetError, match="nothing to choose"):
+        clip_q.open_choices(tiny.model(), Budget(density=0.5, bits=4), "bayes")
+    with pytest.raises(BudgetError, match="needs the budget field 'bits'"):
+        clip_q.open_choices(tiny.model(), Budget(density=0.5), "uniform")
+    with pytest.raises(BudgetError, match="2 or more"):
+        clip_q.open_choices(tiny.model(), Budget(density=0.5, bits=1), "uniform")
+    with pytest.raises(BudgetError, match="no Conv2d"):
+        clip_q.open_choices(nn.Sequential(nn.ReLU()), Budget(), "bayes")
+
+
+def test_settings_outside_what_is_allowed():
+    for wrong in ({"search": "grid"}, {"split": "C"}, {"lam": -1.0}, {"lam": math.nan}, {"evaluations": 0},
+                  {"initial": 0}, {"held_out_inputs": 0}, {"index_bits": 17}):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} = .*allowed") as caught:
+            Config(**wrong)
+        assert "\n" not in str(caught.value)
