@@ -31,8 +31,9 @@ Departures   The paper was not at hand: what it says is known from its abstract,
     No fine-tuning inside eps, no sharing of theta within blocks; first and last layer alike.
   * s_i: a relative position of `index_bits` and a b-bit code per entry, fillers included, and 2^b values; no Huffman
     code. The paper stores a sparse code; the width of its positions is not known.
-  * Not known: lambda, bounds (p in 0..0.98 by 0.01, b in 2..8), start (Sobol), kernel (Matern-5/2). Reported of the
-    paper: expected improvement, 20 to 30 evaluations a layer. search = "random" and "uniform" are baselines.
+  * Not known: lambda, bounds (p in 0..0.98 by 0.01, b in 2..8), start (Sobol), kernel (Matern-5/2, on values cut at
+    their median: see `core/bayes.py`). Reported of the paper: a Gaussian process, expected improvement, 20 to 30
+    evaluations a layer. search = "random" and "uniform" are baselines.
   * Recipe: not known. SGD at about a tenth of the training rate, dropped twice; weight decay acts on W; biases and
     batch norm stay float and are trained. No gradient flows through the means.
 """
@@ -75,12 +76,11 @@ class Theta(NamedTuple):
 class Config:
     """search "bayes" or "random" chooses what the budget leaves open; "uniform" takes the budget's density and bits.
 
-    lam             weight of the bits saved against the error, both as fractions of the whole network's
-    evaluations     per layer, the first `initial` of them spread out
-    held_out_inputs the first of them, on which the search measures the error
-    index_bits      width of a relative position in the bits that the search counts
-    split           "A" or "B": how the intervals are shared by the two signs, see above
-    finetune        the recipe of the fine-tuning
+    lam              weight of the share of the network's bits that is saved, against the top-1 error in [0, 1]
+    evaluations      per layer, the first `initial` of them spread out
+    held_out_inputs  how many, from the first, the search measures the error on
+    index_bits       width of a relative position in the bits that the search counts
+    split            "A" or "B": how the two signs share the intervals, see above
     """
 
     search: str = "bayes"
@@ -105,15 +105,14 @@ class Config:
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
-    """Budget: density and bits (2..16), numbers or {layer: number}. search = "uniform" needs both; with another search
-    each is optional, and what is left out is searched."""
+    """Budget: density and bits (2..16), numbers or {layer: number}. search = "uniform" needs both; the other searches
+    take at most one, and choose what is left out."""
     run = NullRun() if run is None else run
     spaces = open_choices(model, budget, config.search)
     check_finite(model)
     model = copy.deepcopy(model)
-    trace: dict[str, list] = {}
     if config.search == "uniform":
-        theta = {name: choices[0] for name, choices in spaces.items()}
+        theta, trace = {name: choices[0] for name, choices in spaces.items()}, {}
     else:
         theta, trace = search_theta(copy.deepcopy(model), task, spaces, config, generator, run.stage("search"))
     fine_tune(model, task, theta, config, generator, run.stage("fine-tune"))
@@ -125,10 +124,10 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
 def open_choices(model: nn.Module, budget: Budget, search: str) -> dict[str, list[Theta]]:
     """{layer: the thetas that the budget leaves open}; one each for search = "uniform"."""
     fields = ("density", "bits")
-    budget.require("clip_q", *(fields if search == "uniform" else ()), optional=() if search == "uniform" else fields)
-    if search != "uniform" and budget.density is not None and budget.bits is not None:
-        raise BudgetError(f"clip_q: density and bits leave search = {search!r} nothing to choose: give one of them, "
-                          "none, or search = 'uniform'")
+    uniform = search == "uniform"
+    budget.require("clip_q", *(fields if uniform else ()), optional=() if uniform else fields)
+    if not uniform and budget.density is not None and budget.bits is not None:
+        raise BudgetError(f"clip_q: density and bits leave search = {search!r} nothing to choose: give at most one")
     layers = weight_layers(model)
     density, bits = (budget.per_layer(field, layers) for field in fields)
     if budget.bits is not None and min(bits.values()) < 2:
@@ -189,28 +188,16 @@ def split_intervals(bits: int, below: float, above: float, split: str) -> tuple[
     return down, count - down
 
 
-class StraightThrough(torch.autograd.Function):
-    """W -> W^ with dL/dW = dL/dW^ at every entry, also where W^ is 0."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, theta: Theta, split: str) -> Tensor:
-        codes, levels = partition(weight, theta, split)
-        return levels[codes]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None, None
-
-
 class ClipQuantize(nn.Module):
-    """Parametrization W -> W^, computed anew from the shadow weight W in every forward pass."""
+    """Parametrization W -> W^, anew from the shadow weight W in every forward pass; dL/dW = dL/dW^ at every entry."""
 
     def __init__(self, theta: Theta, split: str):
         super().__init__()
         self.theta, self.split = theta, split
 
     def forward(self, weight: Tensor) -> Tensor:
-        return StraightThrough.apply(weight, self.theta, self.split)
+        codes, levels = partition(weight, self.theta, self.split)
+        return levels[codes] + (weight - weight.detach())  # + 0: the value is W^ itself, the gradient passes through
 
 
 def fine_tune(model: nn.Module, task: Task, theta: Mapping[str, Theta], config: Config, generator: torch.Generator,
@@ -240,8 +227,7 @@ def search_theta(model: nn.Module, task: Task, spaces: Mapping[str, list[Theta]]
     """({layer: theta}, {layer: its evaluations in order}), layer by layer; `model` ends up compressed."""
     task.placed(model)
     task = replace(task, held_out=First(task.held_out, config.held_out_inputs))
-    theta, trace = {}, {}
-    saved = run.load()
+    theta, trace, saved = {}, {}, run.load()
     if saved is not None:
         trace = saved["trace"]
         generator.set_state(saved["generator"])
@@ -249,7 +235,7 @@ def search_theta(model: nn.Module, task: Task, spaces: Mapping[str, list[Theta]]
         if name not in trace:
             search_layer(model, task, name, spaces, config, generator, run, trace)
             run.save({"trace": trace, "generator": generator.get_state()})
-        best = min(trace[name], key=lambda seen: seen["error"] - config.lam * seen["saved"])
+        best = min(trace[name], key=lambda seen: seen["objective"])
         theta[name] = Theta(best["p"], best["bits"])
         layer = model.get_submodule(name)
         set_weight(layer, layer.weight.detach().clone(), theta[name], config.split)
@@ -265,18 +251,19 @@ def search_layer(model: nn.Module, task: Task, name: str, spaces: Mapping[str, l
     steps = sum(min(config.evaluations, len(each)) for each in spaces.values())
     trace[name] = []
 
-    def objective(index: int) -> float:
+    def evaluate(index: int) -> float:
         set_weight(layer, shadow, space[index], config.split)
         error = 1 - task.score(model) / 100  # eps(theta)
         stored = stored_bits(layer.weight, space[index].bits, config.index_bits)  # s_i(theta)
         saved = (32 * shadow.numel() - stored) / total  # c_i(theta)
-        trace[name].append({**space[index]._asdict(), "error": error, "saved": saved})
+        objective = error - config.lam * saved
+        trace[name].append({**space[index]._asdict(), "error": error, "saved": saved, "objective": objective})
         run.report(sum(map(len, trace.values())), steps, error=error, saved=saved)
-        return error - config.lam * saved
+        return objective
 
     points = np.array([(theta.p, theta.bits / 8) for theta in space])
     seed = int(torch.randint(2**31, (), generator=generator))
-    minimize(points, objective, config.evaluations, config.initial, seed, config.search)
+    minimize(points, evaluate, config.evaluations, config.initial, seed, config.search)
     with torch.no_grad():
         layer.weight.copy_(shadow)
 

@@ -297,14 +297,15 @@ def test_the_bits_that_are_counted_are_those_of_the_encoder(tiny):
             assert stored_bits(tensor.decode(), theta.bits, index_bits) == wanted
 
 
-def test_the_trace_holds_what_was_measured(tiny):
-    model, task = tiny.model(), tiny.task()
-    out = compress(model, task, Budget(), SEARCHED, seeded())
+def test_the_trace_holds_what_was_measured(tiny, monkeypatch):
+    minimized = []
+    monkeypatch.setattr(clip_q, "minimize", lambda *given: minimized.append(bayes.minimize(*given)))
+    out = compress(tiny.model(), tiny.task(), Budget(), SEARCHED, seeded())
     theta, trace = out.notes["theta"], out.notes["trace"]
     total, trial = 32 * (216 + 576 + 864 + 48), tiny.model()
     task = tiny.task()
     inputs, targets = (torch.cat(part)[:30] for part in zip(*task.held_out.epoch(None), strict=True))
-    for name in LAYERS:  # in order, with what was chosen before and nothing after
+    for name, (_, evaluated) in zip(LAYERS, minimized, strict=True):  # with what was chosen before, and nothing after
         weight = trial.get_submodule(name).weight
         shadow = weight.detach().clone()
         assert len(trace[name]) == 6 and theta[name] in [{"p": t["p"], "bits": t["bits"]} for t in trace[name]]
@@ -319,6 +320,8 @@ def test_the_trace_holds_what_was_measured(tiny):
             assert seen["saved"] == pytest.approx((32 * shadow.numel() - stored) / total)
             assert seen["saved"] < 32 * shadow.numel() / total and type(seen["bits"]) is int
             objective[choice] = wrong / 30 - 0.3 * (32 * shadow.numel() - stored) / total
+            assert seen["objective"] == pytest.approx(objective[choice])
+        assert [value for _, value in evaluated] == [seen["objective"] for seen in trace[name]]
         best = Theta(**theta[name])
         assert objective[best] == pytest.approx(min(objective.values()))
         with torch.no_grad():

@@ -76,17 +76,20 @@ def check(model, parts, x, policy=(), reference=True):
     return quick
 
 
-def normal(*shape, seed=5):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
-# --- whole networks ----------------------------------------------------------------------------------------
+def chain(*layers, x):
+    """A seeded nn.Sequential of fresh `layers` that ends in a linear of two outputs."""
+    model = seeded(lambda: nn.Sequential(*(layer() for layer in layers), nn.Flatten(), nn.LazyLinear(2)))
+    model(x)
+    return model
 
 
 NETWORKS = {
     "lenet300": (lambda: build("lenet300", 10, 1), (1, 28, 28)),
     "lenet5_caffe": (lambda: build("lenet5_caffe", 10, 1), (1, 28, 28)),
-    "lenet5_bb": (lambda: build("lenet5_bb", 10, 1), (1, 28, 28)),
     "vgg": (lambda: nn.Sequential(conv_layers((16, 16, POOL, 24, POOL), 3, True), nn.Flatten(), nn.Linear(96, 24),
                                   nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, 10)), (3, 8, 8)),
     "resnet18w16": (lambda: build("resnet18w16", 10, 3), (3, 8, 8)),
@@ -99,8 +102,7 @@ NETWORKS = {
 @pytest.mark.parametrize("bits, activation_bits", [(8, 8), (4, 4)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name, bits, activation_bits):
-    make, shape = NETWORKS[name]
-    model, x = seeded(make), normal(3, *shape)
+    model, x = seeded(NETWORKS[name][0]), normal(3, *NETWORKS[name][1])
     quick = check(model, compressed(model, x, bits, activation_bits), x)
     assert quick.unsupported or (quick.slow_nodes == [] and quick.backend == "int8")
 
@@ -115,19 +117,15 @@ def test_the_tiny_network(tiny):
 
 def test_batches_too_large_for_one_piece(monkeypatch):
     monkeypatch.setattr(bytecodes, "CHUNK", 64 * 8 * 8 * 2)
-    make, shape = NETWORKS["width 64"]
-    model, x = seeded(make), normal(5, *shape)
+    model, x = seeded(NETWORKS["width 64"][0]), normal(5, 64, 8, 8)
     check(model, compressed(model, x), x, reference=False)
 
 
 @pytest.mark.parametrize("name", ["conv1", "layer1.0.conv2", "fc"])
 def test_layers_in_float(name):
-    model, x = seeded(lambda: build("resnet20", 10, 3)), normal(3, 3, 8, 8)
+    model, x = seeded(NETWORKS["resnet20"][0]), normal(3, 3, 8, 8)
     quick = check(model, compressed(model, x), x, (name,), reference=False)
     assert name in quick.float_nodes and (quick.unsupported or name in quick.slow_nodes)
-
-
-# --- one layer, numbers that are hard to round ------------------------------------------------------------
 
 
 LAYERS = {
@@ -152,19 +150,17 @@ def near_ties(count, seed=0):
     return torch.where(torch.rand(count, generator=generator) < 0.3, factors, torch.nextafter(factors, toward))
 
 
-def one_layer(layer, source, integers=None, target=None):
-    """`layer` then a linear that reads its codes; factors m are the weight scales, offsets multiples of 1/2."""
-    model = seeded(lambda: nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(2)))
-    shape = (3, 400) if isinstance(model[0], nn.Linear) else (3, 16, 8, 8)
-    x = source.decode(torch.randint(*source.code_range, shape, generator=torch.Generator().manual_seed(1)))
-    x[0], x[1] = source.decode(torch.tensor(source.code_range[1])), source.decode(torch.tensor(source.code_range[0]))
-    model(x)
-    first = model[0]
+def one_layer(make, source, integers=None, target=None):
+    """A layer and a linear that reads its codes; factors m are the weight scales, offsets multiples of 1/2."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (3, 400) if isinstance(make(), nn.Linear) else (3, 16, 8, 8)
+    x = source.decode(torch.randint(*source.code_range, shape, generator=generator))
+    x[0], x[1] = (source.decode(torch.tensor(code)) for code in source.code_range)
+    model = chain(make, x=x)
     if integers is None:
-        integers = torch.randint(-128, 128, first.weight.shape,
-                                 generator=torch.Generator().manual_seed(2))
+        integers = torch.randint(-128, 128, model[0].weight.shape, generator=generator)
         integers[0], integers[1], integers[2] = 127, -128, 0
-    first.bias.data = torch.randint(-99, 99, first.bias.shape, generator=torch.Generator().manual_seed(3)) / 2
+    model[0].bias.data = torch.randint(-99, 99, model[0].bias.shape, generator=generator) / 2
     grid = Affine(near_ties(len(integers)), torch.zeros(len(integers), dtype=torch.int32))
     last = model[2].weight
     weights = {"0": CompressedTensor.of(integers, grid, 8), "2": quantize(last, fit_symmetric(last, 8), 8)}
@@ -174,24 +170,21 @@ def one_layer(layer, source, integers=None, target=None):
 @pytest.mark.parametrize("source", INPUTS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_hard_roundings(layer, source):
-    model, parts, x = one_layer(LAYERS[layer], INPUTS[source])
-    quick = check(model, parts, x)
+    quick = check(*one_layer(LAYERS[layer], INPUTS[source]))
     assert quick.unsupported or ("0" in quick.slow_nodes) == (source == "wide" or layer == "uneven")
 
 
 @pytest.mark.parametrize("target", INPUTS)
 def test_targets(target):
-    model, parts, x = one_layer(LAYERS["3x3"], INPUTS["zero point"], target=INPUTS[target])
-    quick = check(model, parts, x)
+    quick = check(*one_layer(LAYERS["3x3"], INPUTS["zero point"], target=INPUTS[target]))
     assert quick.unsupported or "0" not in quick.slow_nodes
 
 
 @pytest.mark.parametrize("layer", ["3x3", "linear"])
 @pytest.mark.parametrize("value", [127, -128, 0])
 def test_all_weights_alike(layer, value):
-    shape = LAYERS[layer]().weight.shape
-    model, parts, x = one_layer(LAYERS[layer], INPUTS["unsigned"], torch.full(shape, value))
-    check(model, parts, x)
+    integers = torch.full(LAYERS[layer]().weight.shape, value)
+    check(*one_layer(LAYERS[layer], INPUTS["unsigned"], integers))
 
 
 @pytest.mark.parametrize("layer", ["3x3", "grouped", "linear"])
@@ -202,9 +195,6 @@ def test_tables_of_16_bits(layer):
     parts = dataclasses.replace(parts, weights={**parts.weights, "0": CompressedTensor.of(codes, Codebook(values), 3)})
     quick = check(model, parts, x)
     assert quick.layers["0"].weight.width == 16 and (quick.unsupported or "0" not in quick.slow_nodes)
-
-
-# --- adds --------------------------------------------------------------------------------------------------
 
 
 class Shortcut(nn.Module):
@@ -220,28 +210,30 @@ class Shortcut(nn.Module):
         y = self.conv(x) + x
         if self.again == "add":
             y = y + x
-        elif self.again == "conv":
+        if self.again == "conv":
             y = y + self.other(x)
-        elif self.again == "twice":
+        if self.again == "twice":
             y = y + y
         return self.fc(torch.flatten(self.pool(y), 1))
 
 
-@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("signed, bits", [(False, 8), (False, 5), (True, 8)])
 @pytest.mark.parametrize("factor", [1.0, 1.5, 95 / 256, 0.5 + 2**-24, 1.5 + 2**-23, 1 / 3])
-def test_adds(factor, signed):
+def test_adds(factor, signed, bits, monkeypatch):
     """The scale of the residual over that of the sum; the convs have factors near 2^-k / odd."""
+    calls, add_to = [], onednn.Int8Layer.add_to
+    monkeypatch.setattr(onednn.Int8Layer, "add_to", lambda *given: calls.append(given) or add_to(*given))
     model, x = seeded(lambda: Shortcut("")), normal(4, 3, 16, 16)
     parts = compressed(model, x)
-    target = ActivationQuantizer(2.0**-5, 0 if signed else 100, 8, signed)
+    target = ActivationQuantizer(2.0**-5, 0 if signed else 12, bits, signed)
     scale = float(torch.tensor(target.scale * factor, dtype=torch.float32))
     source = ActivationQuantizer(scale, 3, 8, signed)
     ranges = {**parts.activations, "add:1": source, "conv": source, "pool": target}
-    tensor = parts.weights["conv"]
     grid = Affine(near_ties(8), torch.zeros(8, dtype=torch.int32))
-    weights = {**parts.weights, "conv": CompressedTensor.of(tensor.codes, grid, 8)}
+    weights = {**parts.weights, "conv": CompressedTensor.of(parts.weights["conv"].codes, grid, 8)}
     quick = check(model, dataclasses.replace(parts, activations=ranges, weights=weights), x)
     assert quick.unsupported or quick.slow_nodes == []
+    assert quick.unsupported or bool(calls) == (not signed and onednn.exact_product(factor))
 
 
 @pytest.mark.parametrize("again", ["", "add", "conv", "twice"])
@@ -257,7 +249,12 @@ def test_values_read_more_than_once(again, other, monkeypatch):
     check(model, dataclasses.replace(parts, activations=ranges), x)
 
 
-# --- pools, windows, what is left to the exact network --------------------------------------------------------
+def test_sums_in_place():
+    x = normal(3, 3, 8, 8)
+    model = chain(lambda: nn.Conv2d(3, 8, 1), nn.ReLU, *[lambda: BasicBlock(8, 8, 1)] * 2, x=x)
+    parts = compressed(model, x)
+    ranges = dict.fromkeys(parts.activations, ActivationQuantizer(0.03)) | {"0": parts.activations["0"]}
+    check(model, dataclasses.replace(parts, activations=ranges), x)
 
 
 @pytest.mark.parametrize("pool", [
@@ -266,10 +263,8 @@ def test_values_read_more_than_once(again, other, monkeypatch):
 @pytest.mark.parametrize("quantizer", [ActivationQuantizer(0.02, 60), ActivationQuantizer(0.05, -2, 6, True),
                                        ActivationQuantizer(0.001, 900, 12)])
 def test_pools(pool, quantizer):
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, 1), pool(), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Flatten(),
-                                         nn.LazyLinear(2)))
     x = normal(2, 3, 20, 20)
-    model(x)
+    model = chain(lambda: nn.Conv2d(3, 8, 1), pool, lambda: nn.Conv2d(8, 4, 1), nn.ReLU, x=x)
     parts = compressed(model, x)
     ranges = {edge: quantizer if edge in ("1", "2") else q for edge, q in parts.activations.items()}
     check(model, dataclasses.replace(parts, activations=ranges), x, reference=False)
@@ -279,25 +274,21 @@ def test_pools(pool, quantizer):
 def test_windows(option, paired):
     model, x = seeded(lambda: build("resnet18w16", 10, 3)), normal(3, 3, 8, 8)  # down to 1 x 1
     parts = compressed(model, x)
-    window = find_window(option, paired=paired)
-    windows = {name: window for name in weight_layers(model) if name not in ("conv1", "fc")}
+    windows = {name: find_window(option, paired=paired) for name in weight_layers(model) if name not in ("conv1", "fc")}
     quick = check(model, dataclasses.replace(parts, windows=windows), x)
     assert quick.unsupported or quick.slow_nodes == []
 
 
 def test_windows_over_odd_channels():
-    model = seeded(lambda: nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3, padding=1), nn.Flatten(),
-                                         nn.LazyLinear(2)))
     x = normal(2, 3, 8, 8)
-    model(x)
+    model = chain(lambda: nn.Conv2d(3, 5, 3), nn.ReLU, lambda: nn.Conv2d(5, 4, 3, padding=1), x=x)
     quick = check(model, dataclasses.replace(compressed(model, x), windows={"2": find_window("5opt")}), x)
     assert quick.unsupported or quick.slow_nodes == ["2"]
 
 
 def test_odd_inputs(tiny):
     model, x = tiny.model(), normal(4, 3, 8, 8)
-    parts = compressed(model, x)
-    exact, quick = IntegerNetwork(parts, model), FastNetwork(parts, model)
+    exact, quick = (network(compressed(model, x), model) for network in (IntegerNetwork, FastNetwork))
     for given in (x[:0], x.double(), x * 1e30, x.where(x != x.max(), float("inf")), x.where(x != x.max(), math.nan)):
         before = given.clone()
         assert torch.equal(quick(given).nan_to_num(7), exact(given).nan_to_num(7))

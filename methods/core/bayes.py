@@ -51,11 +51,14 @@ def bayesian(points: np.ndarray, objective: Objective, evaluations: int, initial
              ) -> list[tuple[int, float]]:
     """[(index into `points`, objective)] in the order of evaluation: first `initial` spread points, then each time
     the point of greatest expected improvement on the least value so far. No point is evaluated twice.
+
+    The process sees values above their median as the median: a few very bad ones would set its scale, and hide the
+    differences between good ones.
     """
     seen = [(i, objective(i)) for i in spread(points, min(initial, evaluations), seed)]
     while len(seen) < min(evaluations, len(points)):
         index, values = (np.array(part) for part in zip(*seen, strict=True))
-        process = fit_process(points[index], values, seed)
+        process = fit_process(points[index], np.minimum(values, np.median(values)), seed)
         gain = gaussian_ei(points, process, values.min(), xi=0.0)
         gain[index] = -np.inf
         best = int(gain.argmax())
