@@ -62,8 +62,7 @@ class Config:
     """grid: "levels" or "clusters"; steps: densities of successive prunings as multiples of the budget's, the last 1.
 
     prune, quantize         recipes of one ADMM iteration;  retrain: after each pruning
-    rho, quantize_rho       penalties, one ADMM of that many iterations for each
-    rho_growth, refit       see the departures
+    rho, quantize_rho       penalties, one ADMM of that many iterations for each;  rho_growth, refit: see the departures
     fix_rounds, fix_fraction, fix   levels: rounds, fraction fixed in each, recipe of each; clusters: fix is the recipe
                             of their one training, in which gradients are summed: its learning rate is smaller
     """

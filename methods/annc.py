@@ -63,7 +63,7 @@ REFRESHES, WARM_ITERATIONS = 20, 5  # fine-tuning: codebook refreshes an epoch, 
 
 @dataclass(frozen=True)
 class Config:
-    """The paper's settings for MNIST; rho, start_bits, at_least, fill and mode as in the docstring above.
+    """The authors' settings for MNIST; rho, start_bits, at_least, fill and mode as in the docstring above.
 
     least_bits, most_bits  the widths a layer may get
     bits_epochs  epochs in which widths are chosen; then only codebooks are (0: start_bits throughout; None: always)
@@ -89,8 +89,8 @@ class Config:
         if not 1 <= self.least_bits <= self.start_bits <= self.most_bits <= 16:
             raise ConfigError(f"bits {self.least_bits} <= {self.start_bits} <= {self.most_bits}: needed is 1 <= "
                               "least_bits <= start_bits <= most_bits <= 16")
-        if not 0 <= self.rho < float("inf") or self.at_least < 0 or (
-                self.bits_epochs is not None and self.bits_epochs < 0):
+        epochs = 0 if self.bits_epochs is None else self.bits_epochs
+        if not 0 <= self.rho < float("inf") or min(self.at_least, epochs) < 0:
             raise ConfigError(f"rho = {self.rho}, at_least = {self.at_least}, bits_epochs = {self.bits_epochs}: "
                               "allowed are numbers of 0 or more")
         if not self.stages or self.stages[-1] != 1 or sorted(self.stages, reverse=True) != list(self.stages):
@@ -164,8 +164,8 @@ class JointHooks(Hooks):
         if self.toward and beta > 0:  # outside the momentum
             torch._foreach_lerp_(self.weights, self.toward, beta / (1 + beta))  # (W + beta (V - Y)) / (1 + beta)
         if not self.started:
-            self.started = True
             self.update(0)
+            self.started = True
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         self.update(epoch)
@@ -193,8 +193,8 @@ class JointHooks(Hooks):
         """W onto sum_l b_l |W_l|_0 <= S: a knapsack of single weights."""
         if self.config.mode == "quantize":
             return
-        masks = keep_worthiest(self.weights, self.bits, self.limit, fill=self.config.fill,
-                               at_least=self.config.at_least)
+        fill, at_least = self.config.fill, self.config.at_least
+        masks = keep_worthiest(self.weights, self.bits, self.limit, fill=fill, at_least=at_least)
         for weight, mask in zip(self.weights, masks, strict=True):
             weight.mul_(mask)
 

@@ -11,7 +11,7 @@ from benchmarks.jobs import CONFIGS, prepare, read_table
 from benchmarks.kernels.network import IntegerNetwork
 from benchmarks.measure import with_ranges
 from methods import annc
-from methods.annc import Config, JointHooks, OnCodebook, compress, store
+from methods.annc import Config, JointHooks, OnCodebook, Refresh, compress, store
 from methods.core.budget import Budget
 from methods.core.build import apply, weight_layers
 from methods.core.errors import BudgetError, ConfigError
@@ -120,6 +120,10 @@ def test_bits_follow_from_a_knapsack_of_distortions(tiny):
     costs = [[b * k for b in range(1, 9)] for k in kept]
     assert hooks.bits == [1 + option for option in choose_options(costs, losses, 4000)]
     assert len(set(hooks.bits)) > 1 and spent(hooks) > 3200  # neither uniform nor idle
+    with torch.no_grad():
+        hooks.weights[1].zero_()
+    hooks.quantize(seen, 1)  # W + Y is not 0, but |W|_0 is: it costs nothing, and gets the narrowest width
+    assert hooks.bits[1] == 1
 
 
 def test_state_survives(tiny):
@@ -305,6 +309,30 @@ def test_fine_tuning_keeps_zeros_and_widths(tiny):
     assert type(model.conv1) is nn.Conv2d
     quantized = run(tiny, 0.12, replace(config, mode="quantize"))
     assert all(len(t.decode().unique()) <= 2**t.bits for t in quantized.weights.values())
+
+
+def test_codebooks_are_refreshed_20_times_an_epoch():
+    class Layer(nn.Linear):
+        calls = []
+
+    layer = Layer(4, 4, bias=False)
+    nn.utils.parametrize.register_parametrization(layer, "weight", OnCodebook(layer.weight, 1, True))
+    book = layer.parametrizations.weight[0]
+    book.refresh = lambda weight, iterations: layer.calls.append(iterations)
+    for steps, times in ((40, 20), (7, 7)):
+        hooks = Refresh([layer], steps)
+        layer.calls.clear()
+        for _ in range(steps):
+            hooks.after_step(None, 0.1)
+        assert layer.calls == [5] * times
+        hooks.after_epoch(None, 0)
+        assert layer.calls[-1] == 100
+    del book.refresh
+    with torch.no_grad():
+        layer.parametrizations.weight.original.mul_(2.0)
+    before = book.points.clone()
+    book.refresh(layer.parametrizations.weight.original, 5)
+    assert float(book.points.abs().max()) > 1.5 * float(before.abs().max())
 
 
 def test_both_passes_use_the_quantized_weight():

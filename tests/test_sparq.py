@@ -331,13 +331,12 @@ def test_activations_that_overflow_are_named():
         compress(model, 1e30 * draw(8), Config(recalibrations=0))
 
 
-def test_the_rows_of_the_tables():
-    table = read_table(CONFIGS / "sparq_tables.toml")
-    found = {}
+@pytest.mark.parametrize("name, network", [("sparq_tables", "resnet56"), ("sparq_tables_resnet18", "resnet18")])
+def test_the_rows_of_the_tables(name, network):
+    table, found = read_table(CONFIGS / f"{name}.toml"), set()
     for job in table.rows:
         _, _, config = prepare(job)
-        assert not job.paper and job.float_policy in ((), ("conv1", "fc"))
-        found.setdefault(job.network, set()).add((config.windows, config.rounding, config.paired))
-    asked = {(name, rounding, paired) for name in ("5opt", "3opt", "2opt") for rounding in (True, False)
-             for paired in (True, False)}
-    assert asked <= found["resnet56"] and asked <= found["resnet18"]
+        assert not job.paper and job.network == network and job.float_policy in ((), ("conv1", "fc"))
+        found.add((config.windows, config.rounding, config.paired))
+    assert {(window, rounding, paired) for window in ("5opt", "3opt", "2opt") for rounding in (True, False)
+            for paired in (True, False)} | {("6opt", True, True), ("7opt", True, True)} <= found
