@@ -101,6 +101,31 @@ def test_a_missing_quantizer_is_named(tiny, inputs, layer):
         IntegerNetwork(type(compressed)(compressed.weights, compressed.rest, ranges), model)
 
 
+class Shortcut(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        return self.last(torch.relu(self.conv(x) + x))
+
+
+def test_an_add_beside_a_value_without_codes_runs_in_float(inputs):
+    model = Shortcut().eval()
+    compressed = compressed_8_bit(model, inputs)
+    whole = IntegerNetwork(compressed, model)
+    assert whole.pending == {"add:0": "conv"} and whole.float_nodes == []
+    ranges = {edge: q for edge, q in compressed.activations.items() if edge != "add:1"}
+    network = IntegerNetwork(type(compressed)(compressed.weights, compressed.rest, ranges), model)
+    assert network.pending == {} and network.float_nodes == ["add"]
+    codes = {}
+    network.see = lambda layer, seen, total: codes.update({layer.node.name: (seen, total)})
+    network(inputs)
+    layer = network.layers["conv"]
+    y = codes["conv"][1] * layer.gain.float().reshape(1, -1, 1, 1) + layer.shift.float().reshape(1, -1, 1, 1)
+    assert torch.equal(codes["last"][0], ranges["last"].encode(torch.relu(y + inputs)))
+
+
 def test_an_unknown_policy_layer_is_named(tiny, inputs):
     with pytest.raises(GraphError, match="conv9.*conv1, conv2"):
         IntegerNetwork(compressed_8_bit(tiny.model(), inputs), tiny.model(), ("conv9",))

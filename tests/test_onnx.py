@@ -156,10 +156,12 @@ def test_adds_are_equal(network, scales):
     assert torch.equal(found, onnx_add(a, b, quantizers)) and len(found.unique()) > 100
 
 
-@pytest.mark.parametrize("scales", [(1, 0.5 + 2**-24, 1), (1 / 3, 2 / 3, 1), (1.5 + 2**-23, 0.7, 1)])
-def test_adds_of_inexact_products_are_one_code_apart(scales):
-    """ONNX Runtime fuses the first product with the sum where the CPU can; here every product is rounded."""
+@pytest.mark.parametrize("scales, share", [((0.371, 0.593, 0.817), 0.01), ((1.5 + 2**-23, 0.7, 1), 0.1),
+                                           ((1 / 3, 2 / 3, 1), 0.1)])
+def test_adds_of_inexact_products_are_one_code_apart(scales, share):
+    """ONNX Runtime fuses the first product with the sum where the CPU can; here every product is rounded, and the
+    second factor has 16 bits: where the exact sums are ties (tenths, thirds), many codes differ."""
     a, b, found, quantizers = add_codes(IntegerNetwork, scales)
     difference = (found.int() - onnx_add(a, b, quantizers).int()).abs()
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
+    assert difference.max() <= 1 and (difference > 0).float().mean() < share
     assert torch.equal(add_codes(FastNetwork, scales)[2], found)

@@ -28,7 +28,7 @@ from .bytecodes import (
     top_byte,
     zero_byte,
 )
-from .network import ACCUMULATORS, REAL, Form, Forms, IntegerLayer, IntegerNetwork, Terms
+from .network import ACCUMULATORS, REAL, Form, Forms, IntegerLayer, IntegerNetwork, Terms, short
 from .onednn import Int8Layer
 
 ALIASES = ("relu", "identity", "flatten")  # may return the tensor that they were given
@@ -177,7 +177,7 @@ class FastNetwork:
         ours = next(i for i, edge in enumerate(node.edges()) if edge in self.exact.pending)
         layer, target = self.layers[self._fused_layer(node)], self.exact.wanted[node.name][0]
         source = self.exact._form(node.edges()[1 - ours])
-        factor = float((torch.tensor(source.scale, dtype=torch.float64) / target.scale).float())
+        factor = float(short(torch.tensor(source.scale, dtype=torch.float64) / target.scale))
         kernel = self._kernel(layer, target, layer.shift - source.zero * source.scale)
         last, top = self._is_last_reader(node, 1 - ours), top_byte(target)
         unsigned = source.code_range[0] == target.code_range[0] == 0

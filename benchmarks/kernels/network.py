@@ -6,6 +6,9 @@ its terms, in float32, to the nearest even:
 
     code = clamp(round((t0 * m0 + b) + t1 * m1))      m_i = gain_i / scale_out,  b = (shift / scale_out) + zero_out
 
+with m1, the factor of an added code, on 16 significant bits: its product with an 8-bit code is exact in float32, so
+that engines which fuse the multiplication with the addition agree with those which do not.
+
 A conv or linear has one term, its accumulators, with gain scale_in * scale_w * gamma / sqrt(var + eps): a batch
 norm that follows costs nothing. An add has two: codes of its inputs on their own scales, or, for the edge that
 `Graph.accumulator_edges` names, the accumulators of the conv before it, which are never rounded to codes. ReLU,
@@ -42,13 +45,19 @@ class Terms:
     def scaled(self, step: float, zero: int) -> Tensor:
         """float32 (t0 * m0 + b) + t1 * m1 in units of `step`, with `zero` added."""
         t, shape = self.tensors, (1, -1, *[1] * (self.tensors[0].ndim - 2))
-        m = [_f32(gain / step, tensor, shape) for gain, tensor in zip(self.gains, t, strict=True)]
-        y = t[0] * m[0] + _f32(self.shift / step + zero, t[0], shape)
-        return y if len(t) == 1 else y + t[1] * m[1]
+        y = t[0] * _f32(self.gains[0] / step, t[0], shape) + _f32(self.shift / step + zero, t[0], shape)
+        return y if len(t) == 1 else y + t[1] * _f32(short(self.gains[1] / step), t[1], shape)
+
+
+def short(factor: Tensor) -> Tensor:
+    """A float64 factor rounded to FACTOR_BITS significant bits."""
+    significand, exponent = torch.frexp(factor)
+    return torch.ldexp(torch.round(significand * 2**FACTOR_BITS), exponent - FACTOR_BITS)
 
 
 Form = ActivationQuantizer | str  # in which form a value is read: codes of a quantizer, or one of
 REAL, ACCUMULATORS = "real", "accumulators"
+FACTOR_BITS = 16  # of an added code's factor
 Forms = dict[Form, Tensor | Terms]
 
 
@@ -100,11 +109,17 @@ class IntegerNetwork:
                       if (norm := self.graph.norm_after(node.name)) is not None}
         self.layers = {node.name: self._layer(node, compressed) for node in self.graph
                        if node.name in compressed.weights and node.name not in float_policy}
-        self.pending = {edge: layer for edge, layer in self.graph.accumulator_edges().items()
-                        if layer in self.layers and edge not in self.ranges}
+        self.pending = self._pending()
         self.float_nodes = [node.name for node in self.graph if node.op in EDGE_OPS and not self._is_integer(node)]
         self.wanted = {node.name: self._wanted(node.name) for node in self.graph}
         self.see: Callable[[IntegerLayer, Tensor, Tensor], None] | None = None  # (layer, codes in, accumulators)
+
+    def _pending(self) -> dict[str, str]:
+        """{edge: layer} of the adds that take a layer's accumulators; beside codes only."""
+        found = {edge: layer for edge, layer in self.graph.accumulator_edges().items()
+                 if layer in self.layers and edge not in self.ranges}
+        return {edge: found[edge] for node in self.graph for edge in node.edges()
+                if edge in found and all(other in self.ranges for other in node.edges() if other != edge)}
 
     def _layer(self, node: Node, compressed: CompressedModel) -> IntegerLayer:
         source = self.ranges.get(node.name)

@@ -3,6 +3,8 @@
 It shares with `IntegerNetwork` the graph, the integers and the real factors of every layer, and no arithmetic.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from methods.core.graph import Node
 from methods.core.windows import windowed_sum
 
 from .accumulate import accumulate_int64
-from .network import IntegerLayer, IntegerNetwork
+from .network import FACTOR_BITS, IntegerLayer, IntegerNetwork
 
 
 class ReferenceRun:
@@ -60,12 +62,13 @@ class ReferenceRun:
         return np.clip(y, low, high).astype(np.int64)
 
     def _scaled(self, node: Node, step: float, zero: int) -> np.ndarray:
-        """(t0 * m0 + b) + t1 * m1, every operation in float32."""
+        """(t0 * m0 + b) + t1 * m1, every operation in float32, m1 on FACTOR_BITS bits."""
         terms, shift = self._terms(node)
         y = None
         for total, gain in terms:
             shape = (1, -1, *[1] * (total.ndim - 2))
-            product = total.astype(np.float32) * np.float32(gain / step).reshape(shape if np.ndim(gain) else ())
+            factor = gain / step if y is None else _short(gain / step)
+            product = total.astype(np.float32) * np.float32(factor).reshape(shape if np.ndim(factor) else ())
             y = product + np.float32(shift / step + zero).reshape(shape if np.ndim(shift) else ()) if y is None \
                 else y + product
         return y
@@ -99,3 +102,9 @@ class ReferenceRun:
         if isinstance(layer.node.module, nn.Conv2d) and layer.node.module.padding_mode != "zeros":
             raise GraphError(f"{layer.node.name} does not pad with zeros")
         return accumulate_int64(layer.node.module, codes - layer.source.zero, layer.weight.integers).numpy()
+
+
+def _short(factor: float) -> float:
+    """The nearest number of FACTOR_BITS significant bits."""
+    unit = 2.0 ** (math.frexp(factor)[1] - FACTOR_BITS)
+    return round(factor / unit) * unit
