@@ -76,9 +76,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _add_speed(command) -> None:
-    sub = command("speed", commands.speed, "CPU time of the integer kernels beside float32, on random pictures")
+    sub = command("speed", commands.speed, "CPU time of the integer kernels beside float32, and of a training step of "
+                  "each method beside a plain one, on random pictures")
+    sub.add_argument("--part", choices=("all", "kernels", "training"), default="all")
     sub.add_argument("--network", default="resnet18")
-    sub.add_argument("--batch", type=int, default=64)
+    sub.add_argument("--batch", type=int, default=64, help="of the kernels")
+    sub.add_argument("--train-batch", type=int, default=256, help="of the training steps")
     sub.add_argument("--rounds", type=int, default=7)
     sub.add_argument("--threads", type=int, default=1)
 

@@ -37,6 +37,7 @@ from .rows import RESULTS, ROOT, read_rows
 from .runs import DiskRun, Screen, run_key
 from .settings import from_assignments, plain
 from .speed import as_table, measure_speed
+from .speed_training import measure_training, training_table
 
 NETWORK_OF = {"digits": "resnet18w16", "mnist": "lenet5_caffe", "cifar10": "resnet18"}  # what compare runs by default
 PLACES = ("--data-dir", "--results")
@@ -249,6 +250,21 @@ def measure_file(options: Namespace, console: Console) -> None:
 
 
 def speed(options: Namespace, console: Console) -> None:
+    if options.part != "training":
+        _speed_of_kernels(options, console)
+    if options.part != "kernels":
+        _speed_of_training(options, console)
+
+
+def _speed_of_training(options: Namespace, console: Console) -> None:
+    found = measure_training(options.network, options.train_batch, options.rounds, options.threads)
+    console.print(training_table(found))
+    console.print(f"{options.network}, {found.weights:,} weights, {options.threads} threads. Apart from the steps, in "
+                  "seconds: " + "; ".join(f"{what} {spent:.2f}" for what, spent in found.projections.items()),
+                  soft_wrap=True)
+
+
+def _speed_of_kernels(options: Namespace, console: Console) -> None:
     found = measure_speed(options.network, options.batch, options.rounds, options.threads)
     console.print(as_table(found.timings, found.batch))
     console.print(f"{options.network}, {options.threads} threads; kernels: {found.backend}; CPU: {found.cpu}",

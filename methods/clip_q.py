@@ -200,11 +200,16 @@ class ClipQuantize(nn.Module):
         return levels[codes] + (weight - weight.detach())  # + 0: the value is W^ itself, the gradient passes through
 
 
+def attach(model: nn.Module, theta: Mapping[str, Theta], split: str) -> None:
+    """Let every layer of `theta` compute with W^."""
+    for name, one in theta.items():
+        parametrize.register_parametrization(model.get_submodule(name), "weight", ClipQuantize(one, split))
+
+
 def fine_tune(model: nn.Module, task: Task, theta: Mapping[str, Theta], config: Config, generator: torch.Generator,
               run: Run) -> None:
     """Train `model` in place through W^; afterwards its weights are the shadow weights W."""
-    for name, layer in weight_layers(model).items():
-        parametrize.register_parametrization(layer, "weight", ClipQuantize(theta[name], config.split))
+    attach(model, theta, config.split)
     train(model, task, config.finetune, generator, run=run)
     for name in theta:
         parametrize.remove_parametrizations(model.get_submodule(name), "weight", leave_parametrized=False)

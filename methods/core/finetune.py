@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import ConfigError, TrainingDiverged
 from .run import NullRun, Run
-from .task import Task
+from .task import Batch, Task
 
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the device
 
@@ -162,18 +162,7 @@ def _epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, aver
             for optimizer, base in zip(optimizers, peaks, strict=True):
                 for group, peak in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = peak * factor
-            inputs, targets = task.placed_batch(batch)
-            with task.precision():
-                outputs = model(inputs)
-            loss = _smoothed(task, outputs.float(), targets, recipe.label_smoothing)
-            full = hooks.loss(model, loss)
-            for optimizer in optimizers:
-                optimizer.zero_grad(set_to_none=True)
-            full.backward()
-            hooks.after_backward(model, recipe.lr * factor)
-            for optimizer in optimizers:
-                optimizer.step()
-            hooks.after_step(model, recipe.lr * factor)
+            outputs, targets, loss, full = training_step(model, task, batch, recipe, factor, optimizers, hooks)
             average.update(model)
             with torch.no_grad():
                 right = (outputs.argmax(1) == targets).sum()
@@ -182,6 +171,27 @@ def _epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, aver
                 _report(run, full, sums, step, total, recipe)
     loss_sum, right, seen = sums.tolist()
     return {"loss": loss_sum / seen, "train_top1": 100.0 * right / seen}
+
+
+def training_step(model: nn.Module, task: Task, batch: Batch, recipe: Recipe, factor: float,
+                  optimizers: list[torch.optim.Optimizer], hooks: Hooks) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward, backward and update on one batch at `factor` times the peak learning rate, whose groups have it.
+
+    Returns outputs [N, classes], targets [N], the loss, and the loss with what the hooks add.
+    """
+    inputs, targets = task.placed_batch(batch)
+    with task.precision():
+        outputs = model(inputs)
+    loss = _smoothed(task, outputs.float(), targets, recipe.label_smoothing)
+    full = hooks.loss(model, loss)
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    full.backward()
+    hooks.after_backward(model, recipe.lr * factor)
+    for optimizer in optimizers:
+        optimizer.step()
+    hooks.after_step(model, recipe.lr * factor)
+    return outputs, targets, loss, full
 
 
 def _report(run: Run, full: Tensor, sums: Tensor, step: int, total: int, recipe: Recipe) -> None:

@@ -1,0 +1,153 @@
+"""CPU time of one training step of each method that trains jointly beside a plain one, and of their projections.
+
+The same network, batch and precision in every step; random weights and pictures, which decide nothing here. What a
+method does once an epoch or more rarely (projections, knapsacks, codebooks) is not in its step: it is timed apart.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from methods.admm import AdmmHooks
+from methods.annc import Config as AnncConfig
+from methods.annc import JointHooks
+from methods.bayesian_bits import Config as BitsConfig
+from methods.bayesian_bits import Phase
+from methods.clip_q import Theta, attach
+from methods.core.build import weight_layers
+from methods.core.errors import ConfigError
+from methods.core.finetune import Hooks, Recipe, training_step
+from methods.core.gated_network import GatedNetwork, survey
+from methods.core.knapsack import keep_worthiest
+from methods.core.project import project_sparse
+from methods.core.prune import keep_count
+from methods.core.task import Task
+
+from .networks import build, find
+from .speed import CHANNELS, CLASSES, SIZE, Timing, in_turn
+
+PLAIN = "plain step"
+DENSITY, BITS, DATA_RATIO = 0.1, 4, 0.0125  # of every method; the time of a step hardly depends on them
+RECIPE = Recipe(epochs=1, lr=1e-3)
+
+Prepared = tuple[nn.Module, Hooks]
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """Steps, the plain one first; projections {what: CPU seconds}."""
+
+    steps: list[Timing]
+    projections: dict[str, float]
+    weights: int
+    batch: int
+
+
+def measure_training(network: str, batch: int, rounds: int, threads: int) -> TrainingReport:
+    """Of a network of the harness in bfloat16 autocast and channels_last; sets this process's number of threads."""
+    for name, value in (("train-batch", batch), ("rounds", rounds), ("threads", threads)):
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: at least 1 is needed")
+    torch.set_num_threads(threads)
+    channels, size = find(network).channels or CHANNELS, find(network).size or SIZE
+    model = build(network, CLASSES, channels)
+    generator = torch.Generator().manual_seed(0)
+    data = torch.randn(batch, channels, size, size, generator=generator), torch.arange(batch) % CLASSES
+    task = Task(None, [], autocast=torch.bfloat16, channels_last=True)
+    steps = {name: stepper(*prepare(task.placed(copy.deepcopy(model)), data[0]), task, data)
+             for name, prepare in METHODS.items()}
+    weights = sum(layer.weight.numel() for layer in weight_layers(model).values())
+    return TrainingReport(in_turn(steps, rounds), time_projections(model), weights, batch)
+
+
+def stepper(model: nn.Module, hooks: Hooks, task: Task, data: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    """One training step on `data`, as the loop of every method does it."""
+    model.train()
+    optimizers = hooks.optimizers(model, RECIPE)
+
+    def step() -> None:
+        with torch.enable_grad():
+            training_step(model, task, data, RECIPE, 1.0, optimizers, hooks)
+    return step
+
+
+# --- the methods' steps ------------------------------------------------------------------------------------
+
+
+def plain(model: nn.Module, inputs: Tensor) -> Prepared:
+    return model, Hooks()
+
+
+def clip_q(model: nn.Module, inputs: Tensor) -> Prepared:
+    attach(model, {name: Theta(1 - DENSITY, BITS) for name in weight_layers(model)}, "A")
+    return model, Hooks()
+
+
+def admm(model: nn.Module, inputs: Tensor) -> Prepared:
+    weights = {name: layer.weight for name, layer in weight_layers(model).items()}
+    everywhere = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    return model, AdmmHooks(weights, _sparse, everywhere, rho=1e-3)
+
+
+def annc(model: nn.Module, inputs: Tensor) -> Prepared:
+    hooks = JointHooks(model, _limit(model), AnncConfig(start_bits=BITS))
+    hooks.started = True  # the update after the first step of a training is one of the projections
+    return model, hooks
+
+
+def bayesian_bits(model: nn.Module, inputs: Tensor, **changes) -> Prepared:
+    config = BitsConfig(recipe=RECIPE, hold=1.0, **changes)
+    points, wiring = survey(model.eval(), inputs[:config.range_inputs])
+    return GatedNetwork(model, points, wiring, config.init, frozen_norms=config.fast), Phase(config, second=False)
+
+
+METHODS: dict[str, Callable[[nn.Module, Tensor], Prepared]] = {
+    PLAIN: plain, "CLIP-Q": clip_q, "ADMM": admm, "ANNC": annc, "Bayesian Bits": bayesian_bits,
+    "Bayesian Bits, fast": lambda model, inputs: bayesian_bits(model, inputs, fast=True)}
+
+
+def training_table(report: TrainingReport) -> Table:
+    """Medians of the rounds; a ratio is taken within its round."""
+    table = Table(title=f"CPU time of a training step, batch {report.batch}, bfloat16, {len(report.steps[0].seconds)} "
+                        "rounds in turn")
+    for header in ("method", "s per step", "times the plain step", "in all rounds"):
+        table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
+    for timing in report.steps:
+        slower = [1 / ratio for ratio in timing.ratios]
+        table.add_row(timing.name, f"{statistics.median(timing.seconds):.2f}", f"{statistics.median(slower):.2f}",
+                      f"{min(slower):.2f} to {max(slower):.2f}")
+    return table
+
+
+# --- projections -------------------------------------------------------------------------------------------
+
+
+def time_projections(model: nn.Module) -> dict[str, float]:
+    """CPU seconds, once each."""
+    weights = [layer.weight.detach() for layer in weight_layers(model).values()]
+    hooks, config = JointHooks(copy.deepcopy(model), _limit(model), AnncConfig(start_bits=BITS)), AnncConfig()
+    hooks.project()
+    widths = config.most_bits - config.least_bits + 1
+    jobs = {"ADMM: the largest weights of every layer": lambda: [_sparse("", w) for w in weights],
+            "ANNC: knapsack of single weights": lambda: keep_worthiest(weights, [BITS] * len(weights), _limit(model)),
+            f"ANNC: knapsack of bits, with {widths} k-means a layer": lambda: hooks.quantize(weights, 0)}
+    found = {}
+    for name, job in jobs.items():
+        start = time.process_time()
+        job()
+        found[name] = time.process_time() - start
+    return found
+
+
+def _sparse(name: str, values: Tensor) -> Tensor:
+    return project_sparse(values, keep_count(values.numel(), DENSITY))
+
+
+def _limit(model: nn.Module) -> int:
+    return int(DATA_RATIO * 32 * sum(layer.weight.numel() for layer in weight_layers(model).values()))
