@@ -32,7 +32,7 @@ from .jobs import Job, Place, all_tables, file_name, prepare, read_table, run_jo
 from .measure import measure
 from .networks import find, network_names
 from .report import against_paper, plots, readme, table
-from .report.page import page
+from .report.page import page, searches
 from .rows import RESULTS, ROOT, read_rows
 from .runs import DiskRun, Screen, run_key
 from .settings import from_assignments, plain
@@ -207,6 +207,7 @@ def write_reports(rows: Sequence[dict], name: str, title: str, options: Namespac
         text += "\n" + against_paper.markdown(rows)
     files = {".md": f"# {title}\n\n{text}".encode(), ".csv": table.comma_separated(listed).encode(),
              **{f"_{axis}.png": plots.as_png(plots.pareto_plot(rows, axis)) for axis in plots.AXES},
+             **{f"_search_{network}.png": plots.as_png(figure) for network, figure in searches(rows)},
              ".html": page(rows, title, _again(options.words)).encode()}
     for end, data in files.items():
         container.write_file(folder / f"{name}{end}", data)

@@ -9,8 +9,8 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from benchmarks.report import against_paper, plots, readme, table
-from benchmarks.report.page import page
+from benchmarks.report import against_paper, courses, plots, readme, table
+from benchmarks.report.page import page, searches
 from methods.core.errors import CompressError
 
 EVIL = 'a|b <script>alert("x")</script> & [bold]x[/] \\ `c` ünï 中'
@@ -25,7 +25,7 @@ def row(name, method="m", top1=90.0, size=1000, **more):
             "bytes_split": {"codes": size - 10, "header": 10}, "cost": cost, "paper": {},
             "accounting": {"bits": {}, "ratios": {"data_only": 12.5, "prune_quantize_huffman": 9.0}},
             "layers": {"conv1": dict(LAYER), "fc": {**LAYER, "index_bits": 5, "levels": 15}}, "paper_mode_bytes": 900,
-            "difficulty": {"data": "train", "knobs": 3, "lines": 60, "seconds": 1.25},
+            "difficulty": {"data": "train", "knobs": 3, "lines": 60, "seconds": 1.25}, "notes": {},
             "checkpoint": {"digest": "d", "source": "s"}, **more}
 
 
@@ -239,3 +239,42 @@ def test_pages_of_rows_of_an_older_harness():
     old = copy.deepcopy(row("a"))
     del old["dense_macs"], old["paper_mode_bytes"]
     assert "a</summary>" in page([old], "t", "c") and against_paper.texts(old)
+
+
+# --- courses -----------------------------------------------------------------------------------------------
+
+
+def trace(*objectives):
+    return [{"p": 0.1 * i, "bits": 2 + i, "error": 0.0, "saved": 0.0, "objective": value}
+            for i, value in enumerate(objectives)]
+
+
+def searched(name, traces, network="net"):
+    return {"method": "clip_q", "name": name, "network": network, "notes": {"trace": traces}}
+
+
+def test_a_search_is_drawn_as_the_best_so_far():
+    rows = [searched("bayes", {"a": trace(3, 1, 2), "b": trace(5, 4, 0)}), searched("random", {"a": trace(2, 2, 1)}),
+            searched("uniform", {}), {"method": "udfc", "name": "other", "network": "net", "notes": {}}]
+    figure = courses.search_plot(rows)
+    drawn = {axes.get_title(): {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+             for axes in figure.axes}
+    assert drawn == {"a": {"bayes": [3, 1, 1], "random": [2, 2, 1]}, "b": {"bayes": [5, 4, 0], "random": []}}
+    assert courses.search_plot(rows[2:]) is None
+    assert [network for network, _ in searches([*rows, searched("c", {"a": trace(1)}, "second")])] \
+        == ["net", "second"]
+
+
+@pytest.mark.parametrize("method, notes, titles", [
+    ("clip_q", {"trace": {"conv": trace(2, 1), "fc": trace(1, 3)}}, ["conv", "fc"]), ("clip_q", {"trace": {}}, None),
+    ("admm", {"residuals": {"prune.1": {"conv": [0.5, 0.1]}, "quantize.1": {}}}, ["prune.1"]),
+    ("annc", {"kept": {"conv": 3}, "trace": [[{"bits": [2], "kept": [4], "gap": 0.1}],
+                                             [{"bits": [3], "kept": [3], "gap": 0.2}]]},
+     ["gap", "bits", "kept weights"]),
+    ("bayesian_bits", {"bops_percent": [3.0, 1.0]}, ["bit operations"]), ("bayesian_bits", {"bops_percent": []}, None),
+    ("udfc", {"channels": {}}, None)])
+def test_courses(method, notes, titles):
+    figure = courses.course_plot({"method": method, "name": "row", "notes": notes})
+    assert (None if figure is None else [axes.get_title() for axes in figure.axes if axes.axison]) == titles
+    if method == "annc":
+        assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[2, 3]]

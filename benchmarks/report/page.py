@@ -5,8 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from ..accounting import COUNTED
 from . import against_paper
+from .courses import course_plot, search_plot
 from .plots import AXES, as_svg, pareto_plot
 from .table import COLUMNS, cells, listed
 
@@ -35,6 +38,7 @@ def page(rows: Sequence[Row], title: str, command: str) -> str:
     names = "".join(f'<th title="{html.escape(c.meaning)}">{html.escape(c.header)}</th>' for c in COLUMNS)
     body = "".join(_line(row, "baseline" if row["method"] == "none" else "") for row in listed(rows))
     plots = "".join(f"<figure>{as_svg(pareto_plot(rows, axis))}</figure>" for axis in AXES)
+    plots += "".join(f"<h2>Searches, {html.escape(network)}</h2>{as_svg(figure)}" for network, figure in searches(rows))
     meanings = "".join(f"<dt>{html.escape(c.header)}</dt><dd>{html.escape(c.meaning)}</dd>" for c in COLUMNS)
     printed = "".join(_beside(row) for row in rows if row["paper"])
     details = "".join(_details(row) for row in listed(rows) if row["method"] != "none")
@@ -45,6 +49,13 @@ def page(rows: Sequence[Row], title: str, command: str) -> str:
             f"<code>{html.escape(command)}</code></p>"
             f"<table><thead><tr>{head}</tr><tr>{names}</tr></thead><tbody>{body}</tbody></table>{plots}{printed}"
             f"<h2>Columns</h2><dl>{meanings}</dl><h2>Rows</h2>{details}</html>\n")
+
+
+def searches(rows: Sequence[Row]) -> list[tuple[str, Figure]]:
+    """(network, plot) for each network with rows that searched."""
+    networks = dict.fromkeys(row["network"] for row in rows)
+    plots = [(network, search_plot([row for row in rows if row["network"] == network])) for network in networks]
+    return [(network, figure) for network, figure in plots if figure is not None]
 
 
 def _beside(row: Row) -> str:
@@ -70,9 +81,11 @@ def _details(row: Row) -> str:
     split = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:,}</td></tr>"
                     for name, value in row["bytes_split"].items())
     facts = {key: row[key] for key in FACTS if key in row}
+    figure = course_plot(row)
+    course = "" if figure is None else f"<h3>While it ran</h3>{as_svg(figure)}"
     return (f"<details><summary>{html.escape(row['name'])}</summary><h3>Bytes of the file</h3><table>{split}</table>"
             f"<h3>Ratios in the papers' accountings</h3><table>{ratios}</table><h3>Layers</h3>"
-            f"<table><tr>{heads}</tr>{layers}</table><h3>Where it comes from</h3>"
+            f"<table><tr>{heads}</tr>{layers}</table>{course}<h3>Where it comes from</h3>"
             f"<pre>{html.escape(json.dumps(facts, indent=1, ensure_ascii=False))}</pre></details>")
 
 
