@@ -8,7 +8,7 @@ from rich.console import Console
 
 from methods.core.errors import CompressError
 
-from . import commands
+from . import commands, tools
 from .rows import RESULTS
 
 EPILOG = "Data: --data-dir, else $JOINTCOMPRESS_DATA, else the user's cache folder. Progress goes to stderr."
@@ -60,23 +60,26 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--rows", type=Path, help="any other rows file")
     sub.add_argument("--all", action="store_true", help="every rows file of results/rows, and the tables of README.md")
     sub.add_argument("--results", type=Path, default=RESULTS)
-    sub = command("measure", commands.measure_file, "everything a row says about a file")
-    sub.add_argument("file", type=Path)
-    sub.add_argument("--task", required=True)
-    sub.add_argument("--network", required=True)
-    sub.add_argument("--data-dir", type=Path)
-    sub.add_argument("--index-bits", type=int, default=5)
-    _add_speed(command)
-    sub = command("inspect", commands.inspect_file, "what a compressed file holds")
-    sub.add_argument("file", type=Path)
-    sub = command("decode", commands.decode_file, "a compressed file as plain float weights")
-    sub.add_argument("file", type=Path)
-    sub.add_argument("out", type=Path, help="a .safetensors file")
+    _add_tools(command)
     return top
 
 
-def _add_speed(command) -> None:
-    sub = command("speed", commands.speed, "CPU time of the integer kernels beside float32, and of a training step of "
+def _add_tools(command) -> None:
+    for name, function, text in (
+            ("measure", tools.measure_file, "everything a row says about a file"),
+            ("verify", tools.verify_file, "compare the fast integer kernels with the exact ones, code by code")):
+        sub = command(name, function, text)
+        sub.add_argument("file", type=Path)
+        sub.add_argument("--task", required=True)
+        sub.add_argument("--network", required=True)
+        sub.add_argument("--data-dir", type=Path)
+        sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
+        if name == "measure":
+            sub.add_argument("--index-bits", type=int, default=5)
+        else:
+            sub.add_argument("--inputs", type=int, default=10_000, help="test inputs")
+            sub.add_argument("--reference", type=int, default=100, help="of them through the int64 reference too")
+    sub = command("speed", tools.speed, "CPU time of the integer kernels beside float32, and of a training step of "
                   "each method beside a plain one, on random pictures")
     sub.add_argument("--part", choices=("all", "kernels", "training"), default="all")
     sub.add_argument("--network", default="resnet18")
@@ -84,6 +87,11 @@ def _add_speed(command) -> None:
     sub.add_argument("--train-batch", type=int, default=256, help="of the training steps")
     sub.add_argument("--rounds", type=int, default=7)
     sub.add_argument("--threads", type=int, default=1)
+    sub = command("inspect", tools.inspect_file, "what a compressed file holds")
+    sub.add_argument("file", type=Path)
+    sub = command("decode", tools.decode_file, "a compressed file as plain float weights")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("out", type=Path, help="a .safetensors file")
 
 
 def _seed(text: str) -> int:

@@ -8,13 +8,11 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from rich.console import Console
 
 from methods.core import container
 from methods.core.errors import ConfigError
-from methods.core.storage import decode, inspect
 
 from .baselines import (
     Baseline,
@@ -22,22 +20,18 @@ from .baselines import (
     load_baseline,
     shipped_path,
     shorter,
-    skeleton,
     test_top1,
     train_baseline,
 )
 from .checkpoints import read_provenance
-from .data import Dataset, open_dataset, test_batches
+from .data import Dataset, open_dataset
 from .jobs import Job, Place, all_tables, file_name, prepare, read_table, run_job, slug
-from .measure import measure
-from .networks import find, network_names
+from .networks import network_names
 from .report import against_paper, plots, readme, table
 from .report.page import page, searches
 from .rows import RESULTS, ROOT, read_rows
 from .runs import DiskRun, Screen, run_key
 from .settings import from_assignments, plain
-from .speed import as_table, measure_speed
-from .speed_training import measure_training, training_table
 
 NETWORK_OF = {"digits": "resnet18w16", "mnist": "lenet5_caffe", "cifar10": "resnet18"}  # what compare runs by default
 PLACES = ("--data-dir", "--results")
@@ -242,48 +236,5 @@ def compress(options: Namespace, console: Console) -> None:
     console.print(f"file: {place.results / 'models' / row['file']}", soft_wrap=True)
 
 
-def measure_file(options: Namespace, console: Console) -> None:
-    dataset = open_dataset(options.task, options.data_dir)
-    height, width, channels = dataset.image_shape
-    test = test_batches(dataset, batch_size=250, device="cpu", scaling=find(options.network).scaling)
-    console.print_json(data=measure(options.file, skeleton(dataset, options.network), test.epoch(None),
-                                    (channels, height, width), index_bits=options.index_bits))
-
-
-def speed(options: Namespace, console: Console) -> None:
-    if options.part != "training":
-        _speed_of_kernels(options, console)
-    if options.part != "kernels":
-        _speed_of_training(options, console)
-
-
-def _speed_of_training(options: Namespace, console: Console) -> None:
-    found = measure_training(options.network, options.train_batch, options.rounds, options.threads)
-    console.print(training_table(found))
-    console.print(f"{options.network}, {found.weights:,} weights, {options.threads} threads. Apart from the steps, in "
-                  "seconds: " + "; ".join(f"{what} {spent:.2f}" for what, spent in found.projections.items()),
-                  soft_wrap=True)
-
-
-def _speed_of_kernels(options: Namespace, console: Console) -> None:
-    found = measure_speed(options.network, options.batch, options.rounds, options.threads)
-    console.print(as_table(found.timings, found.batch))
-    console.print(f"{options.network}, {options.threads} threads; kernels: {found.backend}; CPU: {found.cpu}",
-                  soft_wrap=True)
-    console.print(f"without a fast form: {', '.join(found.slow_nodes) or 'nothing'}; "
-                  f"outputs that differ from the exact ones: {found.wrong}", soft_wrap=True)
-
-
-def inspect_file(options: Namespace, console: Console) -> None:
-    console.print_json(data=inspect(options.file))
-
-
-def decode_file(options: Namespace, console: Console) -> None:
-    state = decode(options.file).state_dict()
-    container.write_file(options.out, safetensors.torch.save({name: t.contiguous() for name, t in state.items()}))
-    console.print(f"{options.out}: {len(state)} tensors", soft_wrap=True)
-
-
 def _seed(job: Job, options: Namespace) -> int:
     return job.seed if options.seed is None else options.seed
-

@@ -153,7 +153,8 @@ def test_missing_data_say_where_they_were_looked_for(run, place, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["inspect {file}", "decode {file} {here}/out.safetensors",
-                                     "measure {file} --task digits --network resnet18w2"])
+                                     "measure {file} --task digits --network resnet18w2",
+                                     "verify {file} --task digits --network resnet18w2"])
 def test_damaged_files(run, place, made, command):
     data = made[0].read_bytes()
     middle = len(data) // 2
@@ -223,6 +224,8 @@ def test_compress_inspect_measure_decode(run, place, made):
     assert code == 0 and f'"bytes": {file.stat().st_size}' in out
     code, out, _ = run(f"measure {words} --task digits --network resnet18w2")
     assert code == 0 and f'"top1_integer": {row["top1_integer"]}' in out
+    code, out, _ = run(f"verify {words} --task digits --network resnet18w2 --inputs 20 --reference 3")
+    assert code == 0 and '"inputs": 20' in out and '"wrong": 0' in out and '"reference_wrong": 0' in out
     code, out, _ = run(f"decode {words} {{here}}/out.safetensors")
     assert code == 0 and str(place / "out.safetensors") in out.replace("\n", "")
     state = safetensors.torch.load_file(place / "out.safetensors")

@@ -11,12 +11,14 @@ from benchmarks.kernels import bytecodes, fast, onednn
 from benchmarks.kernels.fast import FastNetwork
 from benchmarks.kernels.network import IntegerNetwork
 from benchmarks.kernels.reference import ReferenceRun
+from benchmarks.kernels.verify import recorded, verify
 from benchmarks.networks import build
 from benchmarks.networks.resnet import BasicBlock
 from benchmarks.networks.vgg import POOL, conv_layers
 from methods.core.artifact import ActivationQuantizer, Affine, Codebook, CompressedTensor
 from methods.core.build import apply, assemble, weight_layers
 from methods.core.calibrate import calibrate
+from methods.core.errors import GraphError
 from methods.core.quantize import fit_symmetric, quantize
 from methods.core.windows import find_window
 
@@ -39,24 +41,6 @@ def compressed(model, x, bits=8, activation_bits=8, **changes):
                for name, layer in weight_layers(model).items()}
     ranges = calibrate(apply(assemble(model, weights), model), x, activation_bits)
     return assemble(model, weights, **{"activations": ranges} | changes)
-
-
-def recorded(network, x):
-    """Output, and {(node, form): a copy of the value as float32 codes}."""
-    seen, step = {}, network._step
-
-    def watched(node, given, values):
-        forms = step(node, given, values)
-        for form, value in forms.items():
-            if isinstance(value, torch.Tensor) and not isinstance(form, tuple):
-                bytes_ = value.dtype == torch.uint8
-                seen[node.name, form] = (bytecodes.to_float(form, value, given) if bytes_ else value).clone()
-        return forms
-
-    network._step = watched
-    y = network(x)
-    network._step = step
-    return y, seen
 
 
 def check(model, parts, x, policy=(), reference=True):
@@ -234,6 +218,27 @@ def test_adds(factor, signed, bits, monkeypatch):
     quick = check(model, dataclasses.replace(parts, activations=ranges, weights=weights), x)
     assert quick.unsupported or quick.slow_nodes == []
     assert quick.unsupported or bool(calls) == (not signed)
+
+
+def test_verify_counts_what_differs(monkeypatch):
+    model, x = seeded(lambda: Shortcut("")), normal(5, 3, 8, 8)
+    quick = FastNetwork(compressed(model, x), model)
+    batches = [(x[:2], None), (x[2:], None)]
+    verdict = verify(quick, batches, 4, 3)
+    places = 4 * (8 * 64) + 8 + 2 + 3 * 64  # stem, relu, conv and add on 8 x 8; pool, fc and the input
+    assert (verdict.inputs, verdict.reference_inputs, verdict.wrong + verdict.wrong_outputs) == (4, 3, 0)
+    assert verdict.reference_wrong == 0 and 3 * verdict.codes == 4 * verdict.reference_codes <= 12 * places
+    if not quick.unsupported:
+        kernel, step = quick.steps["fc"], quick.exact._multiplied
+        monkeypatch.setitem(quick.steps, "fc", lambda inputs: {f: v + (f == "real") for f, v in kernel(inputs).items()})
+        assert verify(quick, batches, 4).wrong_outputs == verify(quick, batches, 4).wrong == 8
+        monkeypatch.setattr(quick.exact, "_multiplied", lambda node, inputs: dataclasses.replace(
+            step(node, inputs), shift=step(node, inputs).shift + (node.name == "fc")))
+        assert verify(quick, batches, 4, 4).reference_wrong == 8
+    partly = FastNetwork(compressed(model, x), model, ("conv",))
+    assert verify(partly, batches, 4).wrong == 0
+    with pytest.raises(GraphError, match="conv runs in float.*--reference 0"):
+        verify(partly, batches, 4, 1)
 
 
 @pytest.mark.parametrize("again", ["", "add", "conv", "twice"])

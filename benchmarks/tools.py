@@ -1,0 +1,71 @@
+"""The commands that look at one file, and the measurement of speed. None of them writes a row."""
+
+import dataclasses
+from argparse import Namespace
+
+import safetensors.torch
+from rich.console import Console
+
+from methods.core import container
+from methods.core.storage import decode, inspect
+
+from .baselines import skeleton
+from .data import open_dataset, test_batches
+from .kernels.fast import FastNetwork
+from .kernels.verify import verify
+from .measure import measure
+from .networks import find
+from .speed import as_table, measure_speed
+from .speed_training import measure_training, training_table
+
+
+def measure_file(options: Namespace, console: Console) -> None:
+    dataset = open_dataset(options.task, options.data_dir)
+    height, width, channels = dataset.image_shape
+    test = test_batches(dataset, batch_size=250, device="cpu", scaling=find(options.network).scaling)
+    console.print_json(data=measure(options.file, skeleton(dataset, options.network), test.epoch(None),
+                                    (channels, height, width), index_bits=options.index_bits,
+                                    float_policy=tuple(options.float_policy)))
+
+
+def verify_file(options: Namespace, console: Console) -> None:
+    dataset, compressed = open_dataset(options.task, options.data_dir), decode(options.file)
+    network = FastNetwork(compressed, skeleton(dataset, options.network), tuple(options.float_policy))
+    test = test_batches(dataset, batch_size=100, device="cpu", scaling=find(options.network).scaling)
+    console.print(f"kernels: {network.backend}", soft_wrap=True)
+    found = verify(network, test.epoch(None), options.inputs, options.reference)
+    console.print_json(data=dataclasses.asdict(found))
+
+
+def inspect_file(options: Namespace, console: Console) -> None:
+    console.print_json(data=inspect(options.file))
+
+
+def decode_file(options: Namespace, console: Console) -> None:
+    state = decode(options.file).state_dict()
+    container.write_file(options.out, safetensors.torch.save({name: t.contiguous() for name, t in state.items()}))
+    console.print(f"{options.out}: {len(state)} tensors", soft_wrap=True)
+
+
+def speed(options: Namespace, console: Console) -> None:
+    if options.part != "training":
+        _speed_of_kernels(options, console)
+    if options.part != "kernels":
+        _speed_of_training(options, console)
+
+
+def _speed_of_training(options: Namespace, console: Console) -> None:
+    found = measure_training(options.network, options.train_batch, options.rounds, options.threads)
+    console.print(training_table(found))
+    console.print(f"{options.network}, {found.weights:,} weights, {options.threads} threads. Apart from the steps, in "
+                  "seconds: " + "; ".join(f"{what} {spent:.2f}" for what, spent in found.projections.items()),
+                  soft_wrap=True)
+
+
+def _speed_of_kernels(options: Namespace, console: Console) -> None:
+    found = measure_speed(options.network, options.batch, options.rounds, options.threads)
+    console.print(as_table(found.timings, found.batch))
+    console.print(f"{options.network}, {options.threads} threads; kernels: {found.backend}; CPU: {found.cpu}",
+                  soft_wrap=True)
+    console.print(f"without a fast form: {', '.join(found.slow_nodes) or 'nothing'}; "
+                  f"outputs that differ from the exact ones: {found.wrong}", soft_wrap=True)
