@@ -27,7 +27,7 @@ from .checkpoints import read_provenance
 from .data import Dataset, open_dataset
 from .jobs import Job, Place, all_tables, file_name, prepare, read_table, run_job, slug
 from .networks import network_names
-from .report import against_paper, plots, readme, table
+from .report import against_paper, plots, readme, scores, table
 from .report.page import page, searches
 from .rows import RESULTS, ROOT, read_rows
 from .runs import DiskRun, Screen, run_key
@@ -198,7 +198,7 @@ def write_reports(rows: Sequence[dict], name: str, title: str, options: Namespac
     listed = table.listed(rows)
     text = table.markdown(listed)
     if any(row["paper"] for row in rows):
-        text += "\n" + against_paper.markdown(rows)
+        text += "\n" + scores.markdown(rows) + "\n" + against_paper.markdown(rows)
     files = {".md": f"# {title}\n\n{text}".encode(), ".csv": table.comma_separated(listed).encode(),
              **{f"_{axis}.png": plots.as_png(plots.pareto_plot(rows, axis)) for axis in plots.AXES},
              **{f"_search_{network}.png": plots.as_png(figure) for network, figure in searches(rows)},

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
-from benchmarks.report import against_paper, courses, plots, readme, table
+from benchmarks.report import against_paper, courses, plots, readme, scores, table
 from benchmarks.report.page import page, searches
 from methods.core.errors import CompressError
 
@@ -278,3 +278,23 @@ def test_courses(method, notes, titles):
     assert (None if figure is None else [axes.get_title() for axes in figure.axes if axes.axison]) == titles
     if method == "annc":
         assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[2, 3]]
+
+
+# --- scores ------------------------------------------------------------------------------------------------
+
+
+def test_scores():
+    rows = [row("same", paper={"top1_float": 90.24}), row("worse", paper={"error_float": 9.0}),
+            row("near", paper={"cost": {"macs": 3}, "top1_integer": 90.05}),
+            row("other", paper={"accounting.ratios.data_only": 5}, note="a|b", top1_float_bn_reestimated=91.128)]
+    assert scores.verdict(rows[0]) == (90.24, 0.01, "the same")
+    assert scores.verdict(rows[1]) == (9.0, -0.75, "not reached")
+    assert scores.verdict(rows[2]) == (90.05, -0.05, "reached")
+    assert scores.verdict(rows[3]) is None
+    lines = scores.markdown(rows).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == 10 and r"a\|b" in lines[5] and "91.13" in lines[5]
+    assert lines[2] == "| same | 90.24 | 90.25 | 90.00 | +0.01 | the same |  | 1 KB |  |"
+    bare = scores.markdown([row("x")]).splitlines()
+    assert bare == ["| row | top-1 float | top-1 integer | file |", "| --- | ---: | ---: | ---: |",
+                    "| x | 90.25 | 90.00 | 1 KB |"]
+    assert "| x | 90.25" in readme.filled("<!-- scores: t -->\n<!-- end -->", {"t": [row("x")]})

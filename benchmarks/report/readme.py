@@ -1,4 +1,7 @@
-"""README's tables, made from committed rows: text between `<!-- rows: NAME -->` (or `paper:`) and `<!-- end -->`."""
+"""README's tables, made from committed rows: text between `<!-- KIND: NAME -->` and `<!-- end -->`.
+
+KIND is "rows" (the comparison), "paper" (every printed number) or "scores" (a line a row).
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,9 +10,9 @@ from typing import Any
 
 from methods.core.errors import CompressError
 
-from . import against_paper, table
+from . import against_paper, scores, table
 
-BLOCK = re.compile(r"(<!-- (rows|paper): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (rows|paper|scores): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def filled(text: str, rows_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
@@ -21,7 +24,7 @@ def filled(text: str, rows_of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str
             raise CompressError(f"README asks for the rows of {name!r}, which results/rows does not hold")
         rows = rows_of[name]
         content = {"rows": lambda: table.markdown(table.listed(rows)),
-                   "paper": lambda: against_paper.markdown(rows)}[kind]()
+                   "paper": lambda: against_paper.markdown(rows), "scores": lambda: scores.markdown(rows)}[kind]()
         return f"{opening}\n{content}\n{closing}"
 
     return BLOCK.sub(fill, text)
