@@ -18,13 +18,12 @@ Symbols    W weights of the model;  Z, U AdmmHooks.z, .u;  m masks;  M = 2^budge
            rho config.rho, quantize_rho;  K prune_iterations, quantize_iterations
 
 Departures   Body and tables of the paper could not be read: the steps are those of its authors' released code.
-  * Settings are the code's for LeNet-5, in epochs. Momentum restarts with each ADMM iteration, as the learning rate
-    does; that falls at a half and three quarters of an iteration (the code: once, at a quarter).
-  * rho is constant. Later code of the group has other rules, kept as options: rho_growth multiplies rho at every
-    update (and divides U, which is scaled by it: the code leaves U alone), and several entries of rho are ADMMs one
-    after the other, each from Z = Proj(W), U = 0.
-  * Pruning in steps (the progressive paper, 1810.07378) is one chain, not three of which the best goes on. As there,
-    a layer that a step leaves alone has no penalty.
+  * Settings are the code's for LeNet-5, in epochs. Momentum is Nesterov's and restarts with each ADMM iteration, as the
+    learning rate does; that falls at a half and three quarters of an iteration (the code: once, at a quarter).
+  * rho is constant, and one for all layers (the code: ten times as large where ip1 is quantized). Later code of the
+    group has other rules, kept as options: rho_growth multiplies rho at every update (and divides U, which is scaled by
+    it: the code leaves U alone), and several entries of rho are ADMMs in turn, each from Z = Proj(W), U = 0.
+  * Pruning in steps (1810.07378) is one chain, not the best of three. A layer left alone has no penalty, as there.
   * q: the code scans within 10 % of max|w| / (M/2), zeros included. Here the error over the survivors is minimised
     over the whole range. It is fitted once, as in the code; refit = True fits it to W + U at every update.
   * Half-way between two levels the larger magnitude is taken (the code: the upper level).
@@ -105,16 +104,16 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     check_finite(model)
     model = task.placed(copy.deepcopy(model))
     weights: Weights = {name: layer.weight for name, layer in weight_layers(model).items()}
-    density = budget.per_layer("density", weights)
     widths = None if budget.bits is None else budget.per_layer("bits", weights)
     training = Training(model, task, config, generator, run, {})
-    masks = prune(weights, density, training)
-    if widths is None:
-        return assemble(model, {}, notes={"residuals": training.residuals})
-    grids = quantize(weights, masks, {name: int(bits) for name, bits in widths.items()}, training)
-    (fix_levels if config.grid == "levels" else tie_clusters)(weights, masks, grids, training)
-    tensors = {name: grids[name].store(weight, masks[name]) for name, weight in weights.items()}
-    return assemble(model, tensors, notes={"residuals": training.residuals})
+    masks = prune(weights, budget.per_layer("density", weights), training)
+    tensors = {}
+    if widths is not None:
+        grids = quantize(weights, masks, {name: int(bits) for name, bits in widths.items()}, training)
+        (fix_levels if config.grid == "levels" else tie_clusters)(weights, masks, grids, training)
+        tensors = {name: grids[name].store(weight, masks[name]) for name, weight in weights.items()}
+    empty = [name for name, w in weights.items() if not bool((tensors[name].mask if tensors else w).any())]
+    return assemble(model, tensors, notes={"residuals": training.residuals, "empty": empty})
 
 
 # --- ADMM ---------------------------------------------------------------------------------------------------

@@ -20,15 +20,14 @@ Symbols    S limit, in bits = budget.data_ratio x 32 x weights;  W model weights
            |W_l|_0 kept;  prefix greedy keep_worthiest;  greedy on the hulls choose_options;  D SortedValues.fit
 
 Departures   Equations and settings are those of the authors' code; of the paper only parts could be read.
-  * Budget: theirs is S = bit_budget x sum_l ceil(nnz_budget n_l). Here S is given, and start_bits is what bit_budget
-    says besides. S holds for the first projection too (theirs rounds a fractional bit_budget down there).
+  * Budget: theirs is S = bit_budget x sum_l ceil(nnz_budget n_l), at first with bit_budget rounded down. Here S is
+    given and holds from the start; start_bits is what bit_budget says besides.
   * Theirs keeps one weight fewer than fit, spaces levels evenly where a layer has few distinct values, and moves an
     emptied cluster to 0. Here: all that fit, the distinct values, and an empty cluster stays where it is.
   * fill = True goes on after the first weight that does not fit; theirs stops. With equal b both are optimal.
   * A budget that not one weight meets is refused; theirs goes over it. Layers left without weights, which cuts most
     networks, are named in the notes; at_least = k keeps the k largest of each layer (not in the paper).
-  * Weight decay is Recipe's (convolutions and linear layers); theirs acts on the scale of batch norm too. Momentum
-    is Recipe's (Nesterov), and the learning rate warms up in every step, not once an epoch.
+  * Recipe's weight decay (theirs acts on the scale of batch norm too), Nesterov momentum, warm-up in every step.
   * Inputs keep the scaling that the network was trained with; theirs has MNIST at mean 0 and deviation 1.
   * The result is the last epoch's; theirs reports the epoch that was best on the test set.
   * mode "prune": weights stay float32 at 32 bits each. mode "quantize": all are kept, on 2^b values without a 0.
@@ -49,7 +48,7 @@ from .core.artifact import Codebook, CompressedModel, CompressedTensor
 from .core.budget import Budget
 from .core.build import assemble, check_finite, weight_layers
 from .core.errors import BudgetError, ConfigError
-from .core.finetune import Hooks, Recipe, train
+from .core.finetune import Hooks, Recipe, check_trained, train
 from .core.knapsack import choose_options, keep_worthiest
 from .core.project import SortedValues, boundaries, nearest
 from .core.run import NullRun, Run
@@ -106,53 +105,51 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     budget.require("annc", "data_ratio")
     check_finite(model)
     model = copy.deepcopy(model)
-    sizes = [layer.weight.numel() for layer in weight_layers(model).values()]
-    dense = FLOAT_BITS * sum(sizes)
-    limit = math.floor(budget.data_ratio * dense)
-    check_feasible(sizes, limit, config)
+    layers, traces = weight_layers(model), []
+    limits = find_limits([layer.weight.numel() for layer in layers.values()], budget.data_ratio, config)
     task.placed(model)
-    traces = []
-    for i, factor in enumerate(config.stages, 1):
-        hooks = JointHooks(model, min(math.floor(factor * budget.data_ratio * dense), dense), config)
+    for i, limit in enumerate(limits, 1):
+        hooks = JointHooks(model, limit, config)
         train(model, task, config.recipe, generator, hooks=hooks, run=run.stage(f"joint {i}"))
         if config.recipe.epochs == 0:
             hooks.update(0)
         traces.append(hooks.trace)
-    kept = dict(zip(hooks.names, hooks.count_kept(), strict=True))
-    notes = {"limit": limit, "trace": traces, "kept": kept, "empty": [name for name in kept if kept[name] == 0]}
-    if config.mode == "prune":
-        return assemble(model, {}, notes=notes)
-    bits = dict(zip(hooks.names, hooks.bits, strict=True))
-    if config.finetune is not None:
-        finetune(model, task, bits, config, generator, run)
-    weights = {name: store(layer.weight, bits[name], config.mode == "joint")
-               for name, layer in weight_layers(model).items()}
-    return assemble(model, weights, notes={**notes, "bits": bits})
+    notes = {"limit": limits[-1], "trace": traces, "kept": dict(zip(layers, hooks.count_kept(), strict=True))}
+    tensors = {}
+    if config.mode != "prune":
+        notes["bits"] = dict(zip(layers, hooks.bits, strict=True))
+        if config.finetune is not None:
+            finetune(model, task, notes["bits"], config, generator, run)
+        tensors = {name: store(x.weight, notes["bits"][name], config.mode == "joint") for name, x in layers.items()}
+    empty = [name for name, x in layers.items() if not bool((tensors[name].mask if tensors else x.weight).any())]
+    return assemble(model, tensors, notes={**notes, "empty": empty})
 
 
-def check_feasible(sizes: list[int], limit: int, config: Config) -> None:
-    """Refuse a budget that no choice of weights and bits can meet."""
+def find_limits(sizes: list[int], ratio: float, config: Config) -> list[int]:
+    """S of every stage: the most bits that are a share `ratio` of the dense ones. Refuses what no choice can meet."""
     if not sizes:
         raise BudgetError("budget data_ratio has nothing to act on: the network has no Conv2d and no Linear layer")
+    dense = FLOAT_BITS * sum(sizes)
+    shares = [min(factor * ratio, 1.0) for factor in config.stages]
+    limits = [limit - (limit / dense > share) for share, limit in ((s, round(s * dense)) for s in shares)]
     if config.mode == "quantize":
-        width = config.start_bits if config.bits_epochs == 0 else config.least_bits
-        least, what = width * sum(sizes), f"all weights in {width} bits"
+        width, count = config.start_bits if config.bits_epochs == 0 else config.least_bits, sum(sizes)
     else:
         width = FLOAT_BITS if config.mode == "prune" else config.start_bits
-        least = width * max(sum(min(config.at_least, n) for n in sizes), 1)
-        what = f"{least // width} weights of {width} bits"
-    if limit < least:
-        raise BudgetError(f"budget data_ratio allows {limit} bits: annc needs {least} ({what})")
+        count = max(sum(min(config.at_least, n) for n in sizes), 1)
+    if limits[-1] < width * count:
+        raise BudgetError(f"budget data_ratio allows {limits[-1]} bits: annc needs {width * count} "
+                          f"({count} weights of {width} bits)")
+    return limits
 
 
 class JointHooks(Hooks):
     """W, V, Y and b of the algorithm above; W is the weights of the model, V is held as `toward` = V - Y."""
 
     def __init__(self, model: nn.Module, limit: int, config: Config):
-        layers = weight_layers(model)
-        self.names, self.limit, self.config = list(layers), limit, config
-        self.weights = [layer.weight for layer in layers.values()]
-        self.bits = [FLOAT_BITS if config.mode == "prune" else config.start_bits] * len(layers)
+        self.named = {name: layer.weight for name, layer in weight_layers(model).items()}
+        self.weights, self.limit, self.config = list(self.named.values()), limit, config
+        self.bits = [FLOAT_BITS if config.mode == "prune" else config.start_bits] * len(self.weights)
         coupled = [] if config.mode == "prune" else self.weights
         self.toward = [w.detach().clone() for w in coupled]  # V = W, Y = 0
         self.dual = [torch.zeros_like(w) for w in coupled]
@@ -174,6 +171,7 @@ class JointHooks(Hooks):
     @torch.no_grad()
     def update(self, epoch: int) -> None:
         """Projection of W, quantized copy V with new widths, dual step."""
+        check_trained(self.named, f"a step of epoch {epoch + 1}", self.config.recipe.lr)
         self.project()
         if not self.toward:
             return
@@ -219,8 +217,7 @@ class JointHooks(Hooks):
         return [int(torch.count_nonzero(w)) for w in self.weights]
 
     def state(self) -> dict:
-        return {"toward": self.toward, "dual": self.dual, "bits": self.bits, "started": self.started,
-                "trace": self.trace}
+        return {name: getattr(self, name) for name in ("toward", "dual", "bits", "started", "trace")}
 
     def restore(self, state: dict) -> None:
         self.bits, self.started, self.trace = list(state["bits"]), state["started"], list(state["trace"])
@@ -295,9 +292,8 @@ def finetune(model: nn.Module, task: Task, bits: Mapping[str, int], config: Conf
              run: Run) -> None:
     """Train through the codebooks with zeros and widths fixed; leaves the quantized weights in `model`."""
     layers = [model.get_submodule(name) for name in bits]
-    for name, layer in zip(bits, layers, strict=True):
-        parametrize.register_parametrization(
-            layer, "weight", OnCodebook(layer.weight, bits[name], config.mode == "joint"))
+    for layer, width in zip(layers, bits.values(), strict=True):
+        parametrize.register_parametrization(layer, "weight", OnCodebook(layer.weight, width, config.mode == "joint"))
     train(model, task, config.finetune, generator, hooks=Refresh(layers, len(task.train)), run=run.stage("finetune"))
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)

@@ -1,4 +1,4 @@
-"""ANNC: the updates by their definitions, the budget at every moment, the options, and fine-tuning."""
+"""ANNC: the updates by their definitions, the stored layer, and fine-tuning."""
 
 import math
 from dataclasses import replace
@@ -7,18 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.jobs import CONFIGS, prepare, read_table
-from benchmarks.kernels.network import IntegerNetwork
-from benchmarks.measure import with_ranges
-from methods import annc
 from methods.annc import Config, JointHooks, OnCodebook, Refresh, compress, store
 from methods.core.budget import Budget
-from methods.core.build import apply, weight_layers
-from methods.core.errors import BudgetError, ConfigError
+from methods.core.build import weight_layers
 from methods.core.finetune import Recipe
 from methods.core.knapsack import choose_options
 
-LAYERS = ("conv1", "conv2", "conv3", "fc")
 SHORT = Config(recipe=Recipe(epochs=3, lr=0.05), start_bits=3)
 
 
@@ -136,143 +130,6 @@ def test_state_survives(tiny):
     assert tiny.same(other.state(), hooks.state()) and other.started
 
 
-# --- training -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def watched(monkeypatch):
-    """(what, density, bits x kept, W) after every step's pull and after every epoch."""
-    seen = []
-
-    class Watched(JointHooks):
-        def after_step(self, model, lr):
-            super().after_step(model, lr)
-            seen.append(("step", spent(self), self.limit, [w.detach().clone() for w in self.weights]))
-
-        def after_epoch(self, model, epoch):
-            super().after_epoch(model, epoch)
-            seen.append(("epoch", spent(self), self.limit, [w.detach().clone() for w in self.weights]))
-
-    monkeypatch.setattr(annc, "JointHooks", Watched)
-    return seen
-
-
-def test_when_weights_are_on_the_budget(tiny, watched):
-    out = run(tiny)
-    steps = len(tiny.task().train)
-    assert [what for what, *_ in watched] == (["step"] * steps + ["epoch"]) * 3
-    for i, (what, bits, limit, _) in enumerate(watched):
-        dense = what == "step" and i > 0
-        assert (bits > limit) == dense, i  # after the first minibatch and every epoch; dense, without a mask, between
-    before, after = watched[-steps - 2][3], watched[-1][3]
-    assert any(bool(((a != 0) & (b == 0)).any()) for a, b in zip(after, before, strict=True))  # zeros come back
-    for (name, tensor), w in zip(out.weights.items(), after, strict=True):
-        assert not bool((tensor.mask & (w == 0)).any()), name
-        assert len(tensor.decode()[tensor.mask].unique()) <= 2**tensor.bits
-    assert sum(t.kept * t.bits for t in out.weights.values()) <= out.notes["limit"]
-
-
-def test_the_result_is_a_fresh_codebook_of_the_last_weights(tiny, watched):
-    out = run(tiny)
-    for (name, tensor), w in zip(out.weights.items(), watched[-1][3], strict=True):
-        again = store(w, out.notes["bits"][name], True)
-        assert torch.equal(again.decode(), tensor.decode()) and again.bits == tensor.bits
-    trace = out.notes["trace"][0]
-    assert len(trace) == 3 and trace[-1]["bits"] == list(out.notes["bits"].values())
-    assert trace[-1]["kept"] == [int((w != 0).sum()) for w in watched[-1][3]] and out.notes["empty"] == []
-    assert all(0 <= entry["gap"] < 3 for entry in trace)
-
-
-@pytest.mark.parametrize("ratio", [0.003, 0.01, 0.05, 0.2, 0.24, 1.0])
-def test_the_budget_is_kept_whatever_it_is(tiny, ratio):
-    for config in (SHORT, replace(SHORT, fill=True, at_least=4)):
-        out = run(tiny, ratio, replace(config, recipe=Recipe(epochs=1, lr=0.02)))
-        bits = sum(t.kept * t.bits for t in out.weights.values())
-        assert bits <= math.floor(ratio * 32 * total(tiny.net())) and bits > 0
-    if ratio == 1.0:
-        assert all(out.weights[name].bits >= 7 for name in LAYERS[:3])  # 48 weights are exact in 6 bits
-        assert all(t.density > 0.9 for t in out.weights.values())
-
-
-def test_no_epochs_and_channels_last(tiny):
-    config = replace(SHORT, recipe=Recipe(epochs=0, lr=0.1))
-    outs = [run(tiny, 0.03, config, channels_last=last) for last in (False, True)]
-    for name in LAYERS:
-        assert torch.equal(outs[0].weights[name].decode(), outs[1].weights[name].decode())
-    assert sum(t.kept for t in outs[0].weights.values()) == math.floor(0.03 * 32 * total(tiny.net())) // 3
-    assert run(tiny, 0.03, SHORT, channels_last=True).notes["limit"] == outs[0].notes["limit"]
-    out = run(tiny, 0.05, replace(config, mode="quantize"))
-    assert sum(t.mask.numel() * t.bits for t in out.weights.values()) <= 0.05 * 32 * total(tiny.net())
-
-
-def test_reserved_weights_of_a_dead_layer_fit_later(tiny):
-    model = tiny.model()
-    with torch.no_grad():
-        model.conv2.weight.zero_()
-    hooks = JointHooks(model, 600, replace(SHORT, at_least=40))
-    hooks.update(0)
-    with torch.no_grad():
-        model.conv2.weight.normal_(generator=seeded())
-    for epoch in range(2):
-        hooks.update(epoch)  # would raise, had the others taken what 40 weights of conv2 need
-        assert spent(hooks) <= 600 and min(hooks.count_kept()) >= 40
-
-
-def test_fixed_widths_and_widths_fixed_later(tiny):
-    fixed = run(tiny, config=replace(SHORT, bits_epochs=0, start_bits=2))
-    assert {t.bits for t in fixed.weights.values()} == {2}
-    later = run(tiny, config=replace(SHORT, bits_epochs=1))
-    free = run(tiny)
-    bits = [entry["bits"] for entry in later.notes["trace"][0]]
-    assert bits[0] == bits[1] == bits[2] == free.notes["trace"][0][0]["bits"]
-    narrow = run(tiny, config=replace(SHORT, least_bits=2, most_bits=3))
-    assert {t.bits for t in narrow.weights.values()} <= {2, 3}
-
-
-def test_prune_only(tiny):
-    out = run(tiny, 0.1, replace(SHORT, mode="prune"))
-    assert out.weights == {} and "bits" not in out.notes
-    kept = sum(int((out.rest[f"{name}.weight"] != 0).sum()) for name in LAYERS)
-    assert kept == math.floor(0.1 * 32 * total(tiny.net())) // 32 == sum(out.notes["kept"].values())
-
-
-def test_quantize_only(tiny):
-    out = run(tiny, 0.12, replace(SHORT, mode="quantize"))
-    assert sum(t.mask.numel() * t.bits for t in out.weights.values()) <= 0.12 * 32 * total(tiny.net())
-    for tensor in out.weights.values():
-        assert tensor.density > 0.99 and len(tensor.grid.values) <= 2**tensor.bits
-
-
-def test_stages_tighten_the_budget(tiny, watched):
-    out = run(tiny, 0.03, replace(SHORT, stages=(4.0, 2.0, 1.0), recipe=Recipe(epochs=1, lr=0.05)))
-    limits = [limit for what, _, limit, _ in watched if what == "epoch"]
-    assert limits == [math.floor(f * 0.03 * 32 * total(tiny.net())) for f in (4.0, 2.0, 1.0)]
-    assert len(out.notes["trace"]) == 3 and out.notes["limit"] == limits[-1]
-
-
-def test_layers_left_empty_are_named_and_still_run(tiny):
-    model = tiny.model()
-    with torch.no_grad():
-        model.conv2.weight.mul_(1e-3)
-        model.conv2.weight.requires_grad_(False)
-    config = replace(SHORT, recipe=Recipe(epochs=1, lr=0.05), rho=0.0)
-    out = compress(model, tiny.task(), Budget(data_ratio=0.02), config, seeded())
-    assert out.notes["empty"] == ["conv2"] and out.weights["conv2"].kept == 0
-    assert out.weights["conv2"].bits == 1  # costs nothing, and takes no other bits
-    inputs = tiny.Batches(8, 3).inputs
-    assert IntegerNetwork(with_ranges(out, tiny.net(), tiny.task()), tiny.net())(inputs).isfinite().all()
-    kept = compress(model, tiny.task(), Budget(data_ratio=0.02), replace(config, at_least=5), seeded())
-    assert kept.weights["conv2"].kept == 5 and kept.notes["empty"] == []
-
-
-def test_accuracy_survives(tiny):
-    """At an eighth of the float bits the tiny network learns on: it may not lose what it knew."""
-    config = replace(SHORT, recipe=Recipe(epochs=12, lr=0.02))
-    out = run(tiny, 0.04, config)
-    task = tiny.task()
-    assert task.score(apply(out, tiny.net())) >= task.score(tiny.model()) - 5.0
-
-
 # --- the stored layer ---------------------------------------------------------------------------------------
 
 
@@ -351,41 +208,3 @@ def test_both_passes_use_the_quantized_weight():
     assert torch.allclose(x.grad, quantized.sum(0)[None])
     straight = torch.tensor([[1.0, 0.0, 0.5], [1.0, -2.0, 0.5]])  # nothing where the weight is pruned
     assert torch.equal(layer.parametrizations.weight.original.grad, straight)
-
-
-# --- refusals and rows --------------------------------------------------------------------------------------
-
-
-def test_what_no_choice_can_meet_is_refused_before_training(tiny):
-    one = 1 / (32 * total(tiny.net()))
-    nowhere = tiny.Run(limit=0)  # raises at the first report, save or load
-
-    def ask(bits, **fields):
-        config = replace(SHORT, **fields)
-        compress(tiny.model(), tiny.task(), Budget(data_ratio=bits * one), config, seeded(), run=nowhere)
-
-    for bits, fields, needs in ((2.5, {}, 3), (31.5, {"mode": "prune"}, 32), (11.5, {"at_least": 1}, 12),
-                                (total(tiny.net()) - 0.5, {"mode": "quantize"}, total(tiny.net())),
-                                (2 * total(tiny.net()), {"mode": "quantize", "bits_epochs": 0}, 3 * total(tiny.net()))):
-        with pytest.raises(BudgetError, match=f"annc needs {needs} "):
-            ask(bits, **fields)
-        with pytest.raises(tiny.Interrupted):
-            ask(needs + 0.5, **fields)
-
-
-@pytest.mark.parametrize("fields", [{"mode": "both"}, {"start_bits": 9}, {"least_bits": 0}, {"rho": -1.0},
-                                    {"stages": ()}, {"stages": (1.0, 2.0, 1.0)}, {"at_least": -1}, {"bits_epochs": -1},
-                                    {"recipe": Recipe(epochs=1, lr=0.1, ema=0.9)}])
-def test_configs_are_refused_in_one_line(fields):
-    with pytest.raises(ConfigError) as caught:
-        Config(**fields)
-    assert "\n" not in str(caught.value)
-
-
-def test_budgets_of_the_rows_are_the_published_ones():
-    sizes = (500, 25_000, 400_000, 5_000)
-    published = 3 * sum(math.ceil(0.0054 * n) for n in sizes)
-    limits = {job.name: math.floor(prepare(job)[1].data_ratio * 32 * sum(sizes))
-              for job in read_table(CONFIGS / "annc_lenet.toml").rows}
-    assert limits == {"1975x": published, "2120x": 6498} and published == 6975
-    assert 32 * sum(sizes) // published == 1975 and 32 * sum(sizes) // 6498 == 2120

@@ -21,7 +21,7 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
 def check_finite(model: nn.Module) -> None:
     """Raise CompressError naming the first tensor of `model` that holds NaN or infinity.
 
-    Also where the weight of a conv or linear is not a float32 parameter of its own.
+    Also where the weight of a conv or linear is not a float32 parameter of its own, or a module has two names.
     """
     owners: dict[nn.Parameter, str] = {}
     for name, layer in weight_layers(model).items():
@@ -33,6 +33,11 @@ def check_finite(model: nn.Module) -> None:
         if layer.weight in owners:
             raise CompressError(f"{owners[layer.weight]} and {name} share one weight: give each a copy of its own")
         owners[layer.weight] = name
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and module.state_dict():
+            raise CompressError(f"{names[module]} and {name} are one module: give each a copy of its own")
+        names.setdefault(module, name)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CompressError(f"{name} holds NaN or infinite values: the network cannot be compressed")

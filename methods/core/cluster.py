@@ -40,7 +40,7 @@ def kmeans(values: np.ndarray, k: int, init: str = "linear", *, rng: np.random.G
     if len(values) == 0 or k < 1 or not np.isfinite(values).all():
         raise ConfigError(f"k-means needs finite values and k >= 1 (got {len(values)} values, k = {k})")
     x = np.sort(values)
-    sums = _PrefixSums(x)
+    sums = PrefixSums(x)
     distinct = x[np.concatenate([[True], x[1:] != x[:-1]])]
     if len(distinct) <= k:
         centroids, wcss = distinct.astype(np.float64), [0.0]
@@ -58,18 +58,18 @@ def assign(values: np.ndarray, centroids: np.ndarray) -> np.ndarray:
     """int64 index of the nearest of ascending `centroids`; a tie goes to the upper one."""
     if len(centroids) == 1:
         return np.zeros(len(values), np.int64)
-    edges = torch.from_numpy(_midpoints(centroids, values.dtype))
+    edges = torch.from_numpy(midpoints(centroids, values.dtype))
     return torch.bucketize(torch.from_numpy(values), edges, right=True).numpy()
 
 
-def _midpoints(centroids: np.ndarray, dtype) -> np.ndarray:
+def midpoints(centroids: np.ndarray, dtype) -> np.ndarray:
     """Boundaries in the values' type, rounded up: x >= boundary there exactly where x >= midpoint."""
     exact = (centroids[1:] + centroids[:-1]) / 2
     edges = exact.astype(dtype)
     return np.where(edges < exact, np.nextafter(edges, np.array(np.inf, dtype)), edges)
 
 
-class _PrefixSums:
+class PrefixSums:
     """Sums of x and x^2 over runs of the sorted values, in float64, centred so that squares do not cancel."""
 
     def __init__(self, x: np.ndarray):
@@ -86,21 +86,22 @@ class _PrefixSums:
         return np.where(count > 0, total / np.maximum(count, 1) + self.shift, fallback)
 
     def wcss(self, x: np.ndarray, centroids: np.ndarray) -> float:
-        starts = _run_starts(x, centroids)
+        starts = run_starts(x, centroids)
         ends = np.append(starts[1:], len(x))
         c = centroids - self.shift
         one, two = self.one[ends] - self.one[starts], self.two[ends] - self.two[starts]
         return float(np.maximum(two - 2 * c * one + c * c * (ends - starts), 0.0).sum())
 
 
-def _run_starts(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.searchsorted(x, _midpoints(centroids, x.dtype), side="left")])
+def run_starts(x: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    """First index in sorted `x` of each centroid's members."""
+    return np.concatenate([[0], np.searchsorted(x, midpoints(centroids, x.dtype), side="left")])
 
 
-def _lloyd(x: np.ndarray, sums: _PrefixSums, centroids: np.ndarray, iterations: int):
+def _lloyd(x: np.ndarray, sums: PrefixSums, centroids: np.ndarray, iterations: int):
     wcss = [sums.wcss(x, centroids)]
     for _ in range(iterations):
-        better = sums.means(_run_starts(x, centroids), centroids)
+        better = sums.means(run_starts(x, centroids), centroids)
         if np.array_equal(better, centroids):
             break
         centroids = better

@@ -6,7 +6,7 @@ its start, and the state is saved at its end: an interrupted run resumes to the 
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +118,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
           hooks: Hooks | None = None, run: Run | None = None) -> list[dict[str, float]]:
     """Train `model` in place; returns one {"loss", "train_top1"} per epoch and leaves the model in eval mode.
 
-    Raises TrainingDiverged with the step where the loss stops being finite.
+    Raises TrainingDiverged with the step where the loss stops being finite, or the epoch after which a weight is not.
     """
     hooks = Hooks() if hooks is None else hooks
     run = NullRun() if run is None else run
@@ -142,6 +142,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
         generator.set_state(saved["generator"])
     for epoch in range(len(history), recipe.epochs):
         history.append(_epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, average, run))
+        check_trained(model.state_dict(), f"epoch {epoch + 1} of {recipe.epochs}", recipe.lr)
         hooks.after_epoch(model, epoch)
         run.save({"history": history, "model": model.state_dict(), "average": average.values, "hooks": hooks.state(),
                   "optimizers": [o.state_dict() for o in optimizers], "generator": generator.get_state()})
@@ -192,6 +193,13 @@ def training_step(model: nn.Module, task: Task, batch: Batch, recipe: Recipe, fa
         optimizer.step()
     hooks.after_step(model, recipe.lr * factor)
     return outputs, targets, loss, full
+
+
+def check_trained(state: Mapping[str, Tensor], when: str, lr: float) -> None:
+    """TrainingDiverged if `state` is not finite, which a last step may leave behind whose loss still was."""
+    for name, values in state.items():
+        if not bool(values.isfinite().all()):
+            raise TrainingDiverged(f"{name} holds infinite or NaN values after {when}: lower lr ({lr:g})")
 
 
 def _report(run: Run, full: Tensor, sums: Tensor, step: int, total: int, recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .artifact import Codebook, CompressedTensor, Levels
-from .cluster import _midpoints, _PrefixSums, _run_starts, assign, kmeans
+from .cluster import PrefixSums, assign, kmeans, midpoints, run_starts
 from .errors import ConfigError
 from .prune import keep_count, keep_largest
 from .quantize import EPS
@@ -37,13 +37,13 @@ def fit_interval(values: np.ndarray, top: int) -> float:
     """argmin_q sum_i min_n (values_i - q n)^2 over n in {-top..-1, 1..top}: the interval of equally spaced levels.
 
     The error has many local minima: a grid over (0, 1.1 max|v| / top], then from the best points the alternation
-    n = nearest level, q = <v, n> / <n, n>, which never raises it.
+    n = nearest level, q = <v, n> / <n, n>, which never raises it. Minima are q / top apart: so is the grid.
     """
     size = np.sort(np.abs(np.asarray(values, np.float64)).reshape(-1))
     if len(size) == 0 or size[-1] == 0:
         return EPS  # nothing to fit: any positive interval
     sums = np.concatenate([[0.0], np.cumsum(size)])
-    coarse = size[-1] / top * 1.1 * np.geomspace(1e-3, 1.0, 256)
+    coarse = size[-1] / top * 1.1 * np.geomspace(1e-3, 1.0, min(max(256, 16 * top), 4096))
     errors = np.array([_error(coarse_q, *_moments(size, sums, coarse_q, top)) for coarse_q in coarse])
     best = (float("inf"), 0.0)
     for q in coarse[np.argsort(errors, kind="stable")[:8]]:
@@ -80,7 +80,8 @@ class Intervals:
         self.refit(survivors)
 
     def refit(self, survivors: Tensor) -> None:
-        self.interval = float(np.float32(fit_interval(survivors.numpy(), self.top)))
+        fitted = np.float32(fit_interval(survivors.numpy(), self.top))
+        self.interval = float(max(fitted, np.finfo(np.float32).tiny))
 
     def codes(self, survivors: Tensor) -> Tensor:
         steps = nearest_steps(survivors, self.interval, self.top)
@@ -142,7 +143,7 @@ class SortedValues:
         self.pinned = pinned
         self.x = np.sort(flat[np.abs(flat) >= ZERO] if pinned else flat)
         self.dropped = float(np.square(flat[np.abs(flat) < ZERO].astype(np.float64)).sum()) if pinned else 0.0
-        self.sums = _PrefixSums(self.x) if len(self.x) else None
+        self.sums = PrefixSums(self.x) if len(self.x) else None
         self.distinct = self.x[np.concatenate([[True], self.x[1:] != self.x[:-1]])] if len(self.x) else self.x
 
     def fit(self, k: int, *, start: np.ndarray | None = None, iterations: int = 100, tolerance: float = 1e-3
@@ -170,7 +171,7 @@ class SortedValues:
 
     def _means(self, levels: np.ndarray, fixed: int | None) -> np.ndarray:
         """Each level replaced by the mean of its members, but for the pinned 0."""
-        better = self.sums.means(_run_starts(self.x, levels), levels)
+        better = self.sums.means(run_starts(self.x, levels), levels)
         if fixed is not None:
             better[fixed] = 0.0
         return better
@@ -181,7 +182,7 @@ def boundaries(points: np.ndarray) -> Tensor:
 
     They lie half-way, but with 0 among the points all magnitudes below ZERO belong to it.
     """
-    edges = _midpoints(np.asarray(points, np.float64), np.float32)
+    edges = midpoints(np.asarray(points, np.float64), np.float32)
     zero = np.flatnonzero(points == 0)
     if len(zero):
         edges[:zero[0]] = np.minimum(edges[:zero[0]], np.nextafter(np.float32(-ZERO), np.float32(0)))
