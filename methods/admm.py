@@ -113,7 +113,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         (fix_levels if config.grid == "levels" else tie_clusters)(weights, masks, grids, training)
         tensors = {name: grids[name].store(weight, masks[name]) for name, weight in weights.items()}
     empty = [name for name, w in weights.items() if not bool((tensors[name].mask if tensors else w).any())]
-    return assemble(model, tensors, notes={"residuals": training.residuals, "empty": empty})
+    return assemble(model, tensors, notes={"residuals": training.residuals, "empty_layers": empty})
 
 
 # --- ADMM ---------------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
             finetune(model, task, notes["bits"], config, generator, run)
         tensors = {name: store(x.weight, notes["bits"][name], config.mode == "joint") for name, x in layers.items()}
     empty = [name for name, x in layers.items() if not bool((tensors[name].mask if tensors else x.weight).any())]
-    return assemble(model, tensors, notes={**notes, "empty": empty})
+    return assemble(model, tensors, notes={**notes, "empty_layers": empty})
 
 
 def find_limits(sizes: list[int], ratio: float, config: Config) -> list[int]:

@@ -30,7 +30,8 @@ Departures (the paper could not be opened; what is not listed follows the author
   * What an average pool returns is stored exactly, as codes of b + log2(n) bits (16 at most); the code counts b.
   * A signed activation is stored with the code -2^(b-1), which the symmetric grid of the training does not have.
   * hold: the learning rate of the weights is constant for this share of the epochs, then falls linearly to 0, epoch by
-    epoch; gates and ranges keep theirs. hold = 1 is the recipe's schedule, for all three.
+    epoch; gates and ranges keep theirs. hold = 1 is the recipe's schedule, for all three; that of the ImageNet runs,
+    drops after a third and two thirds, is not among them.
   * fast keeps running statistics and spares the second convolution. It is not the paper's; frozen weights imply it.
   * Pruning at fixed `bits` b costs (2 b - 2) kappa q2, as if all gates up to b were open. Convolutions with groups
     and the last layer are not pruned. The baseline of iterative sensitivity is not built.
@@ -54,7 +55,7 @@ from .core.finetune import Hooks, Recipe, train
 from .core.gated import WIDTHS, log_open_probability, step_size, to_codes
 from .core.gated_network import LEAST_RANGE, GatedNetwork, fix_gates, survey
 from .core.run import NullRun, Run
-from .core.task import Batches, Task
+from .core.task import First, Task
 
 DATA = "train"
 INPUT_BITS = 8  # of the network's input, and of ranges that are calibrated when the model is stored
@@ -99,13 +100,15 @@ class Config:
         for name in ("gate_lr", "range_lr", "fixed_range_lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: allowed is above 0")
-        if not self.mu >= 0 or self.subset < 0:
-            raise ConfigError(f"mu = {self.mu}, subset = {self.subset}: allowed is 0 or more")
+        if not 0 <= self.mu < math.inf or self.subset < 0:
+            raise ConfigError(f"mu = {self.mu}, subset = {self.subset}: allowed are numbers of 0 or more")
         if not 0 <= self.hold <= 1 or (self.hold < 1 and (self.recipe.schedule != "constant" or self.recipe.warmup)):
             raise ConfigError(f"hold = {self.hold} with schedule {self.recipe.schedule!r}: allowed is 0..1 with "
                               "'constant' and no warmup, or 1")
         if self.bits is not None and not set(self.bits) <= set(FIXED_BITS):
             raise ConfigError(f"bits = {list(self.bits)}: allowed are {', '.join(map(str, FIXED_BITS))}")
+        if len(self.init) != len(WIDTHS) or not all(map(math.isfinite, self.init)):
+            raise ConfigError(f"init = {list(self.init)}: allowed are {len(WIDTHS)} finite numbers")
         if self.learn not in LEARN:
             raise ConfigError(f"learn = {self.learn!r}: allowed are {', '.join(LEARN)}")
         if self.learn != "all" and self.fixed is not None:
@@ -124,7 +127,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     model = task.placed(copy.deepcopy(model)).eval()
     inputs = task.calibration_inputs(config.range_inputs).to(task.device)
     points, wiring = survey(model, inputs, prune=config.prune, residual=config.residual, bits=config.bits)
-    seen = task if config.subset == 0 else replace(task, train=FirstBatches(task.train, config.subset))
+    small = config.subset > 0 and task.train is not None
+    seen = replace(task, train=First(task.train, n=config.subset)) if small else task
 
     network = GatedNetwork(model, points, wiring, config.init, stochastic=config.stochastic,
                            dead_gates=config.dead_gates, frozen_norms=config.fast or config.learn != "all")
@@ -137,7 +141,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     compressed = store_weights(fixed.cpu(), topology)
     others = calibrate(apply(compressed, skeleton), task.calibration_inputs(config.calibration_inputs), INPUT_BITS)
     return replace(compressed, activations=store_activations(fixed, list(compressed.weights), others),
-                   notes=describe(fixed, first.bops))
+                   notes=describe(fixed, compressed, first.bops))
 
 
 # --- training ----------------------------------------------------------------------------------------------
@@ -224,19 +228,6 @@ class Phase(Hooks):
         self.epoch, self.bops = state["epoch"], list(state["bops"])
 
 
-class FirstBatches:
-    """The first `n` batches of a data set, in fixed order and plain: the small set of post-training use."""
-
-    def __init__(self, batches: Batches, n: int):
-        self.batches, self.n = batches, n
-
-    def __len__(self):
-        return min(self.n, len(self.batches))
-
-    def epoch(self, generator):
-        return itertools.islice(self.batches.epoch(None), self.n)
-
-
 # --- what is stored ----------------------------------------------------------------------------------------
 
 
@@ -277,10 +268,12 @@ def store_activations(fixed: GatedNetwork, coded: list[str], others: Mapping[str
     return found
 
 
-def describe(fixed: GatedNetwork, bops: list[float]) -> dict:
-    """Facts for a reader: widths, kept channels, what stayed at 32 bits, relative BOPs after each epoch."""
+def describe(fixed: GatedNetwork, compressed: CompressedModel, bops: list[float]) -> dict:
+    """Facts for a reader: widths, kept channels, layers of zeros, what stayed at 32 bits, relative BOPs by epoch."""
+    decoded = compressed.state_dict()
     weights, activations = ({p.name: p.bits for p in fixed.points if p.weight is kind} for kind in (True, False))
     return {"weight_bits": weights, "activation_bits": activations,
             "kept_channels": {name: int(mask.sum()) for name, mask in fixed.masks.items()},
+            "empty_layers": [name for name in weights if not decoded[f"{name}.weight"].any()],
             "float_weights": [name for name, bits in weights.items() if bits > MAX_BITS],
             "float_activations": [name for name, bits in activations.items() if bits > MAX_BITS], "bops_percent": bops}

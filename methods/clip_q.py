@@ -55,9 +55,9 @@ from .core.budget import Budget
 from .core.build import assemble, check_finite, weight_layers
 from .core.coding import filler_count
 from .core.errors import BudgetError, CompressError, ConfigError
-from .core.finetune import Recipe, train
+from .core.finetune import Recipe, check_trainable, train
 from .core.run import NullRun, Run
-from .core.task import Batches, Task
+from .core.task import First, Task
 
 DATA = "train"
 P_GRID = tuple(i / 100 for i in range(99))  # searched shares of clipped weights
@@ -110,6 +110,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     run = NullRun() if run is None else run
     spaces = open_choices(model, budget, config.search)
     check_finite(model)
+    check_trainable(task)
     model = copy.deepcopy(model)
     if config.search == "uniform":
         theta, trace = {name: choices[0] for name, choices in spaces.items()}, {}
@@ -118,7 +119,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     fine_tune(model, task, theta, config, generator, run.stage("fine-tune"))
     weights = {name: encode(name, layer.weight, theta[name], config.split)
                for name, layer in weight_layers(model).items()}
-    return assemble(model, weights, notes={"theta": {name: t._asdict() for name, t in theta.items()}, "trace": trace})
+    return assemble(model, weights, notes={
+        "theta": {name: t._asdict() for name, t in theta.items()}, "trace": trace,
+        "empty_layers": [name for name, tensor in weights.items() if tensor.kept == 0]})
 
 
 def open_choices(model: nn.Module, budget: Budget, search: str) -> dict[str, list[Theta]]:
@@ -173,7 +176,8 @@ def _sorted(flat: Tensor) -> Tensor:
 
 def clip_counts(negative: int, positive: int, n: int, p: float) -> tuple[int, int]:
     """How many of `negative` and of `positive` weights are clipped; the n - negative - positive zeros are anyway."""
-    down, up, both = (math.floor(p * count * (1 + 1e-12)) for count in (negative, positive, n))  # 0.29 * 100 is 29
+    down, up, both = (min(math.floor(p * count * (1 + 1e-12)), max(count - 1, 0))  # 0.29 * 100 is 29; p < 1
+                      for count in (negative, positive, n))
     if down + up + (n - negative - positive) < both:  # by 1: the two remainders are less than 2
         return (down + 1, up) if p * negative - down > p * positive - up else (down, up + 1)
     return down, up
@@ -182,7 +186,7 @@ def clip_counts(negative: int, positive: int, n: int, p: float) -> tuple[int, in
 def split_intervals(bits: int, below: float, above: float, split: str) -> tuple[int, int]:
     """2^bits - 1 intervals as (negative, positive), for ranges of survivors of these lengths."""
     count = (1 << bits) - 1
-    if below == 0 or above == 0:  # a sign without survivors
+    if not (below > 0 and above > 0 and math.isfinite(below + above)):  # a sign without survivors, or no number
         return (count, 0) if below > 0 else (0, count) if above > 0 else (0, 0)
     down = {"A": 1 << bits - 1, "B": min(max(round(count * below / (below + above)), 1), count - 1)}[split]
     return down, count - down
@@ -231,7 +235,7 @@ def search_theta(model: nn.Module, task: Task, spaces: Mapping[str, list[Theta]]
                  generator: torch.Generator, run: Run) -> tuple[dict[str, Theta], dict[str, list[dict]]]:
     """({layer: theta}, {layer: its evaluations in order}), layer by layer; `model` ends up compressed."""
     task.placed(model)
-    task = replace(task, held_out=First(task.held_out, config.held_out_inputs))
+    task = replace(task, held_out=First(task.held_out, examples=config.held_out_inputs))
     theta, trace, saved = {}, {}, run.load()
     if saved is not None:
         trace = saved["trace"]
@@ -284,21 +288,3 @@ def stored_bits(weight: Tensor, bits: int, index_bits: int) -> int:
     """s_i: bits of a relative index and a code per stored entry, fillers included, and 2^bits float32 values."""
     mask = (weight.detach() != 0).reshape(-1).cpu().numpy()
     return (int(mask.sum()) + filler_count(mask, index_bits)) * (bits + index_bits) + 32 * (1 << bits)
-
-
-class First:
-    """The first `count` examples of `batches`, in fixed order."""
-
-    def __init__(self, batches: Batches, count: int):
-        self.batches, self.count = batches, count
-
-    def __len__(self):
-        return len(self.batches)
-
-    def epoch(self, generator):
-        left = self.count
-        for inputs, targets in self.batches.epoch(generator):
-            yield inputs[:left], targets[:left]
-            left -= len(targets)
-            if left <= 0:
-                break

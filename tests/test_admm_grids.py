@@ -160,4 +160,4 @@ def test_layers_without_a_weight_are_named(tiny):
         model.conv2.weight.zero_().requires_grad_(False)
     for grid, bits, empty in (("clusters", 2, ["conv2"]), ("levels", None, ["conv2"]), ("levels", 2, [])):
         out = compress(model, tiny.task(), Budget(density=0.5, bits=bits), replace(SHORT, grid=grid), seeded())
-        assert out.notes["empty"] == empty, (grid, bits)
+        assert out.notes["empty_layers"] == empty, (grid, bits)

@@ -83,7 +83,7 @@ def test_the_result_is_a_fresh_codebook_of_the_last_weights(tiny, watched):
         assert torch.equal(again.decode(), tensor.decode()) and again.bits == tensor.bits
     trace = out.notes["trace"][0]
     assert len(trace) == 3 and trace[-1]["bits"] == list(out.notes["bits"].values())
-    assert trace[-1]["kept"] == [int((w != 0).sum()) for w in watched[-1][3]] and out.notes["empty"] == []
+    assert trace[-1]["kept"] == [int((w != 0).sum()) for w in watched[-1][3]] and out.notes["empty_layers"] == []
     assert all(0 <= entry["gap"] < 3 for entry in trace)
 
 
@@ -162,12 +162,12 @@ def test_layers_left_empty_are_named_and_still_run(tiny):
         model.conv2.weight.requires_grad_(False)
     config = replace(SHORT, recipe=Recipe(epochs=1, lr=0.05), rho=0.0)
     out = compress(model, tiny.task(), Budget(data_ratio=0.02), config, seeded())
-    assert out.notes["empty"] == ["conv2"] and out.weights["conv2"].kept == 0
+    assert out.notes["empty_layers"] == ["conv2"] and out.weights["conv2"].kept == 0
     assert out.weights["conv2"].bits == 1  # costs nothing, and takes no other bits
     inputs = tiny.Batches(8, 3).inputs
     assert IntegerNetwork(with_ranges(out, tiny.net(), tiny.task()), tiny.net())(inputs).isfinite().all()
     kept = compress(model, tiny.task(), Budget(data_ratio=0.02), replace(config, at_least=5), seeded())
-    assert kept.weights["conv2"].kept == 5 and kept.notes["empty"] == []
+    assert kept.weights["conv2"].kept == 5 and kept.notes["empty_layers"] == []
 
 
 def test_layers_that_only_their_codebook_empties_are_named(tiny):
@@ -176,7 +176,7 @@ def test_layers_that_only_their_codebook_empties_are_named(tiny):
         model.conv2.weight.mul_(1e-6).requires_grad_(False)  # kept, as the budget allows, but 0 for the k-means
     config = replace(SHORT, recipe=Recipe(epochs=1, lr=0.05), rho=0.0)
     out = compress(model, tiny.task(), Budget(data_ratio=1.0), config, seeded())
-    assert out.weights["conv2"].kept == 0 < out.notes["kept"]["conv2"] and out.notes["empty"] == ["conv2"]
+    assert out.weights["conv2"].kept == 0 < out.notes["kept"]["conv2"] and out.notes["empty_layers"] == ["conv2"]
 
 
 @pytest.mark.parametrize("mode", MODES)

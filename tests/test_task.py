@@ -9,7 +9,7 @@ from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
 from methods.core.finetune import Recipe
 from methods.core.storage import to_bytes
-from methods.core.task import Task, top1
+from methods.core.task import First, Task, top1
 
 
 def loader(tiny, n=96, **settings):
@@ -46,6 +46,20 @@ def test_calibration_inputs_in_fixed_order(tiny):
     for empty in (Task(None, task.held_out), Task.from_loader([], [])):
         with pytest.raises(CompressError, match="to calibrate on"):
             empty.calibration_inputs(5)
+
+
+def test_a_small_set_is_the_first_of_a_data_set_and_stays_the_same(tiny):
+    source = tiny.Batches(96, 1)
+    found = list(First(source, n=3).epoch(torch.Generator()))
+    assert len(First(source, n=3)) == 3 and len(First(source, n=9)) == len(First(source)) == 4
+    assert torch.equal(torch.cat([inputs for inputs, _ in found]), source.inputs[:72])
+    for count, batches in ((24, 1), (30, 2), (1000, 4)):
+        inputs, targets = (torch.cat(part) for part in zip(*First(source, examples=count).epoch(None), strict=True))
+        assert len(First(source, examples=count)) == batches
+        assert torch.equal(inputs, source.inputs[:count]) and torch.equal(targets, source.targets[:count])
+    before, small = torch.get_rng_state(), First(Task.from_loader(loader(tiny, shuffle=True), []).train, n=2)
+    once, again = (torch.cat([inputs for inputs, _ in small.epoch(torch.Generator())]) for _ in range(2))
+    assert torch.equal(once, again) and torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_device_may_be_given_by_name(tiny):

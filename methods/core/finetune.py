@@ -114,6 +114,14 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def check_trainable(task: Task) -> None:
+    """ConfigError where there is nothing to train on."""
+    if task.train is None:
+        raise ConfigError("this task holds no training batches; a method with DATA = 'calibration' cannot train")
+    if len(task.train) == 0:
+        raise ConfigError("there is nothing to train on: the training set holds no batch")
+
+
 def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generator, *,
           hooks: Hooks | None = None, run: Run | None = None) -> list[dict[str, float]]:
     """Train `model` in place; returns one {"loss", "train_top1"} per epoch and leaves the model in eval mode.
@@ -122,10 +130,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     """
     hooks = Hooks() if hooks is None else hooks
     run = NullRun() if run is None else run
-    if task.train is None:
-        raise ConfigError("this task holds no training batches; a method with DATA = 'calibration' cannot train")
-    if len(task.train) == 0:
-        raise ConfigError("there is nothing to train on: the training set holds no batch")
+    check_trainable(task)
     task.placed(model)
     optimizers = hooks.optimizers(model, recipe)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]

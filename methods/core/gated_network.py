@@ -67,17 +67,19 @@ def survey(model: nn.Module, inputs: Tensor, *, prune: bool = True, residual: bo
     """
     graph, folded = trace(model), fold_batchnorm(model)[0]
     start = next(iter(graph.nodes))
-    sizes, ranges, macs = {start: inputs[0].numel()}, {}, {}
+    pooled, ranges, macs = {}, {}, {}
 
-    def see(node: Node, _, output: Tensor) -> None:
-        sizes[node.name], ranges[node.name] = output[0].numel(), find_range(output)
+    def see(node: Node, values: tuple[Tensor, ...], output: Tensor) -> None:
+        ranges[node.name] = find_range(output)
+        if node.op == "avgpool":
+            pooled[node.name] = values_per_mean(node, values[0])
         if node.op in ("conv", "linear"):
             macs[node.name] = output[0].numel() * node.module.weight[0].numel()
 
     graph.run(inputs, see)
     if not macs:
         raise CompressError("the network has no convolution and no linear layer to quantize")
-    sources = {edge: source_of(graph, name, sizes) for node in graph
+    sources = {edge: source_of(graph, name, pooled) for node in graph
                for edge, name in zip(node.edges(), node.inputs, strict=False)}
     largest, last, fixed = max(macs.values()), list(macs)[-1], (None, None) if bits is None else bits
     points = []
@@ -102,13 +104,21 @@ def find_range(x: Tensor) -> tuple[float, bool]:
     return max(beta, LEAST_RANGE) if beta > 0 else 1.0, low < 0
 
 
-def source_of(graph: Graph, name: str, sizes: Mapping[str, int]) -> tuple[str, int]:
-    """The node whose values `name` moves or averages, and how many of them one mean takes."""
+def values_per_mean(node: Node, x: Tensor) -> int:
+    """How many values of x [N, C, H, W] an average pool takes for the mean in the middle of its output."""
+    with torch.enable_grad():
+        x = torch.zeros_like(x[:1]).requires_grad_()
+        y = node.run(x)
+        (share,) = torch.autograd.grad(y[..., y.shape[-2] // 2, y.shape[-1] // 2].sum(), x)
+    return round(1 / float(share.max()))
+
+
+def source_of(graph: Graph, name: str, pooled: Mapping[str, int]) -> tuple[str, int]:
+    """The node whose values `name` moves or averages, and how many of them one mean takes; `pooled` for each pool."""
     n = 1
     while graph.nodes[name].op in ("maxpool", "flatten", "identity", "avgpool"):
-        before = graph.nodes[name].inputs[0]
-        n *= math.ceil(sizes[before] / sizes[name]) if graph.nodes[name].op == "avgpool" else 1
-        name = before
+        n *= pooled.get(name, 1)
+        name = graph.nodes[name].inputs[0]
     return name, n
 
 
@@ -134,7 +144,7 @@ class GatedNetwork(nn.Module):
         self.masks = {} if masks is None else dict(masks)
         self.stochastic, self.dead_gates, self.frozen_norms = stochastic, dead_gates, frozen_norms
         self.beta = nn.Parameter(torch.tensor([p.beta for p in points], device=device))
-        self.phi = nn.Parameter(torch.tensor(init, device=device).repeat(len(points), 1))
+        self.phi = nn.Parameter(torch.tensor(init, dtype=torch.float32, device=device).repeat(len(points), 1))
         self.phi2 = nn.Parameter(torch.full((sum(p.channels for p in points),), PHI2, device=device))
         self.at = {(p.weight, p.name): i for i, p in enumerate(points)}
         graph = trace(model)

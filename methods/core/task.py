@@ -4,6 +4,7 @@ No task holds a test set.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -38,6 +39,25 @@ class LoaderBatches:
 
     def epoch(self, generator):
         yield from self.loader
+
+
+class First:
+    """The first `examples` of a data set, or its first `n` batches, plain; read once: no shuffling changes them."""
+
+    def __init__(self, batches: Batches, *, examples: int = sys.maxsize, n: int = sys.maxsize):
+        self.kept: list[Batch] = []
+        with _fixed_order():
+            for inputs, targets in batches.epoch(None):
+                self.kept.append((inputs[:examples], targets[:examples]))
+                examples -= len(targets)
+                if examples <= 0 or len(self.kept) >= n:
+                    break
+
+    def __len__(self):
+        return len(self.kept)
+
+    def epoch(self, generator):
+        yield from self.kept
 
 
 @dataclass(frozen=True)
