@@ -188,7 +188,8 @@ def report(options: Namespace, console: Console) -> None:
             console.print(against_paper.terminal(rows, "beside the paper"))
         console.print(f"report: {write_reports(rows, name, title, options)}", soft_wrap=True)
     if options.all and options.results.resolve() == RESULTS:
-        readme.refresh(ROOT / "README.md", rows_of)
+        trained = [read_provenance(path) for path in sorted((RESULTS / "baselines").glob("*.safetensors"))]
+        readme.refresh(ROOT / "README.md", rows_of | {"shipped": trained})
 
 
 def write_reports(rows: Sequence[dict], name: str, title: str, options: Namespace) -> Path:
