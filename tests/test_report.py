@@ -178,8 +178,8 @@ def test_readme_blocks_are_filled_again_and_again():
     once = readme.filled(text, rows_of)
     assert readme.filled(once, rows_of) == once and "old" not in once
     assert "| a |" in once and "| b | error_float |" in once
-    trained = {"task": "t", "network": "n", "test_top1": 91.239, "held_out_top1": 92.0, "seed": 3, "commit": "0123456789",
-               "setup": {"recipe": {"epochs": 7}}}
+    trained = {"task": "t", "network": "n", "test_top1": 91.239, "held_out_top1": 92.0, "seed": 3,
+               "commit": "0123456789", "setup": {"recipe": {"epochs": 7}}}
     block = readme.filled("<!-- baselines: shipped -->\n<!-- end -->", {"shipped": [trained]})
     assert "\n| t | n | 91.24 | 92.00 | 7 | 3 | 0123456 |\n" in block
     with pytest.raises(CompressError, match="'two'"):
