@@ -38,7 +38,7 @@ class Job:
 
     name          of the row; method, budget, config: what is called
     task, network where it runs;  seed of the method's generator
-    index_bits    relative-index width of paper mode and of the papers' accountings
+    index_bits    relative-index width of paper mode and of the papers' accountings, one or {layer: width}
     float_policy  layers that the integer kernels leave in float (a paper's policy)
     bn_reestimation  training inputs for an extra, labelled score after re-estimating batch norm (0: none)
     setup         overrides of the baseline's batches ({batch_size, augment})
@@ -52,7 +52,7 @@ class Job:
     budget: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    index_bits: int = 5
+    index_bits: int | Mapping[str, int] = 5
     float_policy: tuple[str, ...] = ()
     bn_reestimation: int = 0
     setup: Mapping[str, Any] = field(default_factory=dict)
@@ -120,8 +120,9 @@ def all_tables() -> list[Table]:
 
 def prepare(job: Job) -> tuple[Any, Budget, Any]:
     """The method's module, its budget and its config; ConfigError or BudgetError if the job is not well-formed."""
-    if job.index_bits not in INDEX_BITS:
-        raise ConfigError(f"index_bits = {job.index_bits}: allowed is {INDEX_BITS[0]}..{INDEX_BITS[-1]}")
+    for width in job.index_bits.values() if isinstance(job.index_bits, Mapping) else [job.index_bits]:
+        if width not in INDEX_BITS:
+            raise ConfigError(f"index_bits = {width!r}: allowed is {INDEX_BITS[0]}..{INDEX_BITS[-1]}")
     method = find_method(job.method)
     return method, build(Budget, job.budget, "budget "), build(method.Config, job.config, "config ")
 
@@ -153,9 +154,7 @@ def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float
     """
     method, budget, config = prepare(job)
     network = skeleton(dataset, job.network)
-    unknown = sorted(set(job.float_policy) - set(weight_layers(network)))
-    if unknown:
-        raise ConfigError(f"float_policy names {unknown[0]!r}; {job.network} has: {', '.join(weight_layers(network))}")
+    check_layers(job, list(weight_layers(network)))
     setup = find_setup(dataset.name, job.network)
     setup = build(Setup, merge(plain(setup), job.setup), "setup ")
     task = task_for(method, setup, dataset, job.network, place.device)
@@ -182,6 +181,15 @@ def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float
     append_row(rows_path, row)
     run.forget()
     return row
+
+
+def check_layers(job: Job, layers: list[str]) -> None:
+    """ConfigError where the job names a layer that its network lacks, or leaves one out that needs an index width."""
+    unknown = sorted(set(job.float_policy) - set(layers))
+    if unknown:
+        raise ConfigError(f"float_policy names {unknown[0]!r}; {job.network} has: {', '.join(layers)}")
+    if isinstance(job.index_bits, Mapping) and set(job.index_bits) != set(layers):
+        raise ConfigError(f"index_bits names {', '.join(job.index_bits)}; {job.network} has: {', '.join(layers)}")
 
 
 def finished(rows_path: Path, key: str) -> dict | None:

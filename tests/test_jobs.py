@@ -15,6 +15,7 @@ from benchmarks.rows import read_rows
 from benchmarks.settings import build as build_settings
 from methods import find_method, method_names
 from methods.core.budget import Budget
+from methods.core.build import weight_layers
 from methods.core.errors import BudgetError, ConfigError, GraphError
 from methods.core.finetune import Recipe
 from methods.core.storage import decode, encode
@@ -102,6 +103,7 @@ def test_all_tables_reads_every_file(monkeypatch, tmp_path):
     ({"config": {"scope": 3}}, ConfigError, "config scope = 3: needed is a text"),
     ({"config": {"retrain": {"epochs": 1}}}, ConfigError, "config retrain lacks the keys lr"),
     ({"index_bits": 0}, ConfigError, "index_bits = 0: allowed is 1..16"),
+    ({"index_bits": {"conv1": 3, "fc": 17}}, ConfigError, "index_bits = 17: allowed is 1..16"),
 ])
 def test_mistakes_in_jobs(changes, error, message):
     with pytest.raises(error, match=message):
@@ -225,6 +227,13 @@ def test_a_row_describes_its_file(run, tmp_path):
     assert not list((tmp_path / "runs").rglob("*.pt"))
 
 
+def test_widths_of_the_index_by_layer(run):
+    layers = weight_layers(build("resnet18w2", 10, 1))
+    widths = {name: 2 + i % 4 for i, name in enumerate(layers)}
+    row, _ = run(job(index_bits=widths))
+    assert {name: facts["index_bits"] for name, facts in row["layers"].items()} == widths
+
+
 def test_resume_does_not_repeat_a_finished_job(run, tmp_path):
     first, _ = run(job())
     again, lines = run(job(paper={"error_float": 2.0}, note="other"), resume=True)
@@ -247,6 +256,8 @@ def test_another_baseline_is_another_job(run, tmp_path):
 def test_an_unknown_float_layer_is_refused_before_any_work(run, tmp_path):
     with pytest.raises((ConfigError, GraphError), match="float_policy names 'conv9'; resnet18w2 has: conv1, layer1"):
         run(job(float_policy=("conv9",)))
+    with pytest.raises(ConfigError, match="index_bits names conv1; resnet18w2 has: conv1, layer1"):
+        run(job(index_bits={"conv1": 3}))
     assert not (tmp_path / "models").exists()
 
 
