@@ -145,6 +145,7 @@ class Place:
     device: torch.device
     screen: Screen
     resume: bool = False
+    scores: dict[tuple, dict[str, float]] = field(default_factory=dict)  # of networks measured before: see `measure`
 
 
 def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float, place: Place, rows_file: str) -> dict:
@@ -170,7 +171,8 @@ def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float
     compressed = method.compress(baseline.model, task, budget, config, generator, run=run)
     seconds = run.clock.seconds()
     path = place.results / "models" / rows_file / f"{file_name(job)}.jc"
-    row = store_and_measure(compressed, path, job, network, dataset, setup)
+    scores = place.scores.setdefault((dataset.digest, job.network), {})
+    row = store_and_measure(compressed, path, job, network, dataset, setup, scores)
     row |= {"name": job.name, "method": job.method, "task": job.task, "network": job.network, "seed": job.seed,
             "budget": plain(budget), "config": plain(config), "setup": plain(setup), "note": job.note,
             "paper": plain(job.paper), "notes": plain(compressed.notes), "baseline_top1": baseline_top1,
@@ -199,7 +201,7 @@ def finished(rows_path: Path, key: str) -> dict | None:
 
 
 def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network: nn.Module, dataset: Dataset,
-                      setup: Setup) -> dict:
+                      setup: Setup, scores: dict[str, float]) -> dict:
     """Write the file (with the harness's activation ranges where the method has none), then measure the file."""
     scaling = find(job.network).scaling
     calibration = setup.task(dataset, job.network, torch.device("cpu"))
@@ -208,7 +210,7 @@ def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network
     height, width, channels = dataset.image_shape
     test = test_batches(dataset, batch_size=250, device=torch.device("cpu"), scaling=scaling)
     row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
-                  float_policy=job.float_policy)
+                  float_policy=job.float_policy, scores=scores)
     if job.bn_reestimation:
         model = reestimate_batchnorm(load(path, network), calibration.calibration_inputs(job.bn_reestimation))
         row |= {"bn_reestimation": job.bn_reestimation,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import jobs
+from benchmarks import jobs, measure
 from benchmarks.baselines import Baseline, Setup, find_setup
 from benchmarks.data import open_dataset
 from benchmarks.jobs import CONFIGS, Job, Place, all_tables, file_name, module_lines, prepare, read_table, run_job, slug
@@ -205,11 +205,11 @@ def job(**changes):
 @pytest.fixture
 def run(digits, tmp_path):
     """run(job, resume) -> (row, lines said); with rows and models under tmp_path."""
-    baseline = Baseline(build("resnet18w2", 10, 1).eval(), "digest", "source", {})
+    baseline, scores = Baseline(build("resnet18w2", 10, 1).eval(), "digest", "source", {}), {}
 
     def run(one, resume=False, start=baseline):
         screen = Screen()
-        place = Place(tmp_path, tmp_path / "runs", CPU, screen, resume)
+        place = Place(tmp_path, tmp_path / "runs", CPU, screen, resume, scores)
         return run_job(one, digits, start, 50.0, place, "own"), screen.lines
 
     return run
@@ -225,6 +225,14 @@ def test_a_row_describes_its_file(run, tmp_path):
     assert read_rows(tmp_path / "rows" / "own.jsonl") == [row]
     assert row["config"]["scope"] == "local" and row["budget"]["bits"] == 8
     assert not list((tmp_path / "runs").rglob("*.pt"))
+
+
+def test_the_same_weights_are_scored_once(run, monkeypatch):
+    counted, whole = [], measure.score
+    monkeypatch.setattr(measure, "score", lambda networks, _: counted.append(len(networks)) or whole(networks, _))
+    rows = [run(job(config={"activation_bits": bits}))[0] for bits in (8, 4)]
+    rows.append(run(job(budget={"density": 0.4, "bits": 8}))[0])
+    assert counted == [2, 1, 2] and rows[0]["top1_float"] == rows[1]["top1_float"]
 
 
 def test_widths_of_the_index_by_layer(run):
