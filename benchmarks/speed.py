@@ -52,9 +52,7 @@ class Report:
 
 def measure_speed(network: str, batch: int, rounds: int, threads: int) -> Report:
     """Of a network of the harness; sets the number of threads of this process."""
-    for name, value in (("batch", batch), ("rounds", rounds), ("threads", threads)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value}: at least 1 is needed")
+    check_positive({"batch": batch, "rounds": rounds, "threads": threads})
     torch.set_num_threads(threads)
     channels, size = find(network).channels or CHANNELS, find(network).size or SIZE
     model = build(network, CLASSES, channels).eval()
@@ -70,6 +68,13 @@ def measure_speed(network: str, batch: int, rounds: int, threads: int) -> Report
         wrong += int((windowed(x) != windowed.exact(x)).sum())
         candidates[WINDOWED] = lambda: windowed(x)
     return Report(in_turn(candidates, rounds), batch, fast.backend, fast.slow_nodes, onednn.capability(), wrong)
+
+
+def check_positive(options: dict[str, int]) -> None:
+    """ConfigError naming the first option below 1."""
+    for name, value in options.items():
+        if value < 1:
+            raise ConfigError(f"--{name} {value}: at least 1 is needed")
 
 
 @torch.no_grad()

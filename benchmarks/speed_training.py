@@ -21,7 +21,6 @@ from methods.bayesian_bits import Config as BitsConfig
 from methods.bayesian_bits import Phase
 from methods.clip_q import Theta, attach
 from methods.core.build import weight_layers
-from methods.core.errors import ConfigError
 from methods.core.finetune import Hooks, Recipe, training_step
 from methods.core.gated_network import GatedNetwork, survey
 from methods.core.knapsack import keep_worthiest
@@ -30,7 +29,7 @@ from methods.core.prune import keep_count
 from methods.core.task import Task
 
 from .networks import build, find
-from .speed import CHANNELS, CLASSES, SIZE, Timing, in_turn
+from .speed import CHANNELS, CLASSES, SIZE, Timing, check_positive, in_turn
 
 PLAIN = "plain step"
 DENSITY, BITS, DATA_RATIO = 0.1, 4, 0.0125  # of every method; the time of a step hardly depends on them
@@ -51,9 +50,7 @@ class TrainingReport:
 
 def measure_training(network: str, batch: int, rounds: int, threads: int) -> TrainingReport:
     """Of a network of the harness in bfloat16 autocast and channels_last; sets this process's number of threads."""
-    for name, value in (("train-batch", batch), ("rounds", rounds), ("threads", threads)):
-        if value < 1:
-            raise ConfigError(f"--{name} {value}: at least 1 is needed")
+    check_positive({"train-batch": batch, "rounds": rounds, "threads": threads})
     torch.set_num_threads(threads)
     channels, size = find(network).channels or CHANNELS, find(network).size or SIZE
     model = build(network, CLASSES, channels)

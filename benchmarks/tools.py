@@ -15,7 +15,7 @@ from .kernels.fast import FastNetwork
 from .kernels.verify import verify
 from .measure import measure
 from .networks import find
-from .speed import as_table, measure_speed
+from .speed import as_table, check_positive, measure_speed
 from .speed_training import measure_training, training_table
 
 
@@ -29,6 +29,7 @@ def measure_file(options: Namespace, console: Console) -> None:
 
 
 def verify_file(options: Namespace, console: Console) -> None:
+    check_positive({"inputs": options.inputs})
     dataset, compressed = open_dataset(options.task, options.data_dir), decode(options.file)
     network = FastNetwork(compressed, skeleton(dataset, options.network), tuple(options.float_policy))
     test = test_batches(dataset, batch_size=100, device="cpu", scaling=find(options.network).scaling)

@@ -226,6 +226,8 @@ def test_compress_inspect_measure_decode(run, place, made):
     assert code == 0 and f'"top1_integer": {row["top1_integer"]}' in out
     code, out, _ = run(f"verify {words} --task digits --network resnet18w2 --inputs 20 --reference 3")
     assert code == 0 and '"inputs": 20' in out and '"wrong": 0' in out and '"reference_wrong": 0' in out
+    code, _, err = run(f"verify {words} --task digits --network resnet18w2 --inputs 0")
+    assert code == 1 and "--inputs 0: at least 1 is needed" in err
     code, out, _ = run(f"decode {words} {{here}}/out.safetensors")
     assert code == 0 and str(place / "out.safetensors") in out.replace("\n", "")
     state = safetensors.torch.load_file(place / "out.safetensors")
