@@ -85,15 +85,16 @@ class Config:
     def __post_init__(self):
         if self.mode not in MODES:
             raise ConfigError(f"mode = {self.mode!r}: allowed are {', '.join(MODES)}")
-        if not 1 <= self.least_bits <= self.start_bits <= self.most_bits <= 16:
-            raise ConfigError(f"bits {self.least_bits} <= {self.start_bits} <= {self.most_bits}: needed is 1 <= "
-                              "least_bits <= start_bits <= most_bits <= 16")
-        epochs = 0 if self.bits_epochs is None else self.bits_epochs
-        if not 0 <= self.rho < float("inf") or min(self.at_least, epochs) < 0:
+        widths = (self.least_bits, self.start_bits, self.most_bits)
+        if not 1 <= widths[0] <= widths[1] <= widths[2] <= 16:
+            raise ConfigError(f"least_bits, start_bits, most_bits = {widths}: allowed are 1 to 16 in rising order")
+        if not 0 <= self.rho < math.inf or min(self.at_least, 0 if self.bits_epochs is None else self.bits_epochs) < 0:
             raise ConfigError(f"rho = {self.rho}, at_least = {self.at_least}, bits_epochs = {self.bits_epochs}: "
                               "allowed are numbers of 0 or more")
         if not self.stages or self.stages[-1] != 1 or sorted(self.stages, reverse=True) != list(self.stages):
             raise ConfigError(f"stages = {self.stages}: needed are falling multiples of the budget that end with 1")
+        if self.mode == "prune" and self.finetune is not None:
+            raise ConfigError("finetune trains codebooks: allowed is None with mode 'prune', which has none")
         if self.recipe.ema:
             raise ConfigError(f"recipe.ema = {self.recipe.ema}: an average of projected weights breaks the budget")
 

@@ -247,7 +247,8 @@ def test_a_last_step_that_breaks_the_weights_is_reported(tiny):
 
 @pytest.mark.parametrize("fields", [{"mode": "both"}, {"start_bits": 9}, {"least_bits": 0}, {"rho": -1.0},
                                     {"stages": ()}, {"stages": (1.0, 2.0, 1.0)}, {"at_least": -1}, {"bits_epochs": -1},
-                                    {"recipe": Recipe(epochs=1, lr=0.1, ema=0.9)}])
+                                    {"recipe": Recipe(epochs=1, lr=0.1, ema=0.9)},
+                                    {"mode": "prune", "finetune": Recipe(epochs=1, lr=0.1)}])
 def test_configs_are_refused_in_one_line(fields):
     with pytest.raises(ConfigError) as caught:
         Config(**fields)
