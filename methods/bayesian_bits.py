@@ -211,7 +211,7 @@ class Phase(Hooks):
         held = int(hold * epochs)
         if not self.second and hold < 1 and self.epoch >= held:
             for group in itertools.chain(*(optimizer.param_groups for optimizer in self.weights)):
-                group["lr"] = lr * (epochs - self.epoch) / (epochs - held)
+                group["lr"] *= (epochs - self.epoch) / (epochs - held)
 
     @torch.no_grad()
     def after_step(self, model, lr):

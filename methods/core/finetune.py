@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConfigError, TrainingDiverged
+from .muon import with_muon
 from .run import NullRun, Run
 from .task import Batch, Task
 
@@ -42,9 +43,10 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
     "cosine": _cosine,
     "step": _step,
 }
-OPTIMIZERS: dict[str, Callable] = {
-    "sgd": lambda groups, r: torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum, nesterov=r.momentum > 0),
-    "adam": lambda groups, r: torch.optim.Adam(groups, lr=r.lr),
+OPTIMIZERS: dict[str, Callable[[list[dict], "Recipe"], list[torch.optim.Optimizer]]] = {
+    "sgd": lambda groups, r: [torch.optim.SGD(groups, lr=r.lr, momentum=r.momentum, nesterov=r.momentum > 0)],
+    "adam": lambda groups, r: [torch.optim.Adam(groups, lr=r.lr)],
+    "muon": lambda groups, r: with_muon(groups, r.lr, r.momentum),
 }
 
 
@@ -52,6 +54,7 @@ OPTIMIZERS: dict[str, Callable] = {
 class Recipe:
     """How to train. Weight decay acts on tensors of two or more dimensions (not on biases or batch norm).
 
+    optimizer "muon" is Muon for convolutions and SGD for the rest (core/muon.py); lr is SGD's.
     lr is the peak of the schedule; warmup is the fraction of all steps that rises to it; ema is the decay of
     an exponential moving average of parameters and statistics that replaces them at the end (0 = off).
     """
@@ -81,7 +84,7 @@ class Hooks:
 
     def optimizers(self, model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
         """The optimizers; the schedule scales the learning rate of every group."""
-        return [OPTIMIZERS[recipe.optimizer](decay_groups(model, recipe.weight_decay), recipe)]
+        return OPTIMIZERS[recipe.optimizer](decay_groups(model, recipe.weight_decay), recipe)
 
     def loss(self, model: nn.Module, loss: Tensor) -> Tensor:
         """The loss to differentiate, given the task's."""
