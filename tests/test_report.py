@@ -292,7 +292,7 @@ def test_scores():
             row("near", paper={"cost": {"macs": 3}, "top1_integer": 90.05}),
             row("other", paper={"accounting.ratios.data_only": 5}, note="a|b", top1_float_bn_reestimated=91.128)]
     assert scores.verdict(rows[0]) == (90.24, 0.01, "the same")
-    assert scores.verdict(rows[1]) == (9.0, -0.75, "not reached")
+    assert scores.verdict(rows[1]) == (91.0, -0.75, "not reached")
     assert scores.verdict(rows[2]) == (90.05, -0.05, "reached")
     assert scores.verdict(rows[3]) is None
     lines = scores.markdown(rows).splitlines()

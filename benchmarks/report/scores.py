@@ -12,12 +12,12 @@ ACCURACIES = {"top1_float": 1, "top1_integer": 1, "error_float": -1, "error_inte
 
 
 def verdict(row: Row) -> tuple[float, float, str] | None:
-    """(printed, ours minus printed in the direction of better, verdict) of the first accuracy that the paper prints."""
+    """(printed top-1, ours minus printed, verdict) of the first accuracy that the paper prints, or error: 100 - it."""
     for metric, paper, ours in compared(row):
         if metric in ACCURACIES and ours is not None:
             gain = round(ACCURACIES[metric] * (ours - paper), 6)
             text = "the same" if abs(gain) <= SAME else "reached" if gain >= -REACHED else "not reached"
-            return paper, gain, text
+            return paper if ACCURACIES[metric] > 0 else 100 - paper, gain, text
     return None
 
 
