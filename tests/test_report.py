@@ -298,6 +298,8 @@ def test_scores():
     lines = scores.markdown(rows).splitlines()
     assert lines[0].count("|") == lines[1].count("|") == 10 and r"a\|b" in lines[5] and "91.13" in lines[5]
     assert lines[2] == "| same | 90.24 | 90.25 | 90.00 | +0.01 | the same |  | 1 KB |  |"
+    twice = scores.markdown([row("x"), {**row("x"), "network": "other"}])
+    assert "| x, other, seed" in twice and "| x |" not in twice
     bare = scores.markdown([row("x")]).splitlines()
     assert bare == ["| row | top-1 float | top-1 integer | file |", "| --- | ---: | ---: | ---: |",
                     "| x | 90.25 | 90.00 | 1 KB |"]

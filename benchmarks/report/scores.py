@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .against_paper import compared
-from .table import in_markdown, short_bytes
+from .table import in_markdown, short_bytes, told_apart
 
 Row = Mapping[str, Any]
 SAME, REACHED = 0.02, 0.1  # points of top-1: the printed number again; as good as the printed one
@@ -31,7 +31,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "verdict": lambda r: _of(verdict(r), lambda v: v[2]),
         "float, batch norm re-estimated": lambda r: _of(r.get("top1_float_bn_reestimated"), "{:.2f}".format),
         "file": lambda r: short_bytes(r["bytes"]), "note": lambda r: r.get("note", "")}
-    lines = [[show(row) for show in columns.values()] for row in rows]
+    lines = [[show(row) for show in columns.values()] for row in told_apart(rows)]
     used = [i for i in range(len(columns)) if any(line[i] for line in lines)]
     heads = [head for i, head in enumerate(columns) if i in used]
     text = ("row", "verdict", "note")

@@ -71,18 +71,22 @@ def latest(rows: Sequence[Row]) -> list[Row]:
     return list({(row["task"], row["network"], row["name"], row["seed"]): row for row in rows}.values())
 
 
-def listed(rows: Sequence[Row]) -> list[Row]:
-    """`rows` under the baseline they start from; names that occur more than once say network and seed."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["task"], row["network"], row["checkpoint"]["digest"]), []).append(row)
+def told_apart(rows: Sequence[Row]) -> list[Row]:
+    """`rows`, where names that occur more than once say network and seed."""
     names = [row["name"] for row in rows]
+    return [row if names.count(row["name"]) == 1 else
+            {**row, "name": f"{row['name']}, {row['network']}, seed {row['seed']}"} for row in rows]
+
+
+def listed(rows: Sequence[Row]) -> list[Row]:
+    """`rows`, told apart, under the baseline they start from."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in told_apart(rows):
+        groups.setdefault((row["task"], row["network"], row["checkpoint"]["digest"]), []).append(row)
     out: list[Row] = []
     for (_, network, _), group in groups.items():
         base = baseline_row(group[0])
-        out.append(base if len(groups) == 1 else {**base, "name": f"{base['name']}, {network}"})
-        out += [row if names.count(row["name"]) == 1 else
-                {**row, "name": f"{row['name']}, {network}, seed {row['seed']}"} for row in group]
+        out += [base if len(groups) == 1 else {**base, "name": f"{base['name']}, {network}"}, *group]
     return out
 
 
