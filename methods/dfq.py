@@ -194,7 +194,7 @@ def absorb_biases(model: nn.Module, pairs: list[Pair], outputs: dict[str, Normal
 
 
 def distributions(graph: Graph, outputs: Mapping[str, Normal], weights: Mapping[str, Tensor]) -> dict[str, Normal]:
-    """{node: what its output is taken for}, from the batch norms that were folded."""
+    """{node: what its output is taken for}, from its batch norms, folded or not."""
     seen: dict[str, Normal] = {}
     for node in graph:
         inputs = [seen[name] for name in node.inputs]
@@ -203,12 +203,21 @@ def distributions(graph: Graph, outputs: Mapping[str, Normal], weights: Mapping[
         elif node.op in ("conv", "linear"):
             seen[node.name] = outputs[node.name] if node.name in outputs else propagated(node, inputs[0], weights)
         elif node.op == "add":
-            means, variances = zip(*(normal.moments() for normal in inputs), strict=True)
-            seen[node.name] = Normal(sum(means), sum(variances).sqrt())
+            seen[node.name] = summed([normal.moments() for normal in inputs])
+        elif node.op == "bn":
+            seen[node.name] = read_normal(node.module)
         else:
             rectified = inputs[0].rectified or node.op == "relu"
             seen[node.name] = Normal(inputs[0].mean, inputs[0].std, rectified)
     return seen
+
+
+def summed(moments: list[tuple[Tensor, Tensor]]) -> Normal:
+    """A sum of independent values; one with a moment per channel counts alike in all columns after a flatten."""
+    width = max(len(mean) for mean, _ in moments)
+    mean, variance = (sum(part.repeat_interleave(width // len(part)) for part in parts)
+                      for parts in zip(*moments, strict=True))
+    return Normal(mean, variance.sqrt())
 
 
 def propagated(node: Node, inputs: Normal, weights: Mapping[str, Tensor]) -> Normal:

@@ -23,7 +23,8 @@ Departures
     mu_j) + beta_j; here the distance of biases is divided by |scale|, there by the signed scale.
   * A stand-in with an infinite scale or bias (a zero filter, gamma = 0) is never chosen; where there is no other, or
     all distances of biases are equal, the code divides by 0.
-  * Filters are those of the original network, also where l has itself lost inputs, as in the authors' code.
+  * Filters are those of the original network, also where l has itself lost inputs, as in the authors' code; so are
+    their criteria, which without batch norm see the bias too.
   * threshold and lam are those of the authors' scripts for VGG-16 and ResNet-56 (LeNet-300-100: threshold 0.45).
     threshold = 0 merges every channel, as there.
   * target = "conv" prunes convolutions that one layer reads, "linear" fully connected layers (LeNet-300-100). Kept
@@ -105,7 +106,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     for pair in pairs:
         n = len(filters[pair])
         channels[pair.first] = count_channels(pair.first, n, densities[pair.first], ROUNDED[config.target])
-        kept = keep_channels(small.get_submodule(pair.first).weight, channels[pair.first], config.criterion)
+        kept = keep_channels(filters[pair], channels[pair.first], config.criterion)
         if len(kept) == n:
             continue
         z = identity_on(kept, n)

@@ -225,7 +225,7 @@ def pass_over(model: nn.Module, graph: Graph, inputs: Tensor, training: bool, ru
         raise CompressError("batch norm cannot be recalibrated on one input: allowed are more, or recalibrations = 0")
     for norm in norms:
         norm.train(training)
-    batches = inputs.chunk(math.ceil(len(inputs) / BATCH))  # of nearly equal size: none is a single image
+    batches = inputs.tensor_split(math.ceil(len(inputs) / BATCH))  # sizes differ by 1 at most: none is a single image
     for step, batch in enumerate(batches, 1):
         graph.run(batch)
         run.report(step, len(batches))

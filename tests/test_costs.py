@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks import networks
 from benchmarks.cost import layer_costs
 from benchmarks.costs import hardware_costs
+from benchmarks.costs.energy import Load, energy_ratios
 from benchmarks.kernels.network import IntegerNetwork
 from methods.core.artifact import ActivationQuantizer, Affine, Codebook, CompressedTensor, Topology, Window
 from methods.core.build import assemble, weight_layers
@@ -99,6 +100,31 @@ def test_removed_channels():
     assert rows["0"]["cycles"] == 5 * 1 * (4 + 2 + 4 - 2)  # K = 9, N = 2
     assert rows["0"]["traffic_bits"] == {"weights": 18 * 4, "reads": 8 * 16, "writes": 8 * 8}
     assert total["traffic_bits_float32"] == 32 * (36 + 48 + 16 + 2 * 16 + 3)
+
+
+def test_loads_of_the_three_machines_by_hand():
+    """Two layers with half their weights, from a network twice as wide; windows of 4 bits at the second."""
+    def net(filters):
+        return nn.Sequential(nn.Conv2d(1, filters, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * filters, 3))
+
+    weights = {name: CompressedTensor.of(torch.ones(m.weight.shape, dtype=torch.int32), GRID, 5,
+                                         torch.arange(m.weight.numel()).reshape(m.weight.shape) % 2 == 0)
+               for name, m in weight_layers(net(2)).items()}
+    compressed = assemble(net(2), weights, topology=Topology(widths={"0": (2, 1), "3": (3, 8)}),
+                          activations={"0": EIGHT, "3": EIGHT}, windows={"3": Window(4, (0, 1, 2, 3, 4))})
+    x = torch.rand(6, 1, 4, 4)
+    costs = hardware_costs(compressed, net(4), (1, 4, 4), IntegerNetwork(compressed, net(4)), x)
+    rows, total = costs["layers"], costs["total"]
+    small = {name: row["format_bits"][row["format"]] for name, row in rows.items()}
+    float32 = {"0": Load(4 * 36, 32, 32, 32 * 36, 32 * 16, 32 * 16), "3": Load(48, 32, 32, 32 * 48, 32 * 16, 32 * 3)}
+    done = {"energy_ratio": {"0": 72, "3": 24}, "energy_ratio_sparse": {"0": 36, "3": 12},
+            "energy_ratio_skipping": {name: row["effective"]["both"] / 6 for name, row in rows.items()}}
+    assert 0 < done["energy_ratio_skipping"]["3"] <= 12
+    for machine, macs in done.items():
+        bits = {"0": 18 * 5, "3": 24 * 5} if machine == "energy_ratio" else small
+        loads = {"0": Load(macs["0"], 5, 8, bits["0"], 16 * 8, 8 * 8),
+                 "3": Load(macs["3"], 5, 4, bits["3"], 8 * 8, 3 * 32)}
+        assert total[machine] == pytest.approx(energy_ratios(loads, float32)["total"], rel=1e-12)
 
 
 def test_stored_energy_of_resnet18():

@@ -187,6 +187,43 @@ def test_sums_and_layers_without_norm_against_samples():
         assert torch.allclose(seen[name].std, sample.std(0), rtol=0.02)
 
 
+def test_batch_norm_that_cannot_be_folded_is_a_normal():
+    """conv -> ReLU -> BN -> pool -> conv: the second conv reads N(beta, gamma^2), cut off nowhere."""
+    model = filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.BatchNorm2d(6), nn.MaxPool2d(2), nn.Conv2d(6, 4, 1)))
+    small = compress(model, Config(equalize=False, absorb=False), bits=8)
+    read = small.activations["4"]
+    low, high = read.decode(torch.tensor([float(code) for code in read.code_range])).tolist()
+    beta, gamma = model[2].bias.detach(), model[2].weight.detach().abs()
+    assert low == pytest.approx(float((beta - 6 * gamma).min()), abs=2 * read.scale)
+    assert high == pytest.approx(float((beta + 6 * gamma).max()), abs=2 * read.scale)
+    shift = (model[4].weight.detach() - small.weights["4"].decode())[:, :, 0, 0] @ beta
+    assert torch.allclose(small.rest["4.bias"], model[4].bias.detach() + shift, atol=1e-5)
+
+
+def test_a_pool_after_a_relu_reads_nothing_negative():
+    model = filled(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 4, 1)))
+    assert compress(model, bits=8).activations["4"].zero == 0
+
+
+def test_a_sum_of_flattened_values():
+    """[C] moments of channels beside [C H W] ones of a linear layer."""
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Linear(16, 16)
+
+        def forward(self, x):
+            y = torch.flatten(torch.relu(self.bn(self.conv(x))), 1)
+            return y + self.fc(y)
+
+    graph = trace(filled(Block()))
+    normal = Normal(torch.arange(4.0).double(), torch.ones(4).double())
+    seen = dfq.distributions(graph, {"conv": normal}, {"fc": torch.zeros(16, 16).double()})
+    folded = Normal(graph.nodes["bn"].module.bias.double(), graph.nodes["bn"].module.weight.double().abs(), True)
+    assert torch.allclose(seen["add"].mean, folded.moments()[0].repeat_interleave(4) + seen["fc"].mean)
+    assert torch.allclose(seen["add"].std, folded.moments()[1].repeat_interleave(4).sqrt())
+
+
 def test_flattened_channels_own_their_columns():
     model = chain()
     folded, topology = fold_batchnorm(model)
@@ -213,6 +250,17 @@ def test_wide_codes_keep_the_function():
     x = torch.randn(4, 3, 8, 8)
     with torch.no_grad():
         assert torch.allclose(small(x), model(x), rtol=1e-3, atol=1e-3 * float(model(x).abs().max()))
+
+
+def test_absorption_is_part_of_the_method():
+    """The first bias moves by the mean less 3 deviations of its batch norm, the second takes what that leaves out."""
+    model = filled(nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1)))
+    model[1].bias.data, model[1].weight.data = torch.linspace(1, 6, 6), torch.full((6,), 0.5)
+    with_, without = (compress(model, Config(equalize=False, absorb=absorb, correct=False), bits=16).rest
+                      for absorb in (True, False))
+    c = torch.tensor([0.0, 0.5, 1.5, 2.5, 3.5, 4.5])
+    assert torch.allclose(without["0.bias"] - with_["0.bias"], c, atol=1e-5)
+    assert torch.allclose(with_["3.bias"] - without["3.bias"], model[3].weight.detach()[:, :, 0, 0] @ c, atol=1e-5)
 
 
 def test_equalization_helps_where_channels_differ():

@@ -96,6 +96,12 @@ def test_a_name_is_never_used_twice():
     assert graph.nodes["x"].module is twins.x and graph.nodes["relu_1"].module is twins.relu_1
 
 
+def summed_into_its_input(a, b, x):
+    y = z = a(x)
+    z += x
+    return b(y) + z
+
+
 def conv():
     return nn.Conv2d(3, 3, 1)
 
@@ -118,6 +124,10 @@ REFUSED = {
     "in place": (lambda m, x: m.r(m.a(x)), {"a": conv(), "r": Made(lambda m, y: m.r(y) + y, r=nn.ReLU(True))},
                  "'r.r' changes a tensor in place that 'add' reads later"),
     "in place function": (lambda m, x: F.relu(x, True) + x, {}, "'relu' changes"),
+    "in place under another name": (lambda m, x: m.r(m.d(x)) + x, {"r": nn.ReLU(True), "d": nn.Dropout()},
+                                    "'r' changes a tensor in place that 'add' reads later"),
+    "in place sum": (lambda m, x: summed_into_its_input(m.a, m.b, x), {"a": conv(), "b": conv()},
+                     "'add' changes a tensor in place that 'b' reads later: .* x = x [+] y"),
     "statistics": (lambda m, x: m.bn(x), {"bn": nn.BatchNorm2d(3, track_running_stats=False)}, "running statistics"),
 }
 

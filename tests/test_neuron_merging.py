@@ -53,7 +53,7 @@ def by_loops(model, kept, removed, config):
                 scale = s * gamma[j] / gamma[i] * si / sj
                 bias = gamma[j] / sj * (s * (mu[i] - si * beta[i] / gamma[i]) - mu[j]) + beta[j]
             scales.append(scale)
-            biases.append(abs(bias) / scale)
+            biases.append(abs(bias) / (scale if config.mode == "official" else abs(scale)))
         low, high = min(biases), max(biases)
         score = [config.lam * (1 - c) + (1 - config.lam) * (b - low) / (high - low)
                  for c, b in zip(cosines, biases, strict=True)]
@@ -68,6 +68,8 @@ def by_loops(model, kept, removed, config):
 def test_scaling_matrix(mode, lam, threshold):
     for seed in range(5):
         model, config = net(seed=seed, channels=12), Config(mode=mode, lam=lam, threshold=threshold)
+        if seed > 2:  # scales of both signs
+            model[1].weight.data[::3] *= -1
         pair = find_pairs(model)[0]
         kept, removed = [0, 2, 3, 7, 8, 11], [1, 4, 5, 6, 9, 10]
         ours = stand_ins(read_weights(model, pair), read_norms(model[1], mode), torch.tensor(kept),
@@ -107,6 +109,23 @@ def test_twice_a_filter_without_norm_is_exact(target):
         small = apply(compress(model, Config(target=target, criterion="l2"), 7 / 8), model)
         assert len(small[0].weight) == 7
         assert torch.allclose(small(x), model(x), atol=1e-5)
+
+
+def test_along_a_chain_filters_are_those_of_the_original_network():
+    """Merging leaves a thousandth of the first filter of layer 2, which is its longest; without norm biases count."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    first, second, last = model[0], model[2], model[4]
+    with torch.no_grad():
+        first.weight[1], first.bias[1] = first.weight[0] / 1000, first.bias[0] / 1000
+        second.weight.copy_(torch.tensor([[0.0, 10, 0, 0], [2, 0, 0, 0], [0, 0, 0, 3]]))
+        second.bias.zero_()
+        for config in (Config(target="linear", criterion="l2"), Config(target="linear", merge=False)):
+            small = compress(model, config, {"0": 0.75, "2": 2 / 3})
+            assert torch.equal(small.rest["4.weight"], last.weight[:, [0, 2]])
+        second.weight.copy_(torch.tensor([[1.0, 0, 0, 0], [2, 0, 0, 0], [3, 0, 0, 0]]))
+        second.bias.copy_(torch.tensor([9.0, 0, 0]))
+        small = compress(model, Config(target="linear", merge=False), {"0": 0.75, "2": 2 / 3})
+        assert torch.equal(small.rest["4.weight"], last.weight[:, [0, 2]])
 
 
 def test_above_every_cosine_merging_is_pruning_bit_for_bit():

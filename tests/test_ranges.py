@@ -50,6 +50,7 @@ def test_squared_error_follows_outliers_and_divergence_clips_them():
     assert 3.7 < seen("kl", [normal()])[1] < 4.75  # 4.27 of another sample
     assert seen("kl", [normal(outliers=True)])[1] < 6
     assert seen("mse", [normal(outliers=True)])[1] > 20
+    assert seen("kl", [normal().clamp_min(0)])[1] > 3.7  # half of it exactly 0, as after a ReLU
 
 
 def test_squared_error_is_the_least_by_exhaustive_search():

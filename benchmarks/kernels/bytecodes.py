@@ -107,6 +107,14 @@ def summed(kernel: Int8Layer, x: Tensor, other: Tensor, source: ActivationQuanti
     return out
 
 
+def summed_at_once(kernel: Int8Layer, x: Tensor, other: Tensor, source: ActivationQuantizer, factor: float,
+                   form: ActivationQuantizer) -> Tensor:
+    """The same where one of the two is broadcast."""
+    low, high = form.code_range
+    y = kernel(x, torch.float32) + (other.float() + source.code_range[0]) * factor
+    return to_bytes(form, y.round_().clamp_(low, high))
+
+
 def digits_of(integers: Tensor) -> list[tuple[int, Tensor]]:
     """[(factor, digits)] with integers = sum of factor * digits, digits of 8 bits whose sums are exact in float32.
 

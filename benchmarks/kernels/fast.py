@@ -23,6 +23,7 @@ from .bytecodes import (
     on_bytes,
     rounded,
     summed,
+    summed_at_once,
     to_bytes,
     to_float,
     top_byte,
@@ -120,7 +121,8 @@ class FastNetwork:
         pending = [edge for edge in node.edges() if edge in self.exact.pending]
         forms = [self.exact._form(edge) for edge in node.edges() if edge not in pending] + self.exact.wanted[node.name]
         layer = self.layers[self.exact.pending[pending[0]]] if len(pending) == 1 else None
-        fits = layer is not None and len(forms) == 2 and all(is_narrow(form) for form in forms)
+        alone = layer is not None and self.exact.wanted[layer.node.name] == [ACCUMULATORS]
+        fits = alone and len(forms) == 2 and all(is_narrow(form) for form in forms)
         return layer.node.name if fits and layer.weight.width == 8 and self._taken(layer) else ""
 
     def _taken(self, layer: IntegerLayer) -> bool:
@@ -185,6 +187,8 @@ class FastNetwork:
 
         def step(inputs: list[FastForms]) -> FastForms:
             codes, other = inputs[ours][ACCUMULATORS].codes, inputs[1 - ours][source]
+            if kernel.output_shape(codes) != other.shape:
+                return {target: summed_at_once(kernel, codes, other, source, factor, target)}
             if fused:
                 y = kernel.add_to(other if last else other.clone(), codes, factor)
                 return {target: y.clamp_max_(top) if top < 255 else y}
@@ -240,7 +244,7 @@ def _all_bytes(forms: Forms) -> FastForms:
 def _read(layer: IntegerLayer, forms: FastForms) -> Tensor:
     """The bytes that a layer multiplies: after its window, which is taken once for all readers of a value."""
     if layer.window is None:
-        return forms[layer.source]
+        return layer.read(forms[layer.source])
     key = (layer.source, layer.window)
     if key not in forms:
         forms[key] = in_memory_order(layer.read(forms[layer.source]))

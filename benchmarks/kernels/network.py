@@ -13,7 +13,7 @@ A conv or linear has one term, its accumulators, with gain scale_in * scale_w * 
 norm that follows costs nothing. An add has two: codes of its inputs on their own scales, or, for the edge that
 `Graph.accumulator_edges` names, the accumulators of the conv before it, which are never rounded to codes. ReLU,
 max pool and flatten act on codes. What has no codes (a layer excluded by the method or by the caller's policy)
-runs in float and is listed in `float_nodes`.
+runs in float and is listed in `float_nodes`, as is a batch norm that follows no conv or linear of its own.
 """
 
 from collections.abc import Callable
@@ -75,6 +75,9 @@ class IntegerLayer:
 
     def read(self, codes: Tensor) -> Tensor:
         """The codes after a window, where that is a function of the codes alone."""
+        if codes.ndim != self.weight.integers.ndim:
+            raise GraphError(f"{self.node.name} reads inputs of {codes.ndim} dimensions: the integer kernels take "
+                             f"{self.weight.integers.ndim} there")
         return windowed_codes(codes, self.window) if self._elementwise() else codes
 
     def _elementwise(self) -> bool:
@@ -110,7 +113,8 @@ class IntegerNetwork:
         self.layers = {node.name: self._layer(node, compressed) for node in self.graph
                        if node.name in compressed.weights and node.name not in float_policy}
         self.pending = self._pending()
-        self.float_nodes = [node.name for node in self.graph if node.op in EDGE_OPS and not self._is_integer(node)]
+        self.float_nodes = [node.name for node in self.graph if node.op == "bn" and node.name not in self.fused
+                            or node.op in EDGE_OPS and not self._is_integer(node)]
         self.wanted = {node.name: self._wanted(node.name) for node in self.graph}
         self.see: Callable[[IntegerLayer, Tensor, Tensor], None] | None = None  # (layer, codes in, accumulators)
 
@@ -183,8 +187,8 @@ class IntegerNetwork:
         if node.name in self.fused:
             return inputs[0]
         if node.op in CODE_OPS:
-            return {form: _on_codes(node, form, value) for form, value in inputs[0].items()}
-        if node.name in self.float_nodes or node.op not in EDGE_OPS:
+            return {form: _on_codes(node, form, inputs[0][form]) for form in self.wanted[node.name]}
+        if node.name in self.float_nodes:
             return self._from_real(node, self._float(node, inputs))
         terms = {"conv": self._multiplied, "linear": self._multiplied, "add": self._added, "avgpool": self._averaged}
         return self._from_terms(node, terms[node.op](node, inputs))
@@ -253,7 +257,7 @@ class IntegerNetwork:
 
 
 def _window(node: Node, before: torch.Size, after: torch.Size) -> int:
-    """Inputs of one window of an average pool; of a function, whose windows are not known, if they do not overlap."""
+    """Inputs of one window of an average pool; of an adaptive one, if its windows are alike."""
     pool = node.module
     if isinstance(pool, nn.AvgPool2d):
         sides = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2

@@ -34,6 +34,7 @@ class Int8Layer:
 
     def __init__(self, module: nn.Module, integers: Tensor, zero: int, factor: Tensor, offset: Tensor):
         self.zero, self.offset = zero, offset.contiguous()
+        self.channels, self.kernel = len(integers), integers.shape[2:]
         self.factor, self.no_zeros = factor.contiguous(), torch.zeros(len(factor), dtype=torch.int32)
         weight = integers.to(torch.int8).contiguous()
         self.geometry = None if isinstance(module, nn.Linear) else _geometry(module)
@@ -48,6 +49,15 @@ class Int8Layer:
         if self.geometry is None:
             return torch.ops.onednn.qlinear_pointwise(*given, self.offset, 1.0, 0, dtype, "none", [], "")
         return torch.ops.onednn.qconv2d_pointwise(*given, self.offset, *self.geometry, 1.0, 0, dtype, "none", [], "")
+
+    def output_shape(self, x: Tensor) -> tuple[int, ...]:
+        """[N, C_out, H, W] for pictures, else [N, C_out]."""
+        if self.geometry is None:
+            return (*x.shape[:-1], self.channels)
+        stride, padding, dilation, _ = self.geometry
+        sides = [(x.shape[2 + i] + 2 * padding[i] - dilation[i] * (self.kernel[i] - 1) - 1) // stride[i] + 1
+                 for i in range(2)]
+        return (len(x), self.channels, *sides)
 
     def add_to(self, codes: Tensor, x: Tensor, factor: float) -> Tensor:
         """uint8 of self(x) + codes * factor, conv only; exact if `exact_product(factor)`; `codes` are overwritten."""

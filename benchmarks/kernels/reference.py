@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from methods.core.artifact import ActivationQuantizer
 from methods.core.errors import GraphError
 from methods.core.graph import Node
-from methods.core.windows import windowed_sum
 
 from .accumulate import accumulate_int64
 from .network import FACTOR_BITS, IntegerLayer, IntegerNetwork
+from .reference_windows import windowed_sums
 
 
 class ReferenceRun:
     """`codes(name, quantizer)` and `real(name)` of every value of an integer network on one batch.
 
-    Without layers that run in float, and with adaptive average pools to one pixel only.
+    Without layers that run in float; GraphError at an average pool that pads, or adapts to more than one pixel.
     """
 
     def __init__(self, network: IntegerNetwork, x: Tensor):
@@ -80,8 +80,8 @@ class ReferenceRun:
             return [(self._sums(layer), layer.gain.numpy())], layer.shift.numpy()
         if node.op == "avgpool":
             quantizer = self.network.ranges[node.name]
-            inner = self.codes(node.inputs[0], quantizer) - quantizer.zero
-            return [(inner.sum((2, 3), keepdims=True), quantizer.scale / (inner.shape[2] * inner.shape[3]))], 0.0
+            totals, area = _window_sums(node, self.codes(node.inputs[0], quantizer) - quantizer.zero)
+            return [(totals, quantizer.scale / area)], 0.0
         terms, shift = [], 0.0
         for edge, name in sorted(zip(node.edges(), node.inputs, strict=True), key=lambda side: not self._pending(side)):
             if self._pending((edge, name)):
@@ -96,12 +96,26 @@ class ReferenceRun:
         return side[0] in self.network.pending
 
     def _sums(self, layer: IntegerLayer) -> np.ndarray:
-        codes = torch.from_numpy(self.codes(layer.node.inputs[0], layer.source))
-        if layer.window is not None:
-            return windowed_sum(layer.node.module, codes, layer.weight.integers.long(), layer.window).numpy()
-        if isinstance(layer.node.module, nn.Conv2d) and layer.node.module.padding_mode != "zeros":
+        codes, module = self.codes(layer.node.inputs[0], layer.source), layer.node.module
+        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
             raise GraphError(f"{layer.node.name} does not pad with zeros")
-        return accumulate_int64(layer.node.module, codes - layer.source.zero, layer.weight.integers).numpy()
+        if layer.window is not None:
+            return windowed_sums(module, codes, layer.weight.integers.long().numpy(), layer.window)
+        return accumulate_int64(module, torch.from_numpy(codes - layer.source.zero), layer.weight.integers).numpy()
+
+
+def _window_sums(node: Node, codes: np.ndarray) -> tuple[np.ndarray, int]:
+    """int64 sums over the windows of an average pool, and how many codes are in each."""
+    pool = node.module
+    if isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1)):
+        return codes.sum((2, 3), keepdims=True), codes.shape[2] * codes.shape[3]
+    if not isinstance(pool, nn.AvgPool2d) or pool.ceil_mode or pool.divisor_override or pool.padding not in (0, (0, 0)):
+        raise GraphError(f"the int64 reference does not know the average pool {node.name}: compare with 0 reference "
+                         "inputs (--reference 0)")
+    (height, width), (down, right) = (value if isinstance(value, tuple) else (value, value)
+                                      for value in (pool.kernel_size, pool.stride))
+    windows = np.lib.stride_tricks.sliding_window_view(codes, (height, width), (2, 3))[:, :, ::down, ::right]
+    return windows.sum((4, 5)), height * width
 
 
 def _short(factor: float) -> float:

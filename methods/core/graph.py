@@ -26,6 +26,7 @@ FUNCTIONS = {
     operator.add: "add", operator.iadd: "add", torch.add: "add", "add": "add", "contiguous": "identity",
 }
 EDGE_OPS = ("conv", "linear", "avgpool", "add")  # what reads quantized activations
+MAY_ALIAS = ("flatten", "identity")  # may return the tensor that they were given, or a view of it
 CODE_OPS = ("relu", "maxpool", "flatten", "identity")  # monotone or moving: they act on codes as on values
 
 
@@ -103,6 +104,18 @@ class Graph:
         return after[0].name if len(after) == 1 and after[0].op == "bn" and layer != self.output else None
 
 
+class _Proxy(fx.Proxy):
+    def __iadd__(self, other):
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {}, name="add")
+
+
+class _Tracer(fx.Tracer):
+    """Records x += y as such, where fx would record x + y."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
+
 def trace(model: nn.Module) -> Graph:
     """The graph of `model` (its modules are shared, not copied).
 
@@ -110,7 +123,7 @@ def trace(model: nn.Module) -> Graph:
     outside MODULES and FUNCTIONS.
     """
     try:
-        traced = fx.Tracer().trace(model)
+        traced = _Tracer().trace(model)
     except Exception as error:  # noqa: BLE001 - fx raises many types; all mean the same to the caller
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise GraphError(f"torch.fx cannot trace {type(model).__name__}: {reason}") from error
@@ -149,14 +162,34 @@ def _node_names(traced: fx.Graph, named: dict[str, nn.Module]) -> dict[fx.Node, 
 
 def _refuse_aliases(traced: fx.Graph, named: dict[str, nn.Module], names: dict[fx.Node, str]) -> None:
     """GraphError where a tensor is read after it was changed in place: a graph computes nothing in place."""
+    made_by: dict[fx.Node, fx.Node] = {}  # {node: the node that made the tensor it returns}
+    for node in traced.nodes:
+        in_place = _is_in_place(node, named)
+        shares = in_place or _kind(node, named) in MAY_ALIAS
+        made_by[node] = made_by[node.all_input_nodes[0]] if shares and node.all_input_nodes else node
     order = {node: i for i, node in enumerate(traced.nodes)}
     for node in traced.nodes:
-        owner = named[node.target] if node.op == "call_module" else None
-        in_place = isinstance(owner, nn.ReLU) and owner.inplace or node.kwargs.get("inplace") and node.target is F.relu
-        late = [user for user in node.args[0].users if order[user] > order[node]] if in_place else []
+        changed = made_by[node] if _is_in_place(node, named) else None
+        before = [other for other in made_by if made_by[other] is changed and order[other] < order[node]]
+        late = [user for other in before for user in other.users if order[user] > order[node]]
         if late:
             raise GraphError(f"{names[node]!r} changes a tensor in place that {names[late[0]]!r} reads later: "
-                             "call it with inplace=False")
+                             "compute it out of place (inplace=False, x = x + y)")
+
+
+def _kind(node: fx.Node, named: dict[str, nn.Module]) -> str | None:
+    """The operation of a node, None if it is not known."""
+    if node.op == "call_module":
+        return MODULES.get(type(named[node.target]))
+    return FUNCTIONS.get(node.target) if node.op in ("call_function", "call_method") else None
+
+
+def _is_in_place(node: fx.Node, named: dict[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return isinstance(named[node.target], nn.ReLU) and named[node.target].inplace
+    if node.target is F.relu:
+        return bool(node.kwargs.get("inplace", len(node.args) > 1 and node.args[1]))
+    return node.target is operator.iadd
 
 
 def _one(value, names: dict[fx.Node, str]) -> str:
@@ -188,11 +221,20 @@ def _convert(node: fx.Node, named: dict[str, nn.Module], names: dict[fx.Node, st
     inputs = tuple(names[arg] for arg in node.args if isinstance(arg, fx.Node))
     if op == "add" and (len(node.args) != 2 or len(inputs) != 2 or node.kwargs):
         raise GraphError(f"operation {name!r} adds something that is not an activation, or scales it")
-    return Node(name, op, inputs, _function(node, op))
+    module = _pool(node, op)
+    return Node(name, op, inputs, _function(node, op) if module is None else module, module)
 
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _pool(node: fx.Node, op: str) -> nn.Module | None:
+    """An average pool that is called as a function, as the module that knows its windows."""
+    if op != "avgpool":
+        return None
+    kind = nn.AvgPool2d if node.target is F.avg_pool2d else nn.AdaptiveAvgPool2d
+    return kind(*node.args[1:], **node.kwargs)
 
 
 def _function(node: fx.Node, op: str) -> Callable[..., Tensor]:
