@@ -1,6 +1,7 @@
 """The command line: `python -m benchmarks COMMAND`. Everything a person reads is printed from here."""
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("train", commands.train, "train a baseline by paper_configs/baselines.toml", [run])
     sub.add_argument("--task", required=True)
     sub.add_argument("--network", required=True)
-    sub.add_argument("--out", type=Path, help="checkpoint to write (default: where the project ships it)")
+    sub.add_argument("--out", type=Path, help="checkpoint to write (default: a new one among the baselines)")
     sub = command("compress", commands.compress, "one method on one network", [run])
     sub.add_argument("method")
     sub.add_argument("--task", default="digits")
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE",
                      help="configuration, such as retrain.epochs=3")
     sub.add_argument("--index-bits", type=int, default=5)
-    sub.add_argument("--name", help="of the row and file (default: the method)")
+    sub.add_argument("--name", help="of the row and file (default: method, budget and settings)")
     sub.add_argument("--rows-name", default="own", help="rows file to append to (default: own)")
     sub = command("report", commands.report, "tables, plots and page from existing rows")
     sub.add_argument("name", nargs="?", default="compare_digits", help="rows file of results/rows, without .jsonl")
@@ -110,13 +111,17 @@ def _text(error: Exception) -> str:
 def main(words: list[str]) -> int:
     options = parser().parse_args(words)
     options.words = words
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without, say, dashes is no reason to fail
     try:
         options.function(options, Console(markup=False, emoji=False))
     except (CompressError, OSError) as error:
         print(f"error: {' '.join(_text(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command with --resume continues", file=sys.stderr)
+        hint = "; the same command with --resume continues" if hasattr(options, "resume") else ""
+        print(f"interrupted{hint}", file=sys.stderr)
         return 130
     return 0
 

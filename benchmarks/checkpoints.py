@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pickle
-import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from methods.core.errors import ConfigError
 NESTED = ("state_dict", "model", "net")  # where training scripts keep the state dict
 PREFIX = "module."  # nn.DataParallel puts it before every name
 PROVENANCE = "provenance"
-UNREADABLE = (safetensors.SafetensorError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, OSError)
 SHOWN = 4  # names listed in an error message
 
 
@@ -41,7 +39,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError:
         raise ConfigError(f"checkpoint {path} is damaged or holds pickled objects; allowed is a state "
                           "dict of plain tensors") from None
-    except UNREADABLE as error:
+    except Exception as error:  # noqa: BLE001 - the readers raise whatever damaged bytes lead them to
         raise ConfigError(f"checkpoint {path} is no readable {path.suffix}: {_first_line(error)}") from error
     state = {name: _plain(path, name, value) for name, value in _inner(path, found).items()}
     if all(name.startswith(PREFIX) for name in state):
@@ -123,9 +121,10 @@ def _read_torch(path: Path) -> object:
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as archive:
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise ValueError("it is a single array")
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array")
+    with archive:
         return {name: archive[name] for name in archive.files}
 
 
@@ -156,6 +155,8 @@ def _plain(path: Path, name: str, value: object) -> Tensor:
     if not isinstance(tensor, Tensor) or not isinstance(name, str):
         what = f"dtype {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise ConfigError(f"checkpoint {path} holds {name!r} of {what}; allowed are plain tensors only")
+    if tensor.layout != torch.strided or tensor.is_complex():
+        raise ConfigError(f"checkpoint {path} holds {name!r}, sparse or complex; allowed are plain real tensors")
     return tensor.detach().to(torch.float32) if tensor.is_floating_point() else tensor.detach()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import re
 import shlex
 from argparse import Namespace
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from rich.console import Console
 
 from methods.core import container
-from methods.core.errors import ConfigError
+from methods.core.errors import CompressError, ConfigError
 
 from .baselines import (
     Baseline,
@@ -93,7 +94,12 @@ def trained(dataset: Dataset, network: str, options: Namespace, place: Place, ou
 
 def train(options: Namespace, console: Console) -> None:
     dataset = open_dataset(options.task, options.data_dir)
-    out = options.out if options.out is not None else shipped_path(dataset.name, options.network)
+    if options.checkpoint is not None:
+        raise ConfigError(f"--checkpoint {options.checkpoint}: train starts from nothing; leave it out")
+    shipped = options.results / "baselines" / shipped_path(dataset.name, options.network).name
+    if options.out is None and shipped.exists():
+        raise ConfigError(f"{shipped} is there already, and rows start from it: to replace it, give it as --out")
+    out = options.out if options.out is not None else shipped
     if out.suffix != ".safetensors":
         raise ConfigError(f"--out {out}: written are only .safetensors")
     out.parent.mkdir(parents=True, exist_ok=True)  # a mistake should show before hours of training
@@ -117,8 +123,9 @@ def compare(options: Namespace, console: Console) -> None:
         rows = [run_job(job, dataset, baseline, top, place, f"compare_{slug(dataset.name)}") for job in jobs]
     title = f"{network} on {dataset.name}: float32 baseline {top:.2f} %"
     console.print(table.terminal(table.listed(rows), title, console.width))
-    path = write_reports(rows, f"compare_{slug(dataset.name)}", title, options)
-    console.print(f"report: {path}", soft_wrap=True)
+    name = f"compare_{slug(dataset.name)}"
+    rows = table.latest(read_rows(place.results / "rows" / f"{name}.jsonl"))  # of earlier commands, too
+    console.print(f"report: {write_reports(rows, name, title_of(rows), options)}", soft_wrap=True)
 
 
 def network_for(dataset: Dataset, options: Namespace) -> str:
@@ -181,15 +188,28 @@ def report(options: Namespace, console: Console) -> None:
     empty = [path for path in paths if not rows_of[path.stem]]
     if empty or not paths:
         raise ConfigError(f"{(empty or [folder])[0]} holds no rows")
-    for name, rows in rows_of.items():
-        title = " and ".join(dict.fromkeys(f"{row['network']} on {row['task']}" for row in rows))
-        console.print(table.terminal(table.listed(rows), title, console.width))
-        if any(row["paper"] for row in rows):
-            console.print(against_paper.terminal(rows, "beside the paper"))
-        console.print(f"report: {write_reports(rows, name, title, options)}", soft_wrap=True)
+    for path in paths:
+        try:
+            _report(rows_of[path.stem], path.stem, options, console)
+        except CompressError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CompressError(f"{path}: a row holds values that no report can show ({error!r})") from error
     if options.all and options.results.resolve() == RESULTS:
         trained = [read_provenance(path) for path in sorted((RESULTS / "baselines").glob("*.safetensors"))]
         readme.refresh(ROOT / "README.md", rows_of | {"shipped": trained})
+
+
+def _report(rows: Sequence[dict], name: str, options: Namespace, console: Console) -> None:
+    title = title_of(rows)
+    console.print(table.terminal(table.listed(rows), title, console.width))
+    if any(row["paper"] for row in rows):
+        console.print(against_paper.terminal(rows, "beside the paper"))
+    console.print(f"report: {write_reports(rows, name, title, options)}", soft_wrap=True)
+
+
+def title_of(rows: Sequence[dict]) -> str:
+    return " and ".join(dict.fromkeys(f"{row['network']} on {row['task']}" for row in rows))
 
 
 def write_reports(rows: Sequence[dict], name: str, title: str, options: Namespace) -> Path:
@@ -222,7 +242,9 @@ def _again(words: Sequence[str]) -> str:
 
 def compress(options: Namespace, console: Console) -> None:
     """One method on one network: the file, its measurements, and a row."""
-    name = options.name if options.name is not None else options.method
+    if not re.fullmatch(r"\w[\w.-]*", options.rows_name):
+        raise ConfigError(f"--rows-name {options.rows_name!r}: allowed are letters, digits, _, - and .")
+    name = options.name if options.name is not None else " ".join([options.method, *options.budget, *options.set])
     job = Job(name, options.method, options.task, "", from_assignments(options.budget), from_assignments(options.set),
               0 if options.seed is None else options.seed, options.index_bits)
     prepare(job)

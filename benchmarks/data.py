@@ -37,7 +37,7 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A classification data set in three parts that share no image and no memory.
+    """A classification data set in three parts that share no memory and, but for copies in the data, no image.
 
     mean, std  per channel, on the 0..1 scale
     digest     16 hex digits of the sha256 over images and labels of all parts

@@ -3,6 +3,7 @@ file, reads it back, measures that, and appends the row."""
 
 import ast
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from .runs import DiskRun, Screen, run_key
 from .settings import build, count_knobs, merge, plain, read_toml
 
 CONFIGS = ROOT / "paper_configs"
+LONGEST_NAME = 200  # of a file, without suffix
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def check_printed(paper: Mapping[str, Any], where: str) -> None:
             raise ConfigError(f"{where}: layers = {value!r}: needed is {{layer: {{metric: number}}}}")
         if isinstance(value, Mapping):
             check_printed(value, f"{where}, {key}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ConfigError(f"{where}, {key} = {value!r}: a number is needed")
 
 
@@ -121,10 +123,18 @@ def all_tables() -> list[Table]:
 def prepare(job: Job) -> tuple[Any, Budget, Any]:
     """The method's module, its budget and its config; ConfigError or BudgetError if the job is not well-formed."""
     for width in job.index_bits.values() if isinstance(job.index_bits, Mapping) else [job.index_bits]:
-        if width not in INDEX_BITS:
+        if type(width) is not int or width not in INDEX_BITS:
             raise ConfigError(f"index_bits = {width!r}: allowed is {INDEX_BITS[0]}..{INDEX_BITS[-1]}")
+    if job.bn_reestimation < 0 or not 0 <= job.seed < 2**63:
+        raise ConfigError(f"{job.name!r}: bn_reestimation = {job.bn_reestimation}, seed = {job.seed}: both are whole "
+                          "numbers from 0, a seed below 2^63")
+    if not slug(job.name) or len(file_name(job)) > LONGEST_NAME:
+        raise ConfigError(f"name = {job.name!r}: it needs a letter or digit, and at most {LONGEST_NAME} of them")
     method = find_method(job.method)
-    return method, build(Budget, job.budget, "budget "), build(method.Config, job.config, "config ")
+    prepared = method, build(Budget, job.budget, "budget "), build(method.Config, job.config, "config ")
+    if job.network:
+        find(job.network)
+    return prepared
 
 
 def task_for(method: Any, setup: Setup, dataset: Dataset, network: str, device: torch.device) -> Task | None:
@@ -159,11 +169,12 @@ def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float
     setup = find_setup(dataset.name, job.network)
     setup = build(Setup, merge(plain(setup), job.setup), "setup ")
     task = task_for(method, setup, dataset, job.network, place.device)
-    facts = {"job": plain(replace(job, paper={}, note="")), "setup": plain(setup), "checkpoint": baseline.digest,
+    batches = {key: value for key, value in plain(setup).items() if key != "recipe"}  # that one is the baseline's
+    facts = {"job": plain(replace(job, paper={}, note="")), "setup": batches, "checkpoint": baseline.digest,
              "data": dataset.digest}
     rows_path = place.results / "rows" / f"{rows_file}.jsonl"
     done = finished(rows_path, run_key(facts)) if place.resume else None
-    if done is not None and (place.results / "models" / done["file"]).exists():
+    if done is not None and is_of(place.results / "models" / done["file"], done):
         place.screen.say(f"{job.name}: its row is in {rows_path} already, from commit {done.get('commit')}")
         return {**done, "paper": plain(job.paper), "note": job.note}
     run = DiskRun(place.states / run_key(facts), job.name, place.screen, resume=place.resume)
@@ -174,7 +185,7 @@ def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float
     scores = place.scores.setdefault((dataset.digest, job.network), {})
     row = store_and_measure(compressed, path, job, network, dataset, setup, scores)
     row |= {"name": job.name, "method": job.method, "task": job.task, "network": job.network, "seed": job.seed,
-            "budget": plain(budget), "config": plain(config), "setup": plain(setup), "note": job.note,
+            "budget": plain(budget), "config": plain(config), "setup": batches, "note": job.note,
             "paper": plain(job.paper), "notes": plain(compressed.notes), "baseline_top1": baseline_top1,
             "difficulty": {"data": method.DATA, "knobs": count_knobs(config) + knobs_of(budget),
                            "lines": module_lines(method), "seconds": seconds},
@@ -192,6 +203,11 @@ def check_layers(job: Job, layers: list[str]) -> None:
         raise ConfigError(f"float_policy names {unknown[0]!r}; {job.network} has: {', '.join(layers)}")
     if isinstance(job.index_bits, Mapping) and set(job.index_bits) != set(layers):
         raise ConfigError(f"index_bits names {', '.join(job.index_bits)}; {job.network} has: {', '.join(layers)}")
+
+
+def is_of(path: Path, row: Mapping[str, Any]) -> bool:
+    """Whether the file at `path` is the one that `row` was measured from."""
+    return path.is_file() and digest_of(path) == row["file_digest"]
 
 
 def finished(rows_path: Path, key: str) -> dict | None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     scores      {digest of decoded tensors: top1_float} on this very test set, looked up and added to
     """
     compressed = decode(path)
+    if isinstance(index_bits, Mapping):  # of the layers that store codes
+        index_bits = {name: index_bits[name] for name in compressed.weights}
     module = apply(compressed, skeleton)
     integer = FastNetwork(compressed, skeleton, float_policy)
     batches = iter(test)
@@ -70,19 +73,22 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, inputs: Tensor, batch: int = 256) -> nn.Module:
-    """`model` with the running statistics of its batch norms replaced, in place, by the means over `inputs`.
+    """`model` with the running statistics of its batch norms replaced, in place, by the means of those of batches.
 
-    Not part of any method: a labelled option of a row, because it needs data. ConfigError without batch norm.
+    Batches are of nearly equal size, at most `batch`. Not part of any method: a labelled option of a row, because it
+    needs data. ConfigError without batch norm, or with less than two inputs.
     """
     norms = [module for module in model.modules() if isinstance(module, NORMS)]
     if not norms:
         raise ConfigError("bn_reestimation needs batch norm, and the stored network has none left")
+    if len(inputs) < 2:
+        raise ConfigError(f"bn_reestimation = {len(inputs)}: batch norm takes the statistics of 2 inputs or more")
     momentum = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
         norm.train()
-    for part in inputs.split(batch):
+    for part in inputs.tensor_split(math.ceil(len(inputs) / batch)):
         model(part)
     for norm, before in zip(norms, momentum, strict=True):
         norm.momentum = before

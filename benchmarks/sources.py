@@ -3,6 +3,7 @@
 import http.client
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def read_published(name: str, directory: Path) -> Source:
             arrays = {key: archive[key] for key in KEYS}
     except KeyError as error:
         raise ConfigError(f"{path}: {error.args[0]}; it must hold {', '.join(KEYS)}") from error
-    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} is not a readable .npz file of plain arrays: {error}") from error
     train, test = (_checked(arrays, part, getattr(spec, part), spec, path) for part in ("train", "test"))
     return Source(name, spec.class_names, train, test, spec.held_out, spec.scaling)

@@ -7,6 +7,7 @@ import safetensors.torch
 from rich.console import Console
 
 from methods.core import container
+from methods.core.errors import ConfigError
 from methods.core.storage import decode, inspect
 
 from .baselines import skeleton
@@ -43,6 +44,8 @@ def inspect_file(options: Namespace, console: Console) -> None:
 
 
 def decode_file(options: Namespace, console: Console) -> None:
+    if options.out.suffix != ".safetensors":
+        raise ConfigError(f"{options.out}: written are only .safetensors")
     state = decode(options.file).state_dict()
     container.write_file(options.out, safetensors.torch.save({name: t.contiguous() for name, t in state.items()}))
     console.print(f"{options.out}: {len(state)} tensors", soft_wrap=True)

@@ -92,6 +92,9 @@ class Config:
         for name in ("prune_iterations", "quantize_iterations", "fix_rounds"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: allowed are 0 or more")
+        if self.grid == "clusters" and self.fix.optimizer == "muon":
+            raise ConfigError("fix.optimizer = 'muon': members of a cluster take equal steps, and Muon's differ; "
+                              "allowed with grid = 'clusters' are sgd and adam")
         if not 0 < self.fix_fraction <= 1:
             raise ConfigError(f"fix_fraction = {self.fix_fraction}: allowed is (0, 1]")
 

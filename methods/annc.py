@@ -263,7 +263,7 @@ class OnCodebook(nn.Module):
         """Fit `points` to `weight`: anew, or by `iterations` from where they are."""
         free = self.points[self.points != 0] if self.pinned else self.points
         warm = {} if iterations is None else {"start": free.cpu().numpy(), "iterations": iterations, "tolerance": 0.0}
-        found = SortedValues(weight, self.pinned).fit(self.k, **warm)[0]
+        found = SortedValues(weight * self.mask, self.pinned).fit(self.k, **warm)[0]
         found = np.concatenate([found, np.repeat(found[-1:], len(self.points) - len(found))])
         self.points.copy_(torch.from_numpy(found))
         self.edges.copy_(boundaries(found))

@@ -40,7 +40,7 @@ from .core.budget import Budget
 from .core.build import assemble, check_finite, weight_layers
 from .core.calibrate import quantizer_of
 from .core.channels import Pair, find_pairs
-from .core.errors import ConfigError
+from .core.errors import ConfigError, GraphError
 from .core.fold import fold_batchnorm
 from .core.graph import Graph, Node, trace
 from .core.quantize import find_scheme, quantize
@@ -232,7 +232,10 @@ def respond(node: Node, weight: Tensor, x: Tensor) -> Tensor:
     """[C_out] output of a layer with `weight` to an input that is x[c] all over channel c."""
     groups = getattr(node.module, "groups", 1)
     summed = weight.reshape(*weight.shape[:2], -1).sum(2).reshape(groups, -1, weight.shape[1])
-    copies = groups * weight.shape[1] // len(x)  # H x W columns per channel after a flatten
+    copies, rest = divmod(groups * weight.shape[1], len(x))  # H x W columns per channel after a flatten
+    if rest:
+        raise GraphError(f"dfq: {node.name} reads {groups * weight.shape[1]} inputs made from {len(x)} channels: a "
+                         "flatten must join channels and pixels")
     return torch.einsum("gmc,gc->gm", summed, x.repeat_interleave(copies).reshape(groups, -1)).reshape(-1)
 
 

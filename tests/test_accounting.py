@@ -93,15 +93,6 @@ PRINTED = [  # weights, kept %, weight bits, index bits, their Huffman averages,
 
 
 @pytest.mark.parametrize("row", PRINTED, ids=lambda row: row[0])
-def test_printed_tables_follow_from_this_accounting(row):
-    """The P+Q rate gives the number of entries; with the printed averages these give the printed P+Q+H rate."""
-    _, n, _, code, index, code_mean, index_mean, rate, with_huffman = row
-    books = 32 * 2**code
-    entries = (rate / 100 * 32 * n - books) / (code + index)
-    assert 100 * (entries * (code_mean + index_mean) + books) / (32 * n) == pytest.approx(with_huffman, abs=0.12)
-
-
-@pytest.mark.parametrize("row", PRINTED, ids=lambda row: row[0])
 def test_random_masks_come_near_the_printed_rates(row):
     """Not equal: the kept percentage is printed in whole numbers, and real masks are banded."""
     _, n, kept, code, index, *_, rate, _ = row

@@ -12,6 +12,7 @@ from methods.admm import Config, HoldHooks, TieHooks, Training, compress, fix_le
 from methods.core.artifact import Codebook, Levels
 from methods.core.budget import Budget
 from methods.core.build import weight_layers
+from methods.core.errors import ConfigError
 from methods.core.finetune import Recipe, train
 from methods.core.project import Clusters, Intervals, project_sparse
 from methods.core.prune import keep_count
@@ -137,6 +138,11 @@ def test_members_of_a_cluster_move_by_the_sum_of_their_gradients(tiny, optimizer
     hooks.after_step(model, 0.1)
     for name, w in weights.items():
         assert len(w.detach()[masks[name]].unique()) == 4 and not bool(w[~masks[name]].any())
+
+
+def test_clusters_refuse_an_optimizer_whose_steps_differ_within_one():
+    with pytest.raises(ConfigError, match="fix.optimizer = 'muon'.*sgd and adam"):
+        Config(grid="clusters", fix=Recipe(epochs=1, lr=0.1, optimizer="muon"))
 
 
 def test_channels_last_and_frozen_layers(tiny):

@@ -109,6 +109,20 @@ def test_a_truncated_file_is_refused(state, tmp_path):
         assert refused(lambda path=path: read_checkpoint(path), path.name)
 
 
+def test_foreign_bytes_under_every_suffix(tmp_path):
+    old = tmp_path / "old.pth"
+    torch.save({"a": torch.zeros(500)}, old, _use_new_zipfile_serialization=False)
+    np.save(tmp_path / "array", np.zeros(3))
+    single = (tmp_path / "array.npy").read_bytes()
+    for name, data, word in (("text.pt", b"hello world", ""), ("cut.pth", old.read_bytes()[:400], ""),
+                             ("one.npz", single, "it is a single array"), ("noise.safetensors", b"\x08" * 99, "")):
+        (tmp_path / name).write_bytes(data)
+        assert refused(lambda name=name: read_checkpoint(tmp_path / name), name, word)
+    for value in (torch.eye(3).to_sparse(), torch.zeros(3, dtype=torch.complex64)):
+        torch.save({"a": value}, tmp_path / "odd.pt")
+        assert refused(lambda: read_checkpoint(tmp_path / "odd.pt"), "'a', sparse or complex")
+
+
 def test_loading_is_strict(state):
     model = networks.build("resnet18w4", 10, 1, seed=1)
     load_into(model, state)

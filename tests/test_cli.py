@@ -80,7 +80,7 @@ START = " --network resnet18w2 --checkpoint {here}/start.safetensors"
 def made(run, place):
     """The file and the rows of one finished `compress`."""
     assert run(QUICK + " --budget density=0.5 bits=8")[0] == 0
-    path = place / "results" / "models" / "own" / "prune-then-quantize-resnet18w2.jc"
+    path = place / "results" / "models" / "own" / "prune-then-quantize-density-0-5-bits-8-resnet18w2.jc"
     return path, place / "results" / "rows" / "own.jsonl"
 
 
@@ -123,6 +123,10 @@ MISTAKES = [
     ("inspect {here}/quick.toml", "quick.toml: not a compressed model"),
     ("inspect {here}", "cannot be read: Is a directory"),
     ("decode {here}/start.safetensors {here}/out.safetensors", "not a compressed model"),
+    ("decode {here}/start.safetensors {here}/out.pt", "out.pt: written are only .safetensors"),
+    (QUICK + " --budget density=0.5 bits=8 --rows-name a/b", "--rows-name 'a/b': allowed are letters, digits"),
+    (QUICK + " --budget density=0.5 bits=8 --name !!!", "name = '!!!': it needs a letter or digit"),
+    ("train --task digits --network resnet18w2 --checkpoint {here}/start.safetensors", "train starts from nothing"),
     ("measure {here}/absent.jc --task digits --network resnet18w2", "absent.jc"),
 ]
 
@@ -170,7 +174,7 @@ def test_damaged_files(run, place, made, command):
 
 
 def test_a_file_of_another_network(run, made):
-    code, _, err = run("measure {here}/results/models/own/prune-then-quantize-resnet18w2.jc "
+    code, _, err = run(f"measure {{here}}/results/models/own/{made[0].name} "
                        "--task digits --network resnet18w4")
     assert code == 1 and len(err.splitlines()) == 1 and "belongs to another network" in err
 
@@ -235,12 +239,39 @@ def test_compress_inspect_measure_decode(run, place, made):
         "kept_weights"]
 
 
+def test_a_file_of_another_row_is_not_taken_for_finished(run, place, made):
+    """Under one name the last row counts; with --resume the first is made again, since its file is gone."""
+    file, rows_path = made
+    first = file.read_bytes()
+    words = QUICK + " --name one --budget density=0.5 bits="
+    path = file.with_name("one-resnet18w2.jc")
+    for bits in (8, 4, 8):
+        assert run(f"{words}{bits} --resume")[0] == 0
+    assert path.read_bytes() == first and len(read_rows(rows_path)) == 4
+    assert run(f"{words}8 --resume")[0] == 0 and len(read_rows(rows_path)) == 4
+
+
+def test_training_does_not_replace_a_baseline_unasked(run, place):
+    words = "train --task digits --network resnet18w2 --epochs 0 --results {here}/results"
+    assert run(words)[0] == 0
+    code, _, err = run(words)
+    assert code == 1 and "digits_resnet18w2.safetensors is there already" in err and "--out" in err
+
+
+def test_a_report_keeps_the_rows_of_earlier_commands(run, place):
+    for seed in (0, 1):
+        assert run(f"compare --task digits --seed {seed}" + START)[0] == 0
+    text = (place / "results" / "reports" / "compare_digits.md").read_text(encoding="utf-8")
+    assert "| 4 bits, resnet18w2, seed 0 |" in text and "| 4 bits, resnet18w2, seed 1 |" in text
+
+
 def test_compare_from_training_to_report(run, place):
     code, out, err = run("compare --task digits --network resnet18w2 --epochs 1")
     assert code == 0 and "Traceback" not in err
     assert "8 bits, ünï" in out and "float32 baseline" in out and "4 bits" in out
     made = read_rows(place / "results" / "rows" / "compare_digits.jsonl")
-    assert [row["name"] for row in made] == ["8 bits, ünï", "4 bits"] and made[0]["setup"]["recipe"]["epochs"] > 1
+    assert [row["name"] for row in made] == ["8 bits, ünï", "4 bits"]
+    assert made[0]["setup"] == {"batch_size": 64, "augment": "digits", "autocast": False}
     page = (place / "results" / "reports" / "compare_digits.html").read_text(encoding="utf-8")
     assert "python -m benchmarks compare --task digits --network resnet18w2 --epochs 1<" in page
     assert str(place) not in page and str(place) not in str(made)
@@ -308,7 +339,7 @@ def test_report_of_all_rows_fills_the_readme(run, place, made, monkeypatch):
     monkeypatch.setattr(commands, "RESULTS", (place / "results").resolve())
     assert run("report --all")[0] == 0
     filled = (place / "README.md").read_text(encoding="utf-8")
-    assert "| prune_then_quantize |" in filled and "| first | error_float | 1.5 |" in filled
+    assert "| prune_then_quantize density=0.5 bits=8 |" in filled and "| first | error_float | 1.5 |" in filled
     assert {path.stem for path in (place / "results" / "reports").glob("*.html")} == {"own", "quick"}
     (place / "results" / "rows" / "empty.jsonl").write_text("")
     code, _, err = run("report --all")

@@ -128,6 +128,7 @@ REFUSED = {
                                     "'r' changes a tensor in place that 'add' reads later"),
     "in place sum": (lambda m, x: summed_into_its_input(m.a, m.b, x), {"a": conv(), "b": conv()},
                      "'add' changes a tensor in place that 'b' reads later: .* x = x [+] y"),
+    "tensor by keyword": (lambda m, x: torch.flatten(input=x, start_dim=1), {}, "'flatten' takes a tensor by keyword"),
     "statistics": (lambda m, x: m.bn(x), {"bn": nn.BatchNorm2d(3, track_running_stats=False)}, "running statistics"),
 }
 

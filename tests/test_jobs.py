@@ -61,6 +61,7 @@ def test_a_table(written):
     (HEAD + ROW + ROW, r"table.toml: the names under \[\[row\]\] must differ in letters or digits, but there is 'a'"),
     (HEAD + ROW + ROW.replace('"a"', '"A?"'), "must differ in letters or digits"),
     (HEAD + ROW.replace('"a"', '"!"'), "must differ in letters or digits, but there is '!'"),
+    (HEAD + ROW + "[row.paper]\ntop1 = nan", "table.toml: paper of 'a', top1 = nan: a number is needed"),
     (HEAD + ROW + "[row.paper]\ntop1 = '57.2'", "table.toml: paper of 'a', top1 = '57.2': a number is needed"),
     (HEAD + ROW + "[row.paper]\nlayers = { conv1 = 3 }", "paper of 'a': layers"),
     (HEAD + "= 3", "is not valid TOML"),
@@ -104,10 +105,16 @@ def test_all_tables_reads_every_file(monkeypatch, tmp_path):
     ({"config": {"retrain": {"epochs": 1}}}, ConfigError, "config retrain lacks the keys lr"),
     ({"index_bits": 0}, ConfigError, "index_bits = 0: allowed is 1..16"),
     ({"index_bits": {"conv1": 3, "fc": 17}}, ConfigError, "index_bits = 17: allowed is 1..16"),
+    ({"index_bits": {"conv1": 3.0}}, ConfigError, "index_bits = 3.0: allowed is 1..16"),
+    ({"network": "resnet9"}, ConfigError, "unknown network 'resnet9'"),
+    ({"seed": 2**63}, ConfigError, "seed = 9223372036854775808"),
+    ({"bn_reestimation": -5}, ConfigError, "bn_reestimation = -5"),
+    ({"name": "x" * 300}, ConfigError, "at most 200"),
 ])
 def test_mistakes_in_jobs(changes, error, message):
     with pytest.raises(error, match=message):
-        prepare(Job(**{"name": "a", "method": "prune_then_quantize", "task": "digits", "network": "n"} | changes))
+        plain = {"name": "a", "method": "prune_then_quantize", "task": "digits", "network": "resnet18w2"}
+        prepare(Job(**plain | changes))
 
 
 def test_names_of_files():

@@ -59,8 +59,12 @@ def test_plot_shows_every_row_once():
         assert lines["x"] == [(cost[0], 90), (cost[1], 92)] and lines["y"] == [(cost[2], 80)]
         assert lines["Pareto front"] == [(cost[3], 70), (cost[0], 90), (cost[1], 92), (cost[2], 92)]
         assert panel.get_xscale() == "log" and set(lines["float32 baseline"]) == {(0, 95.5), (1, 95.5)}
-    several = [rows[0], row("e", baseline_top1=50.0)]
-    assert "float32 baseline" not in {line.get_label() for line in plots.pareto_plot(several, "bytes").axes[0].lines}
+    several = [rows[0], {**row("e", baseline_top1=50.0), "checkpoint": {"digest": "another"}}]
+    lines = {line.get_label(): line.get_data()[1] for line in plots.pareto_plot(several, "bytes").axes[0].lines}
+    tops = {label: data[0] for label, data in lines.items() if label.startswith("float32 baseline")}
+    assert sorted(tops.values()) == [50.0, 95.5]
+    assert all(label.endswith(f" of {top:.2f} %") for label, top in tops.items())
+    assert sum(label.startswith("Pareto front, ") for label in lines) == 2
 
 
 @pytest.mark.parametrize("sizes", [[1000], [1000, 1010], [72_000, 469_000], [10, 10**9]])

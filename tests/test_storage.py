@@ -4,6 +4,7 @@ import base64
 import json
 import lzma
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from methods.core.artifact import (
 )
 from methods.core.build import assemble
 from methods.core.coding import entropy, gap_encode, huffman_mean_bits
+from methods.core.container import write_file
 from methods.core.errors import CompressError, ConfigError
 from methods.core.storage import Sizes, decode, encode, from_bytes, inspect, load, to_bytes
 
@@ -268,6 +270,19 @@ def test_inspect_agrees_with_encode(mode, tmp_path):
     assert (layer["name"], layer["shape"], layer["bits"], layer["grid"]) == ("conv2", [8, 6, 3, 3], 2, "levels")
     assert (layer["kept"], layer["density"]) == (t.kept, t.density)
     assert layer["code_entropy"] == pytest.approx(entropy(t.codes[t.mask].numpy()))
+
+
+def test_only_plain_files_are_replaced(tmp_path):
+    """A link is followed, and a pipe, a device or a folder stays what it is."""
+    real, link, pipe = tmp_path / "real.jc", tmp_path / "link.jc", tmp_path / "pipe.jc"
+    link.symlink_to(real)
+    write_file(link, b"one")
+    assert link.is_symlink() and real.read_bytes() == b"one"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path, Path("")):
+        with pytest.raises(CompressError, match="cannot write .*no plain file"):
+            write_file(path, b"two")
+    assert pipe.is_fifo() and sorted(p.name for p in tmp_path.iterdir()) == ["link.jc", "pipe.jc", "real.jc"]
 
 
 def test_index_bits(tmp_path):

@@ -45,7 +45,7 @@ def page(rows: Sequence[Row], title: str, command: str) -> str:
     return (f"<!doctype html><html lang=en><meta charset=utf-8>"
             f"<meta name=viewport content='width=device-width'><title>{html.escape(title)}</title>"
             f"<style>{STYLE}</style>"
-            f"<h1>{html.escape(title)}</h1><p>Every number was measured from the decoded file. Again: "
+            f"<h1>{html.escape(title)}</h1><p>Every number was measured from the decoded file. This page again: "
             f"<code>{html.escape(command)}</code></p>"
             f"<table><thead><tr>{head}</tr><tr>{names}</tr></thead><tbody>{body}</tbody></table>{plots}{printed}"
             f"<h2>Columns</h2><dl>{meanings}</dl><h2>Rows</h2>{details}</html>\n")

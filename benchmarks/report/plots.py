@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .table import short_bytes, short_count
+from .table import comparable, short_bytes, short_count
 
 Row = Mapping[str, Any]
 AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = {  # label, cost of a row, of a tick
@@ -16,6 +16,7 @@ AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = { 
     "bops": ("BOPs, pruned weights skipped", lambda r: r["cost"]["sparse_bops"], short_count),
 }
 MARKERS = "osD^vPX*<>hp"
+GREYS = ("0.4", "tab:brown", "tab:cyan", "tab:olive")  # of the groups that can be compared
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -30,7 +31,7 @@ def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, flo
 def pareto_plot(rows: Sequence[Row], axis: str, score: str = "top1_integer") -> Figure:
     """Top-1 (`top1_integer` or `top1_float`) against "bytes" or "bops", one marker per method.
 
-    The float32 baseline is drawn where all rows share it.
+    Rows that start from one checkpoint have a front of their own and the line of their float32 baseline.
     """
     label, cost, tick = AXES[axis]
     figure = Figure(figsize=(6.4, 4.6), layout="constrained")
@@ -39,12 +40,15 @@ def pareto_plot(rows: Sequence[Row], axis: str, score: str = "top1_integer") -> 
         mine = [row for row in rows if row["method"] == method]
         panel.plot([cost(r) for r in mine], [r[score] for r in mine], MARKERS[i % len(MARKERS)], ms=8, label=method,
                    alpha=0.85)
-    front = pareto_front([(cost(r), r[score]) for r in rows])
-    front.append((max(cost(r) for r in rows), front[-1][1]))  # more of it buys nothing
-    panel.plot(*zip(*front, strict=True), color="0.6", lw=1, zorder=0, drawstyle="steps-post", label="Pareto front")
-    baselines = {row["baseline_top1"] for row in rows}
-    if len(baselines) == 1:
-        panel.axhline(baselines.pop(), color="0.3", lw=1, ls="--", label="float32 baseline")
+    groups = comparable(rows)
+    for i, group in enumerate(groups):
+        top, network = group[0]["baseline_top1"], group[0]["network"]
+        of = f", {network} of {top:.2f} %" if len(groups) > 1 else ""
+        front = pareto_front([(cost(r), r[score]) for r in group])
+        front.append((max(cost(r) for r in group), front[-1][1]))  # more of it buys nothing
+        panel.plot(*zip(*front, strict=True), color=GREYS[i % len(GREYS)], lw=1, zorder=0, drawstyle="steps-post",
+                   label=f"Pareto front{of}")
+        panel.axhline(top, color=GREYS[i % len(GREYS)], lw=1, ls="--", label=f"float32 baseline{of}")
     panel.set(xscale="log", xlabel=f"{label} (log scale)",
               ylabel=f"test top-1, %, {score.removeprefix('top1_')} arithmetic")
     low, high = panel.get_xlim()

@@ -80,14 +80,20 @@ def told_apart(rows: Sequence[Row]) -> list[Row]:
 
 def listed(rows: Sequence[Row]) -> list[Row]:
     """`rows`, told apart, under the baseline they start from."""
-    groups: dict[tuple, list[Row]] = {}
-    for row in told_apart(rows):
-        groups.setdefault((row["task"], row["network"], row["checkpoint"]["digest"]), []).append(row)
     out: list[Row] = []
-    for (_, network, _), group in groups.items():
+    groups = comparable(told_apart(rows))
+    for group in groups:
         base = baseline_row(group[0])
-        out += [base if len(groups) == 1 else {**base, "name": f"{base['name']}, {network}"}, *group]
+        out += [base if len(groups) == 1 else {**base, "name": f"{base['name']}, {group[0]['network']}"}, *group]
     return out
+
+
+def comparable(rows: Sequence[Row]) -> list[list[Row]]:
+    """`rows` by the checkpoint they start from: only those of one group can be compared."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["task"], row["network"], row["checkpoint"]["digest"]), []).append(row)
+    return list(groups.values())
 
 
 def baseline_row(row: Row) -> dict[str, Any]:

@@ -270,7 +270,9 @@ def write_file(path: str | os.PathLike, data: bytes | memoryview) -> None:
 
     Raises CompressError, naming the path, where that fails (disk full, no such folder).
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link is followed, not replaced
+    if path.exists() and not path.is_file():
+        raise CompressError(f"cannot write {path}: it is there already and no plain file")
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:

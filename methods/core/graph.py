@@ -219,6 +219,8 @@ def _convert(node: fx.Node, named: dict[str, nn.Module], names: dict[fx.Node, st
         known = sorted({t if isinstance(t, str) else t.__name__ for t in FUNCTIONS})
         raise GraphError(f"operation {name!r} ({node.target}) is not known; known are: {', '.join(known)}")
     inputs = tuple(names[arg] for arg in node.args if isinstance(arg, fx.Node))
+    if any(isinstance(value, fx.Node) for value in node.kwargs.values()):
+        raise GraphError(f"operation {name!r} takes a tensor by keyword: give it by position")
     if op == "add" and (len(node.args) != 2 or len(inputs) != 2 or node.kwargs):
         raise GraphError(f"operation {name!r} adds something that is not an activation, or scales it")
     module = _pool(node, op)
