@@ -50,6 +50,12 @@ def test_survivors_end_on_their_grid(tiny, grid, refit):
             assert isinstance(tensor.grid, Codebook) and not tensor.grid.has_zero()
 
 
+def test_levels_are_fitted_again_only_if_asked(tiny):
+    scales = [compress(tiny.model(), tiny.task(), Budget(density=0.5, bits=3), replace(SHORT, refit=refit), seeded())
+              .weights["conv2"].grid.scale for refit in (False, False, True)]
+    assert torch.equal(scales[0], scales[1]) and not torch.equal(scales[0], scales[2])
+
+
 def test_density_1_quantizes_only(tiny):
     run = tiny.Run()
     out = compress(tiny.model(), tiny.task(), Budget(density=1.0, bits=3), SHORT, seeded(), run=run)

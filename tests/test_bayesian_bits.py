@@ -265,6 +265,14 @@ def test_a_layer_of_zeros_is_noted(tiny):
         assert out.notes["empty_layers"] == ["conv2"] and set(out.notes["kept_channels"]) == set()
 
 
+@pytest.mark.parametrize("option", [{"subset": 1}, {"fixed_range_lr": 0.3}, {"range_lr": 0.3}, {"gate_lr": 0.3}])
+def test_every_setting_has_an_effect(tiny, option):
+    plain = Config(recipe=SHORT, fixed=SHORT)
+    one, same, other = (bayesian_bits.compress(tiny.model(), tiny.task(), Budget(), config, torch.Generator())
+                        for config in (plain, plain, replace(plain, **option)))
+    assert to_bytes(one)[0] == to_bytes(same)[0] != to_bytes(other)[0]
+
+
 def test_fast_keeps_the_statistics(tiny):
     fast, slow = (run(tiny, fast=value, mu=0.0) for value in (True, False))
     assert to_bytes(fast)[0] != to_bytes(slow)[0]

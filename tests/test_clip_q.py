@@ -263,6 +263,16 @@ def test_compress_with_a_budget(tiny):
     assert out.notes["theta"]["conv3"] == {"p": 0.9, "bits": 3} and out.notes["trace"] == {}
 
 
+def test_what_is_stored_is_what_was_trained_with(tiny):
+    for split, other in ("AB", "BA"):
+        config = Config(search="uniform", split=split, finetune=Recipe(epochs=0, lr=0.1))
+        model = tiny.model()
+        out = compress(model, tiny.task(), Budget(density=0.5, bits=3), config, seeded())
+        weight, theta = model.conv2.weight.detach(), Theta(**out.notes["theta"]["conv2"])
+        want, not_this = (quantized(weight, *theta, each) for each in (split, other))
+        assert torch.equal(out.weights["conv2"].decode(), want) and not torch.equal(want, not_this)
+
+
 def test_settings_outside_what_is_allowed():
     for wrong in ({"search": "grid"}, {"split": "C"}, {"lam": -1.0}, {"lam": math.nan}, {"evaluations": 0},
                   {"initial": 0}, {"held_out_inputs": 0}, {"index_bits": 17}):

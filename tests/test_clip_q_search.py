@@ -118,6 +118,18 @@ def test_the_trace_holds_what_was_measured(tiny, monkeypatch):
         assert torch.equal(out.weights[name].decode(), weight)  # no epoch of fine-tuning here
 
 
+def test_the_search_counts_with_its_own_split_and_index(tiny):
+    model, config = tiny.model(), dataclasses.replace(SEARCHED, split="B", index_bits=3)
+    out = compress(model, tiny.task(), Budget(), config, seeded())
+    total = 32 * sum(getattr(model, name).weight.numel() for name in LAYERS)
+    for name in LAYERS:
+        weight = getattr(model, name).weight.detach()
+        for seen in out.notes["trace"][name]:
+            codes, levels = partition(weight, Theta(seen["p"], seen["bits"]), "B")
+            stored = stored_bits(levels[codes], seen["bits"], 3)
+            assert seen["saved"] == pytest.approx((32 * weight.numel() - stored) / total)
+
+
 def test_a_larger_lambda_never_gives_a_larger_layer(tiny):
     spaces = {"fc": [Theta(p, b) for p in (0.0, 0.3, 0.6, 0.9) for b in (2, 4, 8)]}
     sizes = []

@@ -136,6 +136,14 @@ def test_dropout_follows_the_density_of_the_layer_before():
 # --- the whole ----------------------------------------------------------------------------------------------
 
 
+def test_every_round_trains_with_the_dropout_of_its_density(tiny, monkeypatch):
+    """0.2 of TinyNet, sqrt(density) times it: half the weights, then a quarter."""
+    rates = []
+    monkeypatch.setattr(deep_compression, "train", lambda model, *_, **__: rates.append(model.drop.p))
+    compress(tiny.model(), tiny.task(), Budget(density=0.25, bits=4), SHORT, seeded())
+    assert rates[:2] == pytest.approx([0.2 * 0.5**0.5, 0.2 * 0.25**0.5], rel=0.01)
+
+
 def test_tuning_moves_centroids_and_nothing_else(tiny):
     model = tiny.model()
     masks, _ = prune(model, tiny.task(), dict.fromkeys(LAYERS, 0.3), SHORT, seeded(), tiny.Run())

@@ -59,6 +59,20 @@ def test_nothing_pruned_is_post_training_quantization(tiny, method, scheme):
         assert torch.equal(out.rest[f"{name}.bias"], layer.bias)
 
 
+@BOTH
+def test_one_grid_for_a_layer_or_one_for_each_channel(tiny, method):
+    scales = [compress(method, tiny.model(), tiny.task(), 0.5, 4, per_channel=each).weights["fc"].grid.scale.unique()
+              for each in (False, True)]
+    assert len(scales[0]) == 1 and len(scales[1]) == 4
+
+
+@BOTH
+def test_the_range_method_is_the_one_asked_for(tiny, method):
+    model, task = tiny.model(), tiny.task()
+    out = compress(method, model, task, 0.5, 4, range_method="mse", activation_bits=4)
+    assert out.activations == calibrate(apply(out, model), task.calibration_inputs(1024), 4, "mse")
+
+
 def test_both_orders_agree_where_nothing_is_pruned(tiny):
     one, two = (compress(method, tiny.model(), tiny.task(), 1.0, 4) for method in (pq, qp))
     assert tiny.same(one.state_dict(), two.state_dict()) and one.activations == two.activations
