@@ -10,6 +10,7 @@ from matplotlib.ticker import MaxNLocator
 
 Row = Mapping[str, Any]
 COLUMNS, SIDE = 4, 2.6  # panels side by side, their size in inches
+LINE = 0.16  # inches of a line of the legend
 
 
 def course_plot(row: Row) -> Figure | None:
@@ -114,7 +115,8 @@ def _grid(panels: Panels, title: str = "") -> Figure:
         figure.suptitle(title, fontsize=9)
     labels = {label: line for axes in grid for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     if labels:
-        columns = min(len(labels), int(figure.get_figwidth() / 1.8))
-        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=max(columns, 1), fontsize=7,
+        columns = max(min(len(labels), int(figure.get_figwidth() / 1.8)), 1)
+        figure.set_figheight(figure.get_figheight() + LINE * -(-len(labels) // columns))
+        figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=columns, fontsize=7,
                       frameon=False)
     return figure

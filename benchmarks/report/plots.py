@@ -57,7 +57,7 @@ def pareto_plot(rows: Sequence[Row], axis: str, score: str = "top1_integer") -> 
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
     panel.xaxis.set_minor_locator(NullLocator())
     panel.grid(alpha=0.25)
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3 if len(groups) == 1 else 2, fontsize=8, frameon=False)
     return figure
 
 
