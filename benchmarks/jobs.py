@@ -130,11 +130,10 @@ def prepare(job: Job) -> tuple[Any, Budget, Any]:
                           "numbers from 0, a seed below 2^63")
     if not slug(job.name) or len(file_name(job)) > LONGEST_NAME:
         raise ConfigError(f"name = {job.name!r}: it needs a letter or digit, and at most {LONGEST_NAME} of them")
-    method = find_method(job.method)
-    prepared = method, build(Budget, job.budget, "budget "), build(method.Config, job.config, "config ")
-    if job.network:
+    if job.network:  # `compress` finds it later, from the data
         find(job.network)
-    return prepared
+    method = find_method(job.method)
+    return method, build(Budget, job.budget, "budget "), build(method.Config, job.config, "config ")
 
 
 def task_for(method: Any, setup: Setup, dataset: Dataset, network: str, device: torch.device) -> Task | None:

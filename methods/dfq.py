@@ -203,7 +203,7 @@ def distributions(graph: Graph, outputs: Mapping[str, Normal], weights: Mapping[
         elif node.op in ("conv", "linear"):
             seen[node.name] = outputs[node.name] if node.name in outputs else propagated(node, inputs[0], weights)
         elif node.op == "add":
-            seen[node.name] = summed([normal.moments() for normal in inputs])
+            seen[node.name] = sum_of([normal.moments() for normal in inputs])
         elif node.op == "bn":
             seen[node.name] = read_normal(node.module)
         else:
@@ -212,7 +212,7 @@ def distributions(graph: Graph, outputs: Mapping[str, Normal], weights: Mapping[
     return seen
 
 
-def summed(moments: list[tuple[Tensor, Tensor]]) -> Normal:
+def sum_of(moments: list[tuple[Tensor, Tensor]]) -> Normal:
     """A sum of independent values; one with a moment per channel counts alike in all columns after a flatten."""
     width = max(len(mean) for mean, _ in moments)
     mean, variance = (sum(part.repeat_interleave(width // len(part)) for part in parts)

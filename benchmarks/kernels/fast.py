@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.artifact import CompressedModel
-from methods.core.graph import CODE_OPS, Graph, Node
+from methods.core.graph import CODE_OPS, MAY_ALIAS, Graph, Node
 from methods.core.windows import is_elementwise
 
 from . import onednn
@@ -32,7 +32,7 @@ from .bytecodes import (
 from .network import ACCUMULATORS, REAL, Form, Forms, IntegerLayer, IntegerNetwork, Terms, short
 from .onednn import Int8Layer
 
-ALIASES = ("relu", "identity", "flatten")  # may return the tensor that they were given
+ALIASES = ("relu", *MAY_ALIAS)  # may return the tensor that they were given
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = { 
     "bops": ("BOPs, pruned weights skipped", lambda r: r["cost"]["sparse_bops"], short_count),
 }
 MARKERS = "osD^vPX*<>hp"
-GREYS = ("0.4", "tab:brown", "tab:cyan", "tab:olive")  # of the groups that can be compared
+COLOURS = ("0.4", "tab:brown", "tab:cyan", "tab:olive")  # of the groups that can be compared
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -46,9 +46,9 @@ def pareto_plot(rows: Sequence[Row], axis: str, score: str = "top1_integer") -> 
         of = f", {network} of {top:.2f} %" if len(groups) > 1 else ""
         front = pareto_front([(cost(r), r[score]) for r in group])
         front.append((max(cost(r) for r in group), front[-1][1]))  # more of it buys nothing
-        panel.plot(*zip(*front, strict=True), color=GREYS[i % len(GREYS)], lw=1, zorder=0, drawstyle="steps-post",
+        panel.plot(*zip(*front, strict=True), color=COLOURS[i % len(COLOURS)], lw=1, zorder=0, drawstyle="steps-post",
                    label=f"Pareto front{of}")
-        panel.axhline(top, color=GREYS[i % len(GREYS)], lw=1, ls="--", label=f"float32 baseline{of}")
+        panel.axhline(top, color=COLOURS[i % len(COLOURS)], lw=1, ls="--", label=f"float32 baseline{of}")
     panel.set(xscale="log", xlabel=f"{label} (log scale)",
               ylabel=f"test top-1, %, {score.removeprefix('top1_')} arithmetic")
     low, high = panel.get_xlim()

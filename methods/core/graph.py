@@ -162,16 +162,14 @@ def _node_names(traced: fx.Graph, named: dict[str, nn.Module]) -> dict[fx.Node, 
 
 def _refuse_aliases(traced: fx.Graph, named: dict[str, nn.Module], names: dict[fx.Node, str]) -> None:
     """GraphError where a tensor is read after it was changed in place: a graph computes nothing in place."""
-    made_by: dict[fx.Node, fx.Node] = {}  # {node: the node that made the tensor it returns}
+    made_by: dict[fx.Node, fx.Node] = {}  # {node so far: the node that made the tensor it returns}
     for node in traced.nodes:
         in_place = _is_in_place(node, named)
-        shares = in_place or _kind(node, named) in MAY_ALIAS
-        made_by[node] = made_by[node.all_input_nodes[0]] if shares and node.all_input_nodes else node
-    order = {node: i for i, node in enumerate(traced.nodes)}
-    for node in traced.nodes:
-        changed = made_by[node] if _is_in_place(node, named) else None
-        before = [other for other in made_by if made_by[other] is changed and order[other] < order[node]]
-        late = [user for other in before for user in other.users if order[user] > order[node]]
+        shares = node.all_input_nodes and (in_place or _kind(node, named) in MAY_ALIAS)
+        maker = made_by[node.all_input_nodes[0]] if shares else node
+        readers = [user for other in made_by if made_by[other] is maker for user in other.users]
+        late = [user for user in readers if user not in made_by and user is not node] if in_place else []
+        made_by[node] = maker
         if late:
             raise GraphError(f"{names[node]!r} changes a tensor in place that {names[late[0]]!r} reads later: "
                              "compute it out of place (inplace=False, x = x + y)")
