@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from methods.core.artifact import Affine, Codebook, CompressedModel, CompressedTensor
-from methods.core.coding import gap_encode, huffman_lengths
+from methods.core.file.coding import gap_encode, huffman_lengths
 
 FLOAT = 32
 FILLER = np.iinfo(np.int32).min  # stands for the zero code in a stream: none of the survivors'

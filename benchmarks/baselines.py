@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from methods.core.errors import ConfigError
-from methods.core.finetune import Recipe, train
-from methods.core.run import Run
-from methods.core.task import Task, top1
+from methods.core.train.finetune import Recipe, train
+from methods.core.train.run import Run
+from methods.core.train.task import Task, top1
 
 from .checkpoints import digest_of, load_into, read_checkpoint, read_provenance, write_checkpoint
 from .data import Dataset, make_task, test_batches

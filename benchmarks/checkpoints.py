@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from methods.core.build import COUNTER
 from methods.core.errors import ConfigError
+from methods.core.graph.build import COUNTER
 
 NESTED = ("state_dict", "model", "net")  # where training scripts keep the state dict
 PREFIX = "module."  # nn.DataParallel puts it before every name

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from methods.core import container
 from methods.core.errors import CompressError, ConfigError
+from methods.core.file import container
 
 from .baselines import (
     Baseline,

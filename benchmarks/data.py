@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from methods.core.errors import ConfigError
-from methods.core.task import Batch, Task
+from methods.core.train.task import Batch, Task
 
 from . import sources
 from .augment import Policy, find_policy

@@ -2,7 +2,6 @@
 file, reads it back, measures that, and appends the row."""
 
 import ast
-import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,12 @@ from torch import nn
 
 from methods import find_method
 from methods.core.artifact import CompressedModel
-from methods.core.blocks import INDEX_BITS
 from methods.core.budget import Budget
-from methods.core.build import weight_layers
 from methods.core.errors import ConfigError
-from methods.core.storage import encode, load
-from methods.core.task import Task
+from methods.core.file.blocks import INDEX_BITS
+from methods.core.file.storage import encode, load
+from methods.core.graph.build import weight_layers
+from methods.core.train.task import Task
 
 from .baselines import Baseline, Setup, find_setup, skeleton
 from .checkpoints import digest_of
@@ -239,8 +238,14 @@ def knobs_of(budget: Budget) -> int:
 
 
 def module_lines(method: Any) -> int:
-    """Lines of code of a method's module: neither blank, nor comment, nor docstring."""
-    source = inspect.getsource(method)
+    """Lines of code that only this method uses: of its module, or of all in its package."""
+    path = Path(method.__file__)
+    return sum(lines_of_code(file.read_text()) for file in
+               (sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]))
+
+
+def lines_of_code(source: str) -> int:
+    """Lines of a Python source that are neither blank, nor comment, nor docstring."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
     docs = [node.body[0] for node in ast.walk(ast.parse(source)) if isinstance(node, documented)
             and ast.get_docstring(node) is not None]

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.artifact import CompressedModel
-from methods.core.build import NORMS, apply, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import ConfigError
-from methods.core.storage import decode, inspect, to_bytes
-from methods.core.task import Batch, Task
+from methods.core.file.storage import decode, inspect, to_bytes
+from methods.core.fit.calibrate import calibrate
+from methods.core.graph.build import NORMS, apply, weight_layers
+from methods.core.train.task import Batch, Task
+from methods.engine.costs import hardware_costs
+from methods.engine.fast import FastNetwork
+from methods.engine.layers import layer_costs, layer_macs, totals
 
 from .accounting import account, huffman_total, stored_entries, tensor_bits
-from .cost import layer_costs, layer_macs, totals
-from .costs import hardware_costs
-from .kernels.fast import FastNetwork
 
 RANGE_METHOD, RANGE_INPUTS, RANGE_BITS = "minmax", 1024, 8  # for methods that leave activations in float
 COUNTED_INPUTS = 32  # test inputs on which zero activations are counted for the cost models

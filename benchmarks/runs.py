@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from methods.core.container import write_file
 from methods.core.errors import CompressError
+from methods.core.file.container import write_file
 
 QUIET_SECONDS = 30.0  # between progress lines where the output is no terminal
 

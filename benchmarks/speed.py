@@ -13,14 +13,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from methods.core.artifact import CompressedModel
-from methods.core.build import apply, assemble, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import ConfigError
-from methods.core.quantize import fit_symmetric, quantize
-from methods.core.windows import find_window
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.quantize import fit_symmetric, quantize
+from methods.core.fit.windows import find_window
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.engine import onednn
+from methods.engine.fast import FastNetwork
 
-from .kernels import onednn
-from .kernels.fast import FastNetwork
 from .networks import build, find
 
 CLASSES, SIZE, CHANNELS = 10, 32, 3  # of networks that take any

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from methods.admm import AdmmHooks
 from methods.annc import Config as AnncConfig
 from methods.annc import JointHooks
+from methods.annc.knapsack import keep_worthiest
 from methods.bayesian_bits import Config as BitsConfig
 from methods.bayesian_bits import Phase
+from methods.bayesian_bits.network import GatedNetwork, survey
 from methods.clip_q import Theta, attach
-from methods.core.build import weight_layers
-from methods.core.finetune import Hooks, Recipe, training_step
-from methods.core.gated_network import GatedNetwork, survey
-from methods.core.knapsack import keep_worthiest
-from methods.core.project import project_sparse
-from methods.core.prune import keep_count
-from methods.core.task import Task
+from methods.core.fit.project import project_sparse
+from methods.core.fit.prune import keep_count
+from methods.core.graph.build import weight_layers
+from methods.core.train.finetune import Hooks, Recipe, training_step
+from methods.core.train.task import Task
 
 from .networks import build, find
 from .speed import CHANNELS, CLASSES, SIZE, Timing, check_positive, in_turn

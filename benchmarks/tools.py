@@ -6,14 +6,14 @@ from argparse import Namespace
 import safetensors.torch
 from rich.console import Console
 
-from methods.core import container
 from methods.core.errors import ConfigError
-from methods.core.storage import decode, inspect
+from methods.core.file import container
+from methods.core.file.storage import decode, inspect
+from methods.engine.fast import FastNetwork
+from methods.engine.verify import verify
 
 from .baselines import skeleton
 from .data import open_dataset, test_batches
-from .kernels.fast import FastNetwork
-from .kernels.verify import verify
 from .measure import measure
 from .networks import find
 from .speed import as_table, check_positive, measure_speed

@@ -22,11 +22,11 @@ from .core.artifact import (
     Window,
 )
 from .core.budget import Budget
-from .core.build import apply
 from .core.errors import BudgetError, CompressError, ConfigError, FormatError, GraphError, TrainingDiverged
-from .core.finetune import Recipe
-from .core.storage import decode, encode, inspect, load
-from .core.task import Task
+from .core.file.storage import decode, encode, inspect, load
+from .core.graph.build import apply
+from .core.train.finetune import Recipe
+from .core.train.task import Task
 
 __all__ = [
     "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressedModel",
@@ -34,10 +34,12 @@ __all__ = [
     "TrainingDiverged", "Window", "apply", "decode", "encode", "find_method", "inspect", "load", "method_names",
 ]
 
+ROOMS = ("core", "engine")
+
 
 def method_names() -> list[str]:
-    """The methods there are: every module beside this file."""
-    return sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.ispkg)
+    """The methods there are: every module or package beside this file, but for the rooms they share."""
+    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in ROOMS)
 
 
 def find_method(name: str) -> ModuleType:

@@ -42,13 +42,13 @@ from torch import Tensor, nn
 
 from .core.artifact import CompressedModel
 from .core.budget import Budget
-from .core.build import assemble, check_finite, weight_layers
 from .core.errors import ConfigError
-from .core.finetune import Hooks, Recipe, train
-from .core.project import Clusters, Intervals, closest, keep_sparse, project_sparse
-from .core.prune import MaskHooks, apply_masks, keep_count
-from .core.run import NullRun, Run
-from .core.task import Task
+from .core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
+from .core.fit.prune import MaskHooks, apply_masks, keep_count
+from .core.graph.build import assemble, check_finite, weight_layers
+from .core.train.finetune import Hooks, Recipe, train
+from .core.train.run import NullRun, Run
+from .core.train.task import Task
 
 DATA = "train"
 GRIDS = {"levels": Intervals, "clusters": Clusters}

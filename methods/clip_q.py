@@ -50,14 +50,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .core.artifact import Codebook, CompressedModel, CompressedTensor
-from .core.bayes import SEARCHES, minimize
 from .core.budget import Budget
-from .core.build import assemble, check_finite, weight_layers
-from .core.coding import filler_count
 from .core.errors import BudgetError, CompressError, ConfigError
-from .core.finetune import Recipe, check_trainable, train
-from .core.run import NullRun, Run
-from .core.task import First, Task
+from .core.file.coding import filler_count
+from .core.fit.bayes import SEARCHES, minimize
+from .core.graph.build import assemble, check_finite, weight_layers
+from .core.train.finetune import Recipe, check_trainable, train
+from .core.train.run import NullRun, Run
+from .core.train.task import First, Task
 
 DATA = "train"
 P_GRID = tuple(i / 100 for i in range(99))  # searched shares of clipped weights

@@ -37,13 +37,13 @@ from torch.nn.utils import parametrize
 
 from .core.artifact import Codebook, CompressedModel, CompressedTensor
 from .core.budget import Budget
-from .core.build import assemble, check_finite, weight_layers
-from .core.cluster import INITS, kmeans
 from .core.errors import BudgetError, ConfigError
-from .core.finetune import Recipe, train
-from .core.prune import MaskHooks, apply_masks, keep_count, keep_largest
-from .core.run import NullRun, Run
-from .core.task import Task
+from .core.fit.cluster import INITS, kmeans
+from .core.fit.prune import MaskHooks, apply_masks, keep_count, keep_largest
+from .core.graph.build import assemble, check_finite, weight_layers
+from .core.train.finetune import Recipe, train
+from .core.train.run import NullRun, Run
+from .core.train.task import Task
 
 DATA = "train"
 

@@ -33,12 +33,12 @@ from torch import Tensor, nn
 
 from .core.artifact import Affine, CompressedModel, CompressedTensor
 from .core.budget import Budget
-from .core.build import assemble, check_finite, weight_layers
-from .core.channels import Pair, fit_scales, read_filters, require_pairs, scale_outputs
 from .core.errors import BudgetError, CompressError, ConfigError
-from .core.odd_levels import quantize_odd
-from .core.run import Run
-from .core.task import Task
+from .core.fit.odd_levels import quantize_odd
+from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.channels import Pair, fit_scales, read_filters, require_pairs, scale_outputs
+from .core.train.run import Run
+from .core.train.task import Task
 
 DATA = "none"
 EPS = torch.finfo(torch.float32).eps

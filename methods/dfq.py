@@ -37,15 +37,15 @@ from torch import Tensor, nn
 
 from .core.artifact import ActivationQuantizer, CompressedModel
 from .core.budget import Budget
-from .core.build import assemble, check_finite, weight_layers
-from .core.calibrate import quantizer_of
-from .core.channels import Pair, find_pairs
 from .core.errors import ConfigError, GraphError
-from .core.fold import fold_batchnorm
-from .core.graph import Graph, Node, trace
-from .core.quantize import find_scheme, quantize
-from .core.run import Run
-from .core.task import Task
+from .core.fit.calibrate import quantizer_of
+from .core.fit.quantize import find_scheme, quantize
+from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.channels import Pair, find_pairs
+from .core.graph.fold import fold_batchnorm
+from .core.graph.graph import Graph, Node, trace
+from .core.train.run import Run
+from .core.train.task import Task
 
 DATA = "none"
 

@@ -41,8 +41,9 @@ from torch import Tensor, nn
 
 from .core.artifact import CompressedModel, Topology
 from .core.budget import Budget
-from .core.build import assemble, check_finite
-from .core.channels import (
+from .core.errors import ConfigError
+from .core.graph.build import assemble, check_finite
+from .core.graph.channels import (
     Pair,
     changed_widths,
     count_channels,
@@ -51,9 +52,8 @@ from .core.channels import (
     merge_channels,
     require_pairs,
 )
-from .core.errors import ConfigError
-from .core.run import Run
-from .core.task import Task
+from .core.train.run import Run
+from .core.train.task import Task
 
 DATA = "none"
 TARGETS = {"conv": nn.Conv2d, "linear": nn.Linear}

@@ -26,16 +26,16 @@ from torch import nn
 
 from .core.artifact import CompressedModel
 from .core.budget import Budget
-from .core.build import apply, assemble, check_finite, weight_layers
-from .core.calibrate import calibrate, check_calibration
 from .core.errors import ConfigError
-from .core.finetune import Recipe, train
-from .core.fold import fold_codes
-from .core.graph import trace
-from .core.prune import MaskHooks, apply_masks, keep_global, keep_local
-from .core.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
-from .core.run import NullRun, Run
-from .core.task import Task
+from .core.fit.calibrate import calibrate, check_calibration
+from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_local
+from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
+from .core.graph.build import apply, assemble, check_finite, weight_layers
+from .core.graph.fold import fold_codes
+from .core.graph.graph import trace
+from .core.train.finetune import Recipe, train
+from .core.train.run import NullRun, Run
+from .core.train.task import Task
 
 DATA = "train"
 

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from .core.artifact import CompressedModel, CompressedTensor
 from .core.budget import Budget
-from .core.build import apply, assemble, check_finite, weight_layers
-from .core.calibrate import calibrate, check_calibration
-from .core.finetune import Recipe, train
-from .core.fold import fold_batchnorm, fold_codes
-from .core.prune import keep_count
-from .core.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
-from .core.run import NullRun, Run
-from .core.task import Task
+from .core.fit.calibrate import calibrate, check_calibration
+from .core.fit.prune import keep_count
+from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
+from .core.graph.build import apply, assemble, check_finite, weight_layers
+from .core.graph.fold import fold_batchnorm, fold_codes
+from .core.train.finetune import Recipe, train
+from .core.train.run import NullRun, Run
+from .core.train.task import Task
 
 DATA = "train"
 

@@ -44,13 +44,13 @@ from torch import Tensor, nn
 
 from .core.artifact import ActivationQuantizer, Affine, CompressedModel, CompressedTensor, Window
 from .core.budget import Budget
-from .core.build import NORMS, apply, assemble, check_finite, weight_layers
-from .core.calibrate import BATCH, calibrate, check_calibration, quantizer_of
 from .core.errors import BudgetError, CompressError, ConfigError, GraphError
-from .core.graph import Graph, trace
-from .core.run import NullRun, Run
-from .core.task import Task
-from .core.windows import OPTIONS, find_window, keep_24, windowed_sum
+from .core.fit.calibrate import BATCH, calibrate, check_calibration, quantizer_of
+from .core.fit.windows import OPTIONS, find_window, keep_24, windowed_sum
+from .core.graph.build import NORMS, apply, assemble, check_finite, weight_layers
+from .core.graph.graph import Graph, trace
+from .core.train.run import NullRun, Run
+from .core.train.task import Task
 
 DATA = "calibration"
 WIDTH = 8  # of weights and activations, where nothing else is asked for

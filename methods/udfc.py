@@ -45,8 +45,10 @@ from torch import Tensor, nn
 
 from .core.artifact import CompressedModel, CompressedTensor, Topology
 from .core.budget import Budget
-from .core.build import assemble, check_finite, weight_layers
-from .core.channels import (
+from .core.errors import BudgetError, ConfigError
+from .core.fit.odd_levels import quantize_odd
+from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.channels import (
     Filters,
     Pair,
     changed_widths,
@@ -59,10 +61,8 @@ from .core.channels import (
     require_pairs,
     scale_outputs,
 )
-from .core.errors import BudgetError, ConfigError
-from .core.odd_levels import quantize_odd
-from .core.run import Run
-from .core.task import Task
+from .core.train.run import Run
+from .core.train.task import Task
 
 DATA = "none"
 FORMS = ("paper", "folded")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from methods.core.finetune import Recipe, train
-from methods.core.task import Task
+from methods.core.train.finetune import Recipe, train
+from methods.core.train.task import Task
 
 CLASSES, SHAPE = 4, (3, 8, 8)
 

@@ -10,12 +10,12 @@ from benchmarks.jobs import CONFIGS, prepare, read_table
 from methods import admm
 from methods.admm import AdmmHooks, Config, Training, compress, prune
 from methods.core.budget import Budget
-from methods.core.build import weight_layers
 from methods.core.errors import BudgetError, ConfigError, TrainingDiverged
-from methods.core.finetune import Recipe
-from methods.core.project import project_sparse
-from methods.core.prune import keep_count
-from methods.core.run import NullRun
+from methods.core.fit.project import project_sparse
+from methods.core.fit.prune import keep_count
+from methods.core.graph.build import weight_layers
+from methods.core.train.finetune import Recipe
+from methods.core.train.run import NullRun
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 EPOCH = Recipe(epochs=1, lr=0.02)

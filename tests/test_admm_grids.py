@@ -11,12 +11,12 @@ from methods import admm
 from methods.admm import Config, HoldHooks, TieHooks, Training, compress, fix_levels
 from methods.core.artifact import Codebook, Levels
 from methods.core.budget import Budget
-from methods.core.build import weight_layers
 from methods.core.errors import ConfigError
-from methods.core.finetune import Recipe, train
-from methods.core.project import Clusters, Intervals, project_sparse
-from methods.core.prune import keep_count
-from methods.core.run import NullRun
+from methods.core.fit.project import Clusters, Intervals, project_sparse
+from methods.core.fit.prune import keep_count
+from methods.core.graph.build import weight_layers
+from methods.core.train.finetune import Recipe, train
+from methods.core.train.run import NullRun
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 EPOCH = Recipe(epochs=1, lr=0.02)

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from methods.annc import Config, JointHooks, OnCodebook, Refresh, compress, store
+from methods.annc.knapsack import choose_options
 from methods.core.budget import Budget
-from methods.core.build import weight_layers
-from methods.core.finetune import Recipe
-from methods.core.knapsack import choose_options
+from methods.core.graph.build import weight_layers
+from methods.core.train.finetune import Recipe
 
 SHORT = Config(recipe=Recipe(epochs=3, lr=0.05), start_bits=3)
 

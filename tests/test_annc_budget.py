@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from benchmarks.jobs import CONFIGS, prepare, read_table
-from benchmarks.kernels.network import IntegerNetwork
 from benchmarks.measure import with_ranges
 from methods import annc
 from methods.annc import MODES, Config, JointHooks, compress, find_limits, store
 from methods.core.budget import Budget
-from methods.core.build import apply, weight_layers
 from methods.core.errors import BudgetError, ConfigError, TrainingDiverged
-from methods.core.finetune import Recipe
+from methods.core.graph.build import apply, weight_layers
+from methods.core.train.finetune import Recipe
+from methods.engine.exact import IntegerNetwork
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 SHORT = Config(recipe=Recipe(epochs=3, lr=0.05), start_bits=3)

@@ -15,10 +15,10 @@ from methods.core.artifact import (
     Topology,
     Window,
 )
-from methods.core.build import apply, assemble, check_finite, weight_layers
 from methods.core.errors import CompressError
-from methods.core.fold import fold_codes
-from methods.core.quantize import fit_asymmetric, fit_symmetric, quantize
+from methods.core.fit.quantize import fit_asymmetric, fit_symmetric, quantize
+from methods.core.graph.build import apply, assemble, check_finite, weight_layers
+from methods.core.graph.fold import fold_codes
 
 
 def f32(*values):

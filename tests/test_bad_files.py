@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from methods.core import container
 from methods.core.artifact import (
     ActivationQuantizer,
     Affine,
@@ -24,8 +23,9 @@ from methods.core.artifact import (
     Window,
 )
 from methods.core.errors import CompressError, FormatError
-from methods.core.storage import decode, encode, from_bytes, inspect, load, to_bytes
-from methods.core.streams import varint
+from methods.core.file import container
+from methods.core.file.storage import decode, encode, from_bytes, inspect, load, to_bytes
+from methods.core.file.streams import varint
 
 MODES = ("paper", "best")
 

@@ -16,12 +16,12 @@ from benchmarks.jobs import CONFIGS, prepare, read_table
 from benchmarks.networks.resnet import resnet18
 from methods import bayesian_bits
 from methods.bayesian_bits import Config, Phase, gate_costs, regulariser, relative_bops
+from methods.bayesian_bits.network import GatedNetwork, Point, Wiring, survey
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
-from methods.core.finetune import Recipe, train
-from methods.core.gated_network import GatedNetwork, Point, Wiring, survey
-from methods.core.storage import to_bytes
-from methods.core.task import First
+from methods.core.file.storage import to_bytes
+from methods.core.train.finetune import Recipe, train
+from methods.core.train.task import First
 
 ORACLES = Path(__file__).parents[2] / "shared" / "oracles"
 CASES = {"lenet5quantized": ("lenet5_bb", (1, 28, 28)), "vggquantized": ("vgg7", (3, 32, 32)),

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from methods.core.artifact import ActivationQuantizer
-from methods.core.calibrate import BATCH, calibrate, quantizer_of
 from methods.core.errors import CompressError, ConfigError
-from methods.core.graph import trace
+from methods.core.fit.calibrate import BATCH, calibrate, quantizer_of
+from methods.core.graph.graph import trace
 
 
 def test_ranges_are_the_extremes_of_what_each_edge_reads(tiny):

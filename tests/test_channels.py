@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from benchmarks import networks
-from methods.core import channels
 from methods.core.artifact import Topology
-from methods.core.build import apply, assemble
-from methods.core.channels import Filters, count_channels, find_pairs, keep_channels, merge_channels
 from methods.core.errors import BudgetError, CompressError, ConfigError
+from methods.core.graph import channels
+from methods.core.graph.build import apply, assemble
+from methods.core.graph.channels import Filters, count_channels, find_pairs, keep_channels, merge_channels
 
 
 def filled(model, seed=0):

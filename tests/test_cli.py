@@ -15,7 +15,7 @@ from benchmarks.checkpoints import write_checkpoint
 from benchmarks.data import open_dataset
 from benchmarks.networks import build
 from benchmarks.rows import read_rows
-from methods.core import container
+from methods.core.file import container
 
 TABLE = """
 method = "prune_then_quantize"

@@ -13,8 +13,8 @@ from methods import clip_q
 from methods.clip_q import ClipQuantize, Config, Theta, clip_counts, compress, encode, partition
 from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError, TrainingDiverged
-from methods.core.finetune import Hooks, Recipe
-from methods.core.run import NullRun
+from methods.core.train.finetune import Hooks, Recipe
+from methods.core.train.run import NullRun
 
 FIGURE = torch.tensor([[0.1, -0.1, 0.7, -0.4], [0.7, -0.5, 0.9, -0.1], [-1.0, -0.6, -1.6, 0.8], [-0.5, 1.1, 0.2, 1.2]])
 QUANTIZED = torch.tensor([[0, 0, 0.9, -0.5], [0.9, -0.5, 0.9, 0], [-1.3, -0.5, -1.3, 0.9], [-0.5, 0.9, 0, 0.9]])

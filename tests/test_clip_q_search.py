@@ -12,12 +12,12 @@ from torch import nn
 from benchmarks.accounting import tensor_bits
 from methods import clip_q
 from methods.clip_q import Config, Theta, compress, encode, partition, stored_bits
-from methods.core import bayes
 from methods.core.budget import Budget
 from methods.core.errors import BudgetError, ConfigError
-from methods.core.finetune import Recipe
-from methods.core.run import NullRun
-from methods.core.storage import to_bytes
+from methods.core.file.storage import to_bytes
+from methods.core.fit import bayes
+from methods.core.train.finetune import Recipe
+from methods.core.train.run import NullRun
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 SHORT = Recipe(epochs=1, lr=0.02)

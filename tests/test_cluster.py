@@ -7,8 +7,8 @@ import kmeans1d
 import numpy as np
 import pytest
 
-from methods.core.cluster import assign, exact_cuts, kmeans
 from methods.core.errors import ConfigError
+from methods.core.fit.cluster import assign, exact_cuts, kmeans
 
 FIG3 = np.array([[2.09, -0.98, 1.48, 0.09], [0.05, -0.14, -1.08, 2.12], [-0.91, 1.92, 0, -1.03], [1.87, 0, 1.53, 1.49]])
 INDEX = np.array([[3, 0, 2, 1], [1, 1, 0, 3], [0, 3, 1, 0], [3, 1, 2, 2]])

@@ -6,10 +6,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from methods.core import coding, streams
-from methods.core.coding import entropy, filler_count, gap_decode, gap_encode, huffman_lengths, huffman_mean_bits
 from methods.core.errors import FormatError
-from methods.core.streams import Reader, decode_stream, encode_stream, signed, varint
+from methods.core.file import coding, streams
+from methods.core.file.coding import entropy, filler_count, gap_decode, gap_encode, huffman_lengths, huffman_mean_bits
+from methods.core.file.streams import Reader, decode_stream, encode_stream, signed, varint
 
 RNG = np.random.default_rng(0)
 

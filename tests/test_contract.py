@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from benchmarks.jobs import all_tables
-from benchmarks.kernels.accumulate import accumulate_int64
-from benchmarks.kernels.network import IntegerNetwork
 from benchmarks.measure import with_ranges
 from benchmarks.settings import build
 from methods import find_method, method_names
 from methods.core.artifact import Affine, CompressedModel
 from methods.core.budget import Budget
-from methods.core.build import apply, weight_layers
 from methods.core.errors import BudgetError, CompressError
-from methods.core.storage import from_bytes, to_bytes
+from methods.core.file.storage import from_bytes, to_bytes
+from methods.core.graph.build import apply, weight_layers
+from methods.engine.accumulate import accumulate_int64
+from methods.engine.exact import IntegerNetwork
 
 COUNTER = "num_batches_tracked"
 

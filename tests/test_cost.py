@@ -6,7 +6,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import networks
-from benchmarks.cost import LayerCost, layer_costs, layer_macs, totals
 from methods.core.artifact import (
     ActivationQuantizer,
     Affine,
@@ -15,7 +14,8 @@ from methods.core.artifact import (
     CompressedTensor,
     Topology,
 )
-from methods.core.build import assemble, weight_layers
+from methods.core.graph.build import assemble, weight_layers
+from methods.engine.layers import LayerCost, layer_costs, layer_macs, totals
 
 ONE = Affine(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32))
 

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from benchmarks import networks
-from benchmarks.cost import layer_costs
-from benchmarks.costs import hardware_costs
-from benchmarks.costs.energy import Load, energy_ratios
-from benchmarks.kernels.network import IntegerNetwork
 from methods.core.artifact import ActivationQuantizer, Affine, Codebook, CompressedTensor, Topology, Window
-from methods.core.build import assemble, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import ConfigError
-from methods.core.graph import trace
+from methods.core.fit.calibrate import calibrate
+from methods.core.graph.build import assemble, weight_layers
+from methods.core.graph.graph import trace
+from methods.engine.costs import hardware_costs
+from methods.engine.costs.energy import Load, energy_ratios
+from methods.engine.exact import IntegerNetwork
+from methods.engine.layers import layer_costs
 
 SHAPE = (3, 8, 8)
 GRID, EIGHT = Affine(torch.tensor(0.1), torch.zeros((), dtype=torch.int32)), ActivationQuantizer(0.1)

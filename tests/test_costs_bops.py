@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from benchmarks import networks
-from benchmarks.costs.bops import Operands, activation_width, bayesian_bits, feeders, kept_filters, relative, uniq
-from benchmarks.costs.shapes import LayerShape, layer_shapes, sizes_of
 from benchmarks.networks.resnet import resnet18
 from methods.core.errors import ConfigError
+from methods.engine.costs.bops import Operands, activation_width, bayesian_bits, feeders, kept_filters, relative, uniq
+from methods.engine.costs.shapes import LayerShape, layer_shapes, sizes_of
 
 ORACLE = Path(__file__).parents[2] / "shared" / "oracles" / "bb_bops.json"
 NETWORKS = {"lenet5quantized": ("lenet5_bb", (1, 28, 28)), "vggquantized": ("vgg7", (3, 32, 32)), "resnet18": None}

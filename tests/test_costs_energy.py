@@ -5,10 +5,10 @@ from functools import cache
 import pytest
 
 from benchmarks import networks
-from benchmarks.costs import energy
-from benchmarks.costs.energy import KIB, TABLE, Load, energy_ratios, mac_pj, multiply_pj, sram_pj
-from benchmarks.costs.shapes import shapes_of
 from methods.core.errors import ConfigError
+from methods.engine.costs import energy
+from methods.engine.costs.energy import KIB, TABLE, Load, energy_ratios, mac_pj, multiply_pj, sram_pj
+from methods.engine.costs.shapes import shapes_of
 
 
 @pytest.mark.parametrize("kib, entry", [(8, "SRAM 8 KB, 64 bit"), (32, "SRAM 32 KB, 64 bit"),

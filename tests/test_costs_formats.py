@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.costs.formats import bits_in, fits_two_four, format_bits, smallest
 from methods.core.errors import ConfigError
+from methods.engine.costs.formats import bits_in, fits_two_four, format_bits, smallest
 
 
 @cache

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from benchmarks import networks
-from benchmarks.cost import layer_macs
-from benchmarks.costs.shapes import LayerShape, leading_padding, origin, shapes_of, sizes_of
+from methods.engine.costs.shapes import LayerShape, leading_padding, origin, shapes_of, sizes_of
+from methods.engine.layers import layer_macs
 
 
 def test_shapes_by_hand():

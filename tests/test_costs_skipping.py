@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from benchmarks import networks
-from benchmarks.costs.skipping import Skips, count_layer, count_network
-from benchmarks.kernels.network import IntegerNetwork
 from methods.core.artifact import Affine, CompressedTensor
-from methods.core.build import assemble, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import ConfigError
+from methods.core.fit.calibrate import calibrate
+from methods.core.graph.build import assemble, weight_layers
+from methods.engine.costs.skipping import Skips, count_layer, count_network
+from methods.engine.exact import IntegerNetwork
 
 
 def integers(shape, density, seed):

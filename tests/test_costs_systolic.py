@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmarks import networks
-from benchmarks.costs.shapes import LayerShape, shapes_of
-from benchmarks.costs.systolic import Array, array_named, run_layer, total, without_empty_channels
 from methods.core.errors import ConfigError
+from methods.engine.costs.shapes import LayerShape, shapes_of
+from methods.engine.costs.systolic import Array, array_named, run_layer, total, without_empty_channels
 
 
 def conv(positions, filters, channels, kernel=1, groups=1):

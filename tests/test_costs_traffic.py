@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import networks
-from benchmarks.costs.shapes import sizes_of
-from benchmarks.costs.traffic import Traffic, output_width, roofline, traffic_of
 from methods.core.artifact import ActivationQuantizer
 from methods.core.errors import ConfigError
+from methods.engine.costs.shapes import sizes_of
+from methods.engine.costs.traffic import Traffic, output_width, roofline, traffic_of
 
 
 class Residual(nn.Module):

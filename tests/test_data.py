@@ -11,7 +11,7 @@ import torch
 from benchmarks import augment
 from benchmarks.data import TensorBatches, make_task, open_dataset, test_batches
 from methods.core.errors import ConfigError
-from methods.core.task import LoaderBatches, Task
+from methods.core.train.task import LoaderBatches, Task
 
 
 def generator(seed=0):

@@ -9,8 +9,8 @@ from torch.nn.utils import parametrize
 from methods import deep_compression
 from methods.core.budget import Budget
 from methods.core.errors import BudgetError, ConfigError
-from methods.core.finetune import Recipe
-from methods.core.prune import keep_count
+from methods.core.fit.prune import keep_count
+from methods.core.train.finetune import Recipe
 from methods.deep_compression import Config, SharedWeight, compress, prune, scale_dropout, share, tune_centroids
 
 WEIGHTS = torch.tensor([[2.09, -0.98, 1.48, 0.09], [0.05, -0.14, -1.08, 2.12],

@@ -17,8 +17,8 @@ from benchmarks.jobs import all_tables
 from benchmarks.settings import build
 from methods import find_method, method_names
 from methods.core.budget import Budget
-from methods.core.finetune import Recipe, train
-from methods.core.storage import to_bytes
+from methods.core.file.storage import to_bytes
+from methods.core.train.finetune import Recipe, train
 
 CPU, OTHER = torch.device("cpu"), torch.device("cuda")  # "cuda" is only a name here: nothing touches a driver
 COPIES = (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default)

@@ -9,9 +9,9 @@ from benchmarks import networks
 from methods import df_mpc
 from methods.core.artifact import Affine, Levels
 from methods.core.budget import Budget
-from methods.core.build import apply
-from methods.core.channels import find_pairs, read_filters, scale_inputs
 from methods.core.errors import BudgetError, CompressError, ConfigError
+from methods.core.graph.build import apply
+from methods.core.graph.channels import find_pairs, read_filters, scale_inputs
 from methods.df_mpc import Config, choose_pairs, ternary
 
 

@@ -11,11 +11,11 @@ from torch import nn
 from benchmarks import networks
 from methods import dfq
 from methods.core.budget import Budget
-from methods.core.build import apply, weight_layers
-from methods.core.channels import find_pairs
 from methods.core.errors import BudgetError, ConfigError
-from methods.core.fold import fold_batchnorm
-from methods.core.graph import trace
+from methods.core.graph.build import apply, weight_layers
+from methods.core.graph.channels import find_pairs
+from methods.core.graph.fold import fold_batchnorm
+from methods.core.graph.graph import trace
 from methods.dfq import Config, Normal, absorb_biases, equalize, read_normal
 
 KINDS = (nn.Conv2d, nn.Linear)

@@ -7,20 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.kernels import bytecodes, fast, onednn
-from benchmarks.kernels.fast import FastNetwork
-from benchmarks.kernels.network import IntegerNetwork
-from benchmarks.kernels.reference import ReferenceRun
-from benchmarks.kernels.verify import recorded, verify
 from benchmarks.networks import build
 from benchmarks.networks.resnet import BasicBlock
 from benchmarks.networks.vgg import POOL, conv_layers
 from methods.core.artifact import ActivationQuantizer, Affine, Codebook, CompressedTensor
-from methods.core.build import apply, assemble, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import GraphError
-from methods.core.quantize import fit_symmetric, quantize
-from methods.core.windows import find_window
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.quantize import fit_symmetric, quantize
+from methods.core.fit.windows import find_window
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.engine import bytecodes, fast, onednn
+from methods.engine.exact import IntegerNetwork
+from methods.engine.fast import FastNetwork
+from methods.engine.reference import ReferenceRun
+from methods.engine.verify import recorded, verify
 
 
 def seeded(make, seed=0):

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.kernels import windowed
-from benchmarks.kernels.fast import FastNetwork
-from benchmarks.kernels.network import IntegerNetwork
-from benchmarks.kernels.verify import verify
-from methods.core import windows
 from methods.core.errors import GraphError
-from methods.core.windows import find_window, keep_24
+from methods.core.fit import windows
+from methods.core.fit.windows import find_window, keep_24
+from methods.engine import windowed
+from methods.engine.exact import IntegerNetwork
+from methods.engine.fast import FastNetwork
+from methods.engine.verify import verify
 
 from .test_fast import chain, check, compressed, normal, seeded
 

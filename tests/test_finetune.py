@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.core.errors import CompressError, ConfigError, TrainingDiverged
-from methods.core.finetune import CHECK_EVERY, SCHEDULES, Hooks, Recipe, _smoothed, decay_groups, train
-from methods.core.task import Task
+from methods.core.train.finetune import CHECK_EVERY, SCHEDULES, Hooks, Recipe, _smoothed, decay_groups, train
+from methods.core.train.task import Task
 
 STEPS = 4  # batches in an epoch of the tiny task
 

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from methods.core.artifact import Affine, Codebook, CompressedTensor
-from methods.core.build import apply, assemble, weight_layers
 from methods.core.errors import CompressError, GraphError
-from methods.core.fold import fold_batchnorm, fold_codes, norm_ratio, norms_after, scale_channels
-from methods.core.quantize import find_scheme, quantize
+from methods.core.fit.quantize import find_scheme, quantize
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.core.graph.fold import fold_batchnorm, fold_codes, norm_ratio, norms_after, scale_channels
 
 
 def stir(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from methods.core.gated import (
+from methods.bayesian_bits.gated import (
     _dot,
     alive,
     bits_of,

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.kernels.network import IntegerNetwork
 from methods.bayesian_bits import Config, Phase, gate_costs, regulariser, store_activations, store_weights
+from methods.bayesian_bits.network import GatedNetwork, Point, Wiring, fix_gates, survey
 from methods.core.artifact import ActivationQuantizer
-from methods.core.finetune import Recipe, train
-from methods.core.fold import fold_batchnorm
-from methods.core.gated_network import GatedNetwork, Point, Wiring, fix_gates, survey
+from methods.core.graph.fold import fold_batchnorm
+from methods.core.train.finetune import Recipe, train
+from methods.engine.exact import IntegerNetwork
 
 SHORT = Recipe(epochs=1, lr=1e-3, optimizer="adam", weight_decay=0.0, schedule="constant")
 

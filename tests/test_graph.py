@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.core.errors import GraphError
-from methods.core.graph import trace
+from methods.core.graph.graph import trace
 
 
 class Wild(nn.Module):

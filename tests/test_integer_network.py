@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.kernels.network import IntegerNetwork
 from methods import prune_then_quantize
 from methods.core.artifact import ActivationQuantizer, Codebook, CompressedTensor
 from methods.core.budget import Budget
-from methods.core.build import apply, assemble, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import GraphError
-from methods.core.quantize import fit_symmetric, quantize
-from methods.core.task import top1
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.quantize import fit_symmetric, quantize
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.core.train.task import top1
+from methods.engine.exact import IntegerNetwork
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from benchmarks.rows import read_rows
 from benchmarks.settings import build as build_settings
 from methods import find_method, method_names
 from methods.core.budget import Budget
-from methods.core.build import weight_layers
 from methods.core.errors import BudgetError, ConfigError, GraphError
-from methods.core.finetune import Recipe
-from methods.core.storage import decode, encode
+from methods.core.file.storage import decode, encode
+from methods.core.graph.build import weight_layers
+from methods.core.train.finetune import Recipe
 
 CPU = torch.device("cpu")
 HEAD = 'method = "prune_then_quantize"\ntitle = "A title"\n'

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.kernels.accumulate import accumulate, accumulate_int64, exact_dtype, largest_partial_sum
-from benchmarks.kernels.network import IntegerNetwork
-from benchmarks.kernels.weights import integer_table, integer_weight
 from methods.core.artifact import ActivationQuantizer, Affine, Codebook, CompressedModel, CompressedTensor, Levels
-from methods.core.build import assemble, weight_layers
 from methods.core.errors import GraphError
-from methods.core.quantize import fit_asymmetric, fit_symmetric, quantize
+from methods.core.fit.quantize import fit_asymmetric, fit_symmetric, quantize
+from methods.core.graph.build import assemble, weight_layers
+from methods.engine.accumulate import accumulate, accumulate_int64, exact_dtype, largest_partial_sum
+from methods.engine.exact import IntegerNetwork
+from methods.engine.weights import integer_table, integer_weight
 
 
 class Residual(nn.Module):

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
+from methods.annc.knapsack import choose_options, keep_worthiest
 from methods.core.errors import BudgetError
-from methods.core.knapsack import choose_options, keep_worthiest
 
 BITS = range(1, 9)
 

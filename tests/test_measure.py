@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.kernels.network import IntegerNetwork
 from benchmarks.measure import measure, reestimate_batchnorm
-from methods.core.build import apply, assemble, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import ConfigError
-from methods.core.quantize import fit_symmetric, quantize
-from methods.core.storage import encode
+from methods.core.file.storage import encode
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.quantize import fit_symmetric, quantize
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.engine.exact import IntegerNetwork
 
 from .test_accounting import huffman_bits
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from methods.core.finetune import Hooks, Recipe, train
-from methods.core.muon import DECAY, RATE, FilterMuon
+from methods.core.train.finetune import Hooks, Recipe, train
+from methods.core.train.muon import DECAY, RATE, FilterMuon
 
 LR = 0.1
 

@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import networks
 from benchmarks.checkpoints import load_into, read_checkpoint
 from benchmarks.data import Dataset, Split, open_dataset, test_batches
-from methods.core.build import weight_layers
 from methods.core.errors import ConfigError
-from methods.core.fold import fold_batchnorm
-from methods.core.graph import trace
-from methods.core.task import top1
+from methods.core.graph.build import weight_layers
+from methods.core.graph.fold import fold_batchnorm
+from methods.core.graph.graph import trace
+from methods.core.train.task import top1
 
 WEIGHTS = Path(__file__).parents[2] / "shared" / "weights" / "resnet56_cifar10.npz"
 SHAPES = {name: (1, 28, 28) if name.startswith("lenet") else (3, 32, 32) for name in networks.NETWORKS}

@@ -10,9 +10,9 @@ from torch import nn
 from benchmarks import networks
 from methods import neuron_merging
 from methods.core.budget import Budget
-from methods.core.build import apply
-from methods.core.channels import find_pairs
 from methods.core.errors import BudgetError, CompressError, ConfigError
+from methods.core.graph.build import apply
+from methods.core.graph.channels import find_pairs
 from methods.neuron_merging import Config, read_norms, read_weights, stand_ins
 
 

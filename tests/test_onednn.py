@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.kernels import bytecodes, onednn
 from methods.core.artifact import ActivationQuantizer
+from methods.engine import bytecodes, onednn
 
 int8 = pytest.mark.skipif(bool(onednn.unsupported()), reason=onednn.unsupported() or "there are int8 kernels")
 
@@ -34,7 +34,7 @@ def test_why_inexact_products_are_not_fused():
 @int8
 def test_saturating_sums_are_noticed():
     """oneDNN held to instructions that add products in 16 bits."""
-    code = "from benchmarks.kernels import onednn; print(onednn.unsupported())"
+    code = "from methods.engine import onednn; print(onednn.unsupported())"
     found = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
                            capture_output=True, text=True, check=True, cwd=os.path.dirname(os.path.dirname(__file__)))
     assert "not exact on this CPU" in found.stdout

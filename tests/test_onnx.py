@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.kernels.fast import FastNetwork
-from benchmarks.kernels.network import IntegerNetwork
 from methods.core.artifact import ActivationQuantizer, Affine, CompressedModel, CompressedTensor
+from methods.engine.exact import IntegerNetwork
+from methods.engine.fast import FastNetwork
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from methods.core.artifact import Codebook, Levels
-from methods.core.cluster import exact_cuts
 from methods.core.errors import ConfigError
-from methods.core.project import (
+from methods.core.fit.cluster import exact_cuts
+from methods.core.fit.project import (
     ZERO,
     Clusters,
     Intervals,

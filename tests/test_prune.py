@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from methods.core.errors import BudgetError
-from methods.core.finetune import Hooks, Recipe, train
-from methods.core.prune import MaskHooks, apply_masks, keep_count, keep_global, keep_largest, keep_local
+from methods.core.fit.prune import MaskHooks, apply_masks, keep_count, keep_global, keep_largest, keep_local
+from methods.core.train.finetune import Hooks, Recipe, train
 
 DENSITIES = ["0.01", "0.07", "0.1", "0.29", "0.3", "0.5", "0.58", "0.7", "0.9", "0.99", "1"]
 

@@ -10,9 +10,8 @@ from torch import nn
 
 from methods.core.artifact import Affine
 from methods.core.errors import CompressError, ConfigError
-from methods.core.finetune import Recipe, train
-from methods.core.prune import keep_largest
-from methods.core.quantize import (
+from methods.core.fit.prune import keep_largest
+from methods.core.fit.quantize import (
     FakeQuantize,
     QuantizationAware,
     find_scheme,
@@ -21,6 +20,7 @@ from methods.core.quantize import (
     quantize,
     to_codes,
 )
+from methods.core.train.finetune import Recipe, train
 from methods.quantize_then_prune import keep_salient
 
 SCHEMES = ("symmetric", "asymmetric")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from methods.core.calibrate import calibrate
 from methods.core.errors import CompressError, ConfigError
-from methods.core.ranges import BINS, OBSERVERS, START, divergence, find_observer
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.ranges import BINS, OBSERVERS, START, divergence, find_observer
 
 
 def seen(name, batches, bits=8):

@@ -10,11 +10,11 @@ from rich.console import Console
 from benchmarks import runs
 from benchmarks.runs import Clock, DiskRun, Screen, run_key
 from methods import deep_compression, prune_then_quantize
-from methods.core import container
 from methods.core.budget import Budget
 from methods.core.errors import CompressError
-from methods.core.finetune import Hooks, Recipe, train
-from methods.core.storage import to_bytes
+from methods.core.file import container
+from methods.core.file.storage import to_bytes
+from methods.core.train.finetune import Hooks, Recipe, train
 
 SHORT = Recipe(epochs=1, lr=0.02)
 

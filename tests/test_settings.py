@@ -10,7 +10,7 @@ import pytest
 from benchmarks.settings import build, count_knobs, from_assignments, merge, plain, read_toml
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
-from methods.core.finetune import Recipe
+from methods.core.train.finetune import Recipe
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from methods import prune_then_quantize as pq
 from methods import quantize_then_prune as qp
 from methods.core.artifact import Affine
 from methods.core.budget import Budget
-from methods.core.build import apply, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import BudgetError, CompressError, ConfigError, GraphError
-from methods.core.finetune import Recipe
-from methods.core.fold import fold_batchnorm
-from methods.core.prune import keep_count
-from methods.core.quantize import fit_symmetric, quantize
-from methods.core.task import Task
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.prune import keep_count
+from methods.core.fit.quantize import fit_symmetric, quantize
+from methods.core.graph.build import apply, weight_layers
+from methods.core.graph.fold import fold_batchnorm
+from methods.core.train.finetune import Recipe
+from methods.core.train.task import Task
 
 BOTH = pytest.mark.parametrize("method", [pq, qp], ids=["pq", "qp"])
 SCHEMES = pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])

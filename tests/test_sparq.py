@@ -9,15 +9,15 @@ from torch import nn
 
 from benchmarks import networks
 from benchmarks.jobs import CONFIGS, prepare, read_table
-from benchmarks.kernels.network import IntegerNetwork
 from methods import sparq
 from methods.core.artifact import Window
 from methods.core.budget import Budget
-from methods.core.build import apply, weight_layers
 from methods.core.errors import BudgetError, CompressError, ConfigError, GraphError
-from methods.core.graph import trace
-from methods.core.task import Task
-from methods.core.windows import find_window, follows_24, keep_24, windowed_sum
+from methods.core.fit.windows import find_window, follows_24, keep_24, windowed_sum
+from methods.core.graph.build import apply, weight_layers
+from methods.core.graph.graph import trace
+from methods.core.train.task import Task
+from methods.engine.exact import IntegerNetwork
 from methods.sparq import Config, QuantizedLayer, quantize_filters
 
 

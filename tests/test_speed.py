@@ -6,7 +6,7 @@ import torch
 from benchmarks import speed, speed_training
 from benchmarks.__main__ import main
 from benchmarks.networks import build
-from methods.core.task import Task
+from methods.core.train.task import Task
 
 
 def test_candidates_run_in_turn(monkeypatch):

@@ -21,11 +21,11 @@ from methods.core.artifact import (
     Topology,
     Window,
 )
-from methods.core.build import assemble
-from methods.core.coding import entropy, gap_encode, huffman_mean_bits
-from methods.core.container import write_file
 from methods.core.errors import CompressError, ConfigError
-from methods.core.storage import Sizes, decode, encode, from_bytes, inspect, load, to_bytes
+from methods.core.file.coding import entropy, gap_encode, huffman_mean_bits
+from methods.core.file.container import write_file
+from methods.core.file.storage import Sizes, decode, encode, from_bytes, inspect, load, to_bytes
+from methods.core.graph.build import assemble
 
 MODES = ("paper", "best")
 

@@ -7,9 +7,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from methods import prune_then_quantize as pq
 from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
-from methods.core.finetune import Recipe
-from methods.core.storage import to_bytes
-from methods.core.task import First, Task, top1
+from methods.core.file.storage import to_bytes
+from methods.core.train.finetune import Recipe
+from methods.core.train.task import First, Task, top1
 
 
 def loader(tiny, n=96, **settings):

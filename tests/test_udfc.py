@@ -12,9 +12,9 @@ from benchmarks import networks
 from methods import udfc
 from methods.core.artifact import Levels
 from methods.core.budget import Budget
-from methods.core.build import apply
-from methods.core.channels import Filters, find_pairs, fit_scales, identity_on, read_filters
-from methods.core.odd_levels import quantize_odd
+from methods.core.fit.odd_levels import quantize_odd
+from methods.core.graph.build import apply
+from methods.core.graph.channels import Filters, find_pairs, fit_scales, identity_on, read_filters
 from methods.udfc import Config, solve
 
 PLAIN = Config(alpha1=0.01)

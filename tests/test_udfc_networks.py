@@ -13,10 +13,10 @@ from benchmarks.checkpoints import load_into, read_checkpoint
 from benchmarks.data import open_dataset, test_batches
 from methods import neuron_merging, udfc
 from methods.core.budget import Budget
-from methods.core.build import apply, weight_layers
-from methods.core.channels import find_pairs
 from methods.core.errors import BudgetError, CompressError, ConfigError
-from methods.core.task import top1
+from methods.core.graph.build import apply, weight_layers
+from methods.core.graph.channels import find_pairs
+from methods.core.train.task import top1
 from methods.udfc import Config
 
 from .test_udfc import X, compress, net

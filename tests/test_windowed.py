@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.kernels.accumulate import exact_dtype
-from benchmarks.kernels.network import IntegerNetwork
-from benchmarks.kernels.windowed import accumulate_windowed, check_window, windowed_codes
 from methods.core.artifact import ActivationQuantizer, Affine, CompressedTensor, Window
-from methods.core.build import apply, assemble, weight_layers
-from methods.core.calibrate import calibrate
 from methods.core.errors import CompressError, GraphError
-from methods.core.windows import OPTIONS, find_window, keep_24, solo_table, trim_pairs, window_table, windowed_sum
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.windows import OPTIONS, find_window, keep_24, solo_table, trim_pairs, window_table, windowed_sum
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.engine.accumulate import exact_dtype
+from methods.engine.exact import IntegerNetwork
+from methods.engine.windowed import accumulate_windowed, check_window, windowed_codes
 
 WINDOWS = [find_window(name, rounding) for name in OPTIONS for rounding in (False, True)]
 each_window = pytest.mark.parametrize("window", WINDOWS, ids=lambda w: f"{w.bits}-{len(w.shifts)}-{w.rounding}")

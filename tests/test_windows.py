@@ -10,7 +10,7 @@ from torch import nn
 
 from methods.core.artifact import Window
 from methods.core.errors import CompressError, ConfigError
-from methods.core.windows import (
+from methods.core.fit.windows import (
     OPTIONS,
     find_window,
     follows_24,

@@ -1,0 +1,279 @@
+"""Bayesian Bits (van Baalen, Louizos, Nagel, Amjad, Wang, Blankevoort, Welling, NeurIPS 2020, arXiv 2005.07093).
+
+Every weight and activation tensor is quantized to 2 bits, and residuals behind learned gates refine it to 4, 8, 16 and
+32 bits; a gate per output channel in front of the weights prunes. The gates are stochastic (hard concrete) while the
+loss is trained together with their expected cost in bit operations. Then they are fixed to 0 or 1, which leaves one
+power of two of bits per tensor, and weights and ranges may be trained a little longer.
+
+Algorithm
+    per tensor:  x_q = z2 (x2 + z4 (e4 + z8 (e8 + z16 (e16 + z32 e32)))),  x clipped to [alpha, beta]
+    W <- W g / sigma_r in front of the quantizer: batch norm is folded, its batch statistics are those of the float W
+    phase 1, per step:  z = clamp(1.2 sigmoid((logit u + phi) / tau) - 0.1, 0, 1),  u ~ U(0, 1), one per gate
+        L = cross entropy + mu sum_k kappa_k E[2 q2 + 4 q2 q4 + 8 q2 q4 q8 + ...],  q = P(z > 0)
+        step the weights (Adam or SGD), phi (Adam), beta (Adam)
+    z <- 1 if P(z = 0) < 0.34 else 0:  2, 4, 8, 16 or 32 bits per tensor, channels kept or pruned
+    phase 2:  x_b = z2 s_b round(x / s_b), batch norm folded into weights and biases; train weights, biases, beta
+
+Symbols    z e s in core/gated.py; phi phi (bits), phi2 (channels); beta beta; alpha -beta or 0 (`signed`); mu mu;
+           sigma_r running deviation; kappa Point.kappa: MACs of the layer, or of an activation's readers, / the largest
+
+Departures (the paper could not be opened; what is not listed follows the authors' code)
+  * Start: the trained network that is given. The MNIST and CIFAR-10 rows of the paper train from scratch.
+  * dead_gates: a bit gate whose phi falls to -2 is closed for good, with all above it. It is in the code, not in the
+    paper. `init` = -6 takes a width out of the search that way.
+  * Ranges start at max(x) of `range_inputs` inputs of the float network with running statistics; the code takes its
+    two images through sampled gates. A tensor without positive values starts at max|x|; beta stays at 1e-6 or more.
+  * residual: quantizers on what no layer reads, the branches of additions. The code has them, at 1 per gate in the
+    loss; its README says not. Without, such edges get calibrated 8-bit ranges when the model is stored.
+  * The input is float in training and counts 8 bits; it is stored with a calibrated 8-bit range. Tensors that stay at
+    32 bits: weights are stored as float, an activation with 16 bits where a layer with codes reads it, else as float.
+  * What an average pool returns is stored exactly, as codes of b + log2(n) bits (16 at most); the code counts b.
+  * A signed activation is stored with the code -2^(b-1), which the symmetric grid of the training does not have.
+  * hold: the learning rate of the weights is constant for this share of the epochs, then falls linearly to 0, epoch by
+    epoch; gates and ranges keep theirs. hold = 1 is the recipe's schedule, for all three; that of the ImageNet runs,
+    drops after a third and two thirds, is not among them.
+  * fast keeps running statistics and spares the second convolution. It is not the paper's; frozen weights imply it.
+  * Pruning at fixed `bits` b costs (2 b - 2) kappa q2, as if all gates up to b were open. Convolutions with groups
+    and the last layer are not pruned. The baseline of iterative sensitivity is not built.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..core.artifact import MAX_BITS, ActivationQuantizer, Affine, CompressedModel, CompressedTensor, Topology
+from ..core.budget import Budget
+from ..core.errors import ConfigError
+from ..core.fit.calibrate import calibrate, check_calibration
+from ..core.graph.build import apply, assemble, check_finite
+from ..core.train.finetune import Hooks, Recipe, train
+from ..core.train.run import NullRun, Run
+from ..core.train.task import First, Task
+from .gated import WIDTHS, log_open_probability, step_size, to_codes
+from .network import LEAST_RANGE, GatedNetwork, fix_gates, survey
+
+DATA = "train"
+INPUT_BITS = 8  # of the network's input, and of ranges that are calibrated when the model is stored
+LEARN = ("all", "gates_ranges", "gates")
+FIXED_BITS = (2, *WIDTHS)
+
+
+@dataclass(frozen=True)
+class Config:
+    """mu: price of bit operations; recipe: of the weights in phase 1; gate_lr, range_lr: Adam's for phi and beta.
+
+    hold        share of the epochs before the weights' rate falls (see Departures)
+    init        phi of the gates of 4, 8, 16 and 32 bits at the start; channels start at 6
+    prune       gates on output channels; False: quantization only
+    bits        (weights, activations) fixed, of 2, 4, 8, 16, 32, instead of learned: (8, 8) and (4, 8) prune only
+    learn       "all"; or post-training, "gates_ranges" or "gates", on the first `subset` batches (0: all)
+    stochastic  draw the gates; False: their value at u = 1/2
+    fixed       recipe of phase 2, or None; fixed_range_lr: Adam's for beta there
+    """
+
+    mu: float = 0.01
+    recipe: Recipe = Recipe(epochs=100, lr=1e-3, optimizer="adam", weight_decay=0.0, schedule="constant")
+    gate_lr: float = 1e-3
+    range_lr: float = 1e-3
+    hold: float = 2 / 3
+    init: tuple[float, float, float, float] = (6.0, 6.0, 6.0, 6.0)
+    prune: bool = True
+    bits: tuple[int, int] | None = None
+    learn: str = "all"
+    subset: int = 0
+    stochastic: bool = True
+    dead_gates: bool = True
+    residual: bool = False
+    fast: bool = False
+    fixed: Recipe | None = None
+    fixed_range_lr: float = 1e-4
+    range_inputs: int = 2
+    calibration_inputs: int = 1024
+
+    def __post_init__(self):
+        check_calibration(INPUT_BITS, min(self.calibration_inputs, self.range_inputs))
+        for name in ("gate_lr", "range_lr", "fixed_range_lr"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is above 0")
+        if not 0 <= self.mu < math.inf or self.subset < 0:
+            raise ConfigError(f"mu = {self.mu}, subset = {self.subset}: allowed are numbers of 0 or more")
+        if not 0 <= self.hold <= 1 or (self.hold < 1 and (self.recipe.schedule != "constant" or self.recipe.warmup)):
+            raise ConfigError(f"hold = {self.hold} with schedule {self.recipe.schedule!r}: allowed is 0..1 with "
+                              "'constant' and no warmup, or 1")
+        if self.bits is not None and not set(self.bits) <= set(FIXED_BITS):
+            raise ConfigError(f"bits = {list(self.bits)}: allowed are {', '.join(map(str, FIXED_BITS))}")
+        if len(self.init) != len(WIDTHS) or not all(map(math.isfinite, self.init)):
+            raise ConfigError(f"init = {list(self.init)}: allowed are {len(WIDTHS)} finite numbers")
+        if self.learn not in LEARN:
+            raise ConfigError(f"learn = {self.learn!r}: allowed are {', '.join(LEARN)}")
+        if self.learn != "all" and self.fixed is not None:
+            raise ConfigError(f"learn = {self.learn!r} leaves the weights as they are: it has no phase 2 (fixed)")
+        if self.learn == "gates" and self.bits is not None and not self.prune:
+            raise ConfigError("there is nothing to learn: bits are fixed, prune is off and learn = 'gates'")
+
+
+def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
+             *, run: Run | None = None) -> CompressedModel:
+    """Budget: none; Config.mu decides how small the result gets."""
+    run = NullRun() if run is None else run
+    budget.require("bayesian_bits")
+    check_finite(model)
+    skeleton = copy.deepcopy(model).cpu()
+    model = task.placed(copy.deepcopy(model)).eval()
+    inputs = task.calibration_inputs(config.range_inputs).to(task.device)
+    points, wiring = survey(model, inputs, prune=config.prune, residual=config.residual, bits=config.bits)
+    small = config.subset > 0 and task.train is not None
+    seen = replace(task, train=First(task.train, n=config.subset)) if small else task
+
+    network = GatedNetwork(model, points, wiring, config.init, stochastic=config.stochastic,
+                           dead_gates=config.dead_gates, frozen_norms=config.fast or config.learn != "all")
+    first = Phase(config, second=False)
+    train(network, seen, config.recipe, generator, hooks=first, run=run.stage("gates"))
+    fixed, topology = fix_gates(network)
+    if config.fixed is not None:
+        train(fixed, seen, config.fixed, generator, hooks=Phase(config, second=True), run=run.stage("fixed gates"))
+
+    compressed = store_weights(fixed.cpu(), topology)
+    others = calibrate(apply(compressed, skeleton), task.calibration_inputs(config.calibration_inputs), INPUT_BITS)
+    return replace(compressed, activations=store_activations(fixed, list(compressed.weights), others),
+                   notes=describe(fixed, compressed, first.bops))
+
+
+# --- training ----------------------------------------------------------------------------------------------
+
+
+def gate_costs(network: GatedNetwork) -> Tensor:
+    """[Q, 5] of each point: kappa_k (2, 4, 8, 16, 32), the price of its gates.
+
+    Without pruning gates the first is 1, a constant; what a fixed width costs is constant too and joins the first.
+    """
+    rows = []
+    for point in network.points:
+        costs = [1.0] * 4 if point.kappa is None else [point.kappa * b for b in WIDTHS]
+        base = 2 * point.kappa if point.channels else 1.0
+        if point.bits is not None:
+            base += sum(cost for cost, b in zip(costs, WIDTHS, strict=True) if b <= point.bits)
+            costs = [0.0] * 4
+        rows.append([base, *costs])
+    return torch.tensor(rows, device=network.beta.device)
+
+
+def regulariser(network: GatedNetwork, costs: Tensor) -> Tensor:
+    """sum_k kappa_k E[2 q2 + 4 q2 q4 + 8 q2 q4 q8 + ...], with the mean of q2 over channels."""
+    q = log_open_probability(network.phi).cumsum(1).exp()  # q4, q4 q8, q4 q8 q16, q4 q8 q16 q32
+    q2 = {layer: part.mean() for layer, part in network.per_layer(log_open_probability(network.phi2).exp()).items()}
+    kept = torch.stack([q2[p.name] if p.channels else costs.new_ones(()) for p in network.points])
+    return (kept * (costs[:, 0] + (q * costs[:, 1:]).sum(1))).sum()
+
+
+def relative_bops(network: GatedNetwork) -> float:
+    """Percent of the bit operations at 32 x 32 bits, MACs b_w b_a p_out p_in, with thresholded gates."""
+    bits = network.widths()
+    kept = {layer: float(mask.double().mean()) for layer, mask in network.kept_channels().items()}
+    total, wiring = 0.0, network.wiring
+    for layer, macs in wiring.macs.items():
+        read = network.at.get((False, wiring.sources[layer][0]))
+        b_w, b_a = bits[network.at[True, layer]], INPUT_BITS if read is None else bits[read]
+        total += macs * b_w * b_a * kept.get(layer, 1.0) * kept.get(wiring.feeders.get(layer), 1.0)
+    return 100 * total / (32 * 32 * sum(wiring.macs.values()))
+
+
+class Phase(Hooks):
+    """The three optimizers and the regulariser; in the second phase, gates are fixed and cost nothing."""
+
+    def __init__(self, config: Config, second: bool):
+        self.config, self.second, self.costs = config, second, torch.empty(0)
+        self.weights: list[torch.optim.Optimizer] = []
+        self.epoch, self.bops = 0, []  # relative BOPs after each epoch, for the notes
+
+    def optimizers(self, model, recipe):
+        config, found, self.costs = self.config, [], gate_costs(model)
+        if config.learn == "all":
+            self.weights = super().optimizers(model.network, recipe)
+        else:
+            model.network.requires_grad_(False)
+        if config.learn != "gates":
+            found.append(torch.optim.Adam([model.beta], lr=config.fixed_range_lr if self.second else config.range_lr))
+        if not self.second:
+            found.append(torch.optim.Adam([model.phi, model.phi2], lr=config.gate_lr))
+        return [*self.weights, *found]
+
+    def loss(self, model, loss):
+        return loss if self.second else loss + self.config.mu * regulariser(model, self.costs)
+
+    def after_backward(self, model, lr):
+        epochs, hold = self.config.recipe.epochs, self.config.hold
+        held = int(hold * epochs)
+        if not self.second and hold < 1 and self.epoch >= held:
+            for group in itertools.chain(*(optimizer.param_groups for optimizer in self.weights)):
+                group["lr"] *= (epochs - self.epoch) / (epochs - held)
+
+    @torch.no_grad()
+    def after_step(self, model, lr):
+        model.beta.clamp_(min=LEAST_RANGE)
+
+    def after_epoch(self, model, epoch):
+        self.epoch = epoch + 1
+        self.bops.append(relative_bops(model))
+
+    def state(self):
+        return {"epoch": self.epoch, "bops": self.bops}
+
+    def restore(self, state):
+        self.epoch, self.bops = state["epoch"], list(state["bops"])
+
+
+# --- what is stored ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def store_weights(fixed: GatedNetwork, topology: Topology) -> CompressedModel:
+    """Codes of every weight of up to 16 bits; one of 32 bits stays float, clipped and pruned."""
+    weights = {}
+    for point, beta in zip(fixed.points, fixed.beta, strict=True):
+        if not point.weight:
+            continue
+        layer = fixed.network.get_submodule(point.name)
+        kept = fixed.masks.get(point.name, torch.ones(len(layer.weight), dtype=torch.bool)).cpu()
+        mask = kept.reshape(-1, *[1] * (layer.weight.ndim - 1)).expand(layer.weight.shape)
+        if point.bits <= MAX_BITS:
+            step = step_size(beta, point.signed, point.bits)
+            codes = to_codes(layer.weight, beta, point.signed, point.bits)
+            grid = Affine(step, torch.zeros((), dtype=torch.int32), point.signed)
+            weights[point.name] = CompressedTensor.of(codes, grid, point.bits, mask)
+        else:
+            layer.weight.copy_(layer.weight.clamp(-beta if point.signed else torch.zeros_like(beta), beta) * mask)
+    return assemble(fixed.network, weights, topology=topology)
+
+
+def store_activations(fixed: GatedNetwork, coded: list[str], others: Mapping[str, ActivationQuantizer]
+                      ) -> dict[str, ActivationQuantizer]:
+    """{edge: quantizer}: that of the tensor it reads, or that of `others`; `coded` are the layers with codes."""
+    found = {}
+    for edge, (name, n) in fixed.wiring.sources.items():
+        i = fixed.at.get((False, name))
+        if i is None:
+            found |= {edge: others[edge]} if edge in others else {}
+        elif fixed.points[i].bits <= MAX_BITS or edge in coded:
+            point, bits = fixed.points[i], min(fixed.points[i].bits, MAX_BITS)
+            needed = math.ceil(math.log2(n))  # a mean of n codes is a code on a grid n times as fine
+            more = min(needed, MAX_BITS - bits)
+            step = step_size(fixed.beta.detach()[i], point.signed, bits) * (2.0 ** (needed - more) / n)
+            found[edge] = ActivationQuantizer(float(step), 0, bits + more, point.signed)
+    return found
+
+
+def describe(fixed: GatedNetwork, compressed: CompressedModel, bops: list[float]) -> dict:
+    """Facts for a reader: widths, kept channels, layers of zeros, what stayed at 32 bits, relative BOPs by epoch."""
+    decoded = compressed.state_dict()
+    weights, activations = ({p.name: p.bits for p in fixed.points if p.weight is kind} for kind in (True, False))
+    return {"weight_bits": weights, "activation_bits": activations,
+            "kept_channels": {name: int(mask.sum()) for name, mask in fixed.masks.items()},
+            "empty_layers": [name for name in weights if not decoded[f"{name}.weight"].any()],
+            "float_weights": [name for name, bits in weights.items() if bits > MAX_BITS],
+            "float_activations": [name for name, bits in activations.items() if bits > MAX_BITS], "bops_percent": bops}

@@ -1,0 +1,1 @@
+"""The file: container, layer blocks, streams, entropy coding."""

@@ -1,0 +1,297 @@
+"""The file around the tensors: frame and checksum, header, activation quantizers, float tensors, safe writing.
+
+    file         magic[4] version[1] mode[1] varint(bytes) header payload blake2b[8]
+    header       deflated JSON without floats, see HEADER
+    activations  varint(bytes), deflated JSON, see ACTIVATIONS, and the scales as float32 or float64; or varint(0)
+    rest         packing[1] and the tensors' little-endian bytes one after the other, to the end of the payload
+"""
+
+import contextlib
+import json
+import lzma
+import math
+import os
+import secrets
+import zlib
+from collections.abc import Mapping
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..artifact import MAX_BITS, ActivationQuantizer, CompressedModel, Topology, Window
+from ..errors import CompressError, FormatError
+from .streams import Reader, varint
+
+MAGIC = b"\x8aJCM"
+VERSION = 1
+MODES = ("paper", "best")
+DIGEST_BYTES = 8
+MAX_JSON = 1 << 21  # bytes of text
+MAX_DIMENSIONS = 8
+FEW_ELEMENTS = 1 << 24  # a file of any size may hold this many numbers; beyond, so many per byte:
+ELEMENTS_PER_BYTE = 1 << 16
+
+# [[layer, shape, bits]], [[name, shape]] of the rest, {name: dtype other than float32}, topology, 1 = ranges by harness
+HEADER = {"w": [(str, [int], int)], "r": [(str, [int])], "t": {str: str}, "f": {str: str}, "s": {str: (int, int)},
+          "h": int}
+# 1 = float64 scales, [[edge, bits, zero, signed]], [[edge, bits, shifts, flags]] of the windows
+ACTIVATIONS = (int, [(str, int, int, int)], [(str, int, [int], int)])
+# Text that the header may repeat for free. It is part of the format: never edit it within a version.
+PRESET = (b'"t":{"float16"bfloat16"int64"},"f":{"s":{"downsample.1features.classifier.shortcut.head.blocks.layers.'
+          b'[1],[10],[16],[32],[100],[512],[128,[256,[64,3,3],1,1],layer4.2.layer3.1.layer2.0.layer1.0.'
+          b'conv4conv3.bn3.conv2conv1.bn2.bn1.fc3fc2fc1fc.weight",[.bias",[running_var",[running_mean",['
+          b'"r":[["{"w":[["')
+
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool)}
+SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+RAW, LZMA, PLANES = range(3)  # packings of the rest: as is; LZMA; LZMA of all first bytes, all second bytes, …
+PLANE = 4  # bytes of a float32
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
+
+
+def max_elements(file_bytes: int) -> int:
+    """Numbers that a file of this size may declare: a tiny file cannot ask for all memory."""
+    return max(FEW_ELEMENTS, ELEMENTS_PER_BYTE * file_bytes)
+
+
+# --- JSON parts --------------------------------------------------------------------------------------------
+
+
+def json_bytes(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def deflate(value: object, preset: bytes) -> bytes:
+    """JSON `value`, compact and compressed; `preset` holds text that it may repeat for free."""
+    text = json_bytes(value)
+    if len(text) > MAX_JSON:
+        raise CompressError(f"names and shapes take {len(text)} bytes; a file holds at most {MAX_JSON}")
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, preset)
+    return packer.compress(text) + packer.flush()
+
+
+def inflate(blob: bytes, preset: bytes) -> object:
+    """The inverse of `deflate`; FormatError for anything that is not bounded JSON without floats."""
+    unpacker = zlib.decompressobj(-15, preset)
+    try:
+        text = unpacker.decompress(blob, MAX_JSON + 1)
+        if len(text) > MAX_JSON or not unpacker.eof or unpacker.unused_data:
+            raise FormatError("the header has a wrong length")
+        return json.loads(text.decode("ascii"), parse_float=_no_float, parse_constant=_no_float)
+    except FormatError:
+        raise
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise FormatError(f"the header cannot be read ({type(error).__name__})") from None
+
+
+def _no_float(text: str) -> None:
+    raise FormatError("the header holds a number that is not an integer")
+
+
+def fits(value: object, form: object) -> bool:
+    """Whether JSON `value` has a form: a type, [form of every item], (forms of the items) or {str: form}."""
+    if isinstance(form, type):
+        return type(value) is form
+    if isinstance(form, dict):
+        return type(value) is dict and all(fits(item, form[str]) for item in value.values())
+    if type(value) is not list:
+        return False
+    if isinstance(form, list):
+        return all(fits(item, form[0]) for item in value)
+    return len(value) == len(form) and all(map(fits, value, form))
+
+
+# --- header ------------------------------------------------------------------------------------------------
+
+
+def pack_header(compressed: CompressedModel) -> dict:
+    """The header as JSON values."""
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in compressed.rest.items()}
+    unknown = [name for name, dtype in dtypes.items() if dtype not in DTYPES]
+    if unknown:
+        raise CompressError(f"{unknown[0]} is {dtypes[unknown[0]]}: a file holds {', '.join(DTYPES)}")
+    parts = {
+        "w": [[layer, list(t.codes.shape), t.bits] for layer, t in compressed.weights.items()],
+        "r": [[name, list(tensor.shape)] for name, tensor in compressed.rest.items()],
+        "t": {name: dtype for name, dtype in dtypes.items() if dtype != "float32"},
+        "f": dict(compressed.topology.folded),
+        "s": {name: list(width) for name, width in compressed.topology.widths.items()},
+        "h": int(compressed.ranges_by == "harness"),
+    }
+    return {key: part for key, part in parts.items() if part}
+
+
+def check_header(header: object, limit: int) -> dict:
+    """A header with all its parts; FormatError unless it has the right form and declares at most `limit` numbers."""
+    if type(header) is not dict or not set(header) <= set(HEADER) or not all(
+            fits(part, HEADER[key]) for key, part in header.items()):
+        raise FormatError("the header has the wrong form")
+    header = {"w": [], "r": [], "t": {}, "f": {}, "s": {}, "h": 0} | header
+    for part in ("w", "r"):
+        if len({entry[0] for entry in header[part]}) != len(header[part]):
+            raise FormatError("the header names a tensor twice")
+    shapes = [entry[1] for entry in header["w"] + header["r"]]
+    if not all(len(shape) <= MAX_DIMENSIONS and all(0 <= size <= limit for size in shape) for shape in shapes):
+        raise FormatError("the header holds an impossible shape")
+    if sum(math.prod(max(size, 1) for size in shape) for shape in shapes) > limit:
+        raise FormatError("the header declares more values than a file of this size may hold")
+    if not all(len(shape) > 1 and 1 <= bits <= MAX_BITS for _, shape, bits in header["w"]):
+        raise FormatError("the header holds an impossible shape or bit width")
+    if not set(header["t"]) <= {name for name, _ in header["r"]} or not set(header["t"].values()) <= set(DTYPES):
+        raise FormatError("the header holds an unknown dtype")
+    return header
+
+
+def topology(header: dict) -> Topology:
+    return Topology(header["f"], {name: (out, into) for name, (out, into) in header["s"].items()})
+
+
+# --- activations -------------------------------------------------------------------------------------------
+
+
+def pack_activations(compressed: CompressedModel, header: dict) -> bytes:
+    """Quantizers and windows; names that the header holds already are repeated for free."""
+    quantizers = compressed.activations
+    if not quantizers:
+        return varint(0)
+    scales = np.array([q.scale for q in quantizers.values()], np.float64)
+    with np.errstate(over="ignore"):
+        double = bool((scales.astype(np.float32) != scales).any())
+    blob = deflate([
+        int(double),
+        [[edge, q.bits, q.zero, int(q.signed)] for edge, q in quantizers.items()],
+        [[edge, w.bits, list(w.shifts), w.rounding + 2 * w.paired + 4 * w.sparse24]
+         for edge, w in compressed.windows.items()],
+    ], json_bytes(header))
+    return varint(len(blob)) + blob + scales.astype("<f8" if double else "<f4").tobytes()
+
+
+def read_activations(reader: Reader, header: dict) -> tuple[dict[str, ActivationQuantizer], dict[str, Window]]:
+    """The inverse of `pack_activations`, for the header as it was read."""
+    length = reader.varint()
+    if length == 0:
+        return {}, {}
+    found = inflate(reader.take(length), json_bytes(header))
+    if not fits(found, ACTIVATIONS):
+        raise FormatError("the activation quantizers have the wrong form")
+    double, quantizers, windows = found
+    dtype = np.dtype("<f8" if double else "<f4")
+    scales = np.frombuffer(reader.take(len(quantizers) * dtype.itemsize), dtype).tolist()
+    if not all(1 <= bits <= MAX_BITS and signed in (0, 1) for _, bits, _, signed in quantizers):
+        raise FormatError("an activation quantizer has impossible values")
+    if not all(1 <= bits <= MAX_BITS and all(0 <= shift <= MAX_BITS for shift in shifts) and 0 <= flags < 8
+               for _, bits, shifts, flags in windows):
+        raise FormatError("an activation window has impossible values")
+    return ({edge: ActivationQuantizer(scale, zero, bits, bool(signed))
+             for (edge, bits, zero, signed), scale in zip(quantizers, scales, strict=True)},
+            {edge: Window(bits, tuple(shifts), bool(flags & 1), bool(flags & 2), bool(flags & 4))
+             for edge, bits, shifts, flags in windows})
+
+
+# --- rest --------------------------------------------------------------------------------------------------
+
+
+def pack_rest(rest: Mapping[str, Tensor], mode: str) -> bytes:
+    """The tensors that stay float, raw in mode "paper", in mode "best" as small as LZMA makes them."""
+    raw = b"".join(
+        flat.view(SAME_WIDTH[flat.element_size()]).numpy().astype(f"<i{flat.element_size()}").tobytes()
+        for flat in (tensor.detach().cpu().reshape(-1) for tensor in rest.values()))
+    packings = [(RAW, raw)]
+    if mode == "best":
+        packings.append((LZMA, lzma.compress(raw, lzma.FORMAT_RAW, filters=FILTERS)))
+        if len(raw) % PLANE == 0:
+            planes = np.frombuffer(raw, np.uint8).reshape(-1, PLANE).T.tobytes()
+            packings.append((PLANES, lzma.compress(planes, lzma.FORMAT_RAW, filters=FILTERS)))
+    packing, data = min(packings, key=lambda option: len(option[1]))
+    return bytes([packing]) + data
+
+
+def read_rest(reader: Reader, header: dict) -> dict[str, Tensor]:
+    """The inverse of `pack_rest`: all that is left of the payload."""
+    shapes = {name: (shape, DTYPES[header["t"].get(name, "float32")]) for name, shape in header["r"]}
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
+    packing, data, size = reader.take(1)[0], reader.take(reader.left()), sum(sizes.values())
+    if packing not in (RAW, LZMA, PLANES) or packing == PLANES and size % PLANE:
+        raise FormatError(f"unknown packing {packing} of the float tensors")
+    if packing != RAW:
+        try:
+            data = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(data, size + 1)
+        except lzma.LZMAError:
+            raise FormatError("the float tensors cannot be unpacked") from None
+    if len(data) != size:
+        raise FormatError(f"the float tensors take {size} bytes, the file holds {len(data)}")
+    if packing == PLANES:
+        data = np.frombuffer(data, np.uint8).reshape(PLANE, -1).T.tobytes()
+    whole = Reader(data)
+    return {name: _tensor(whole.take(sizes[name]), shape, dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def _tensor(data: bytes, shape: list[int], dtype: torch.dtype) -> Tensor:
+    integers = np.frombuffer(data, f"<i{dtype.itemsize}").astype(f"i{dtype.itemsize}")
+    if dtype == torch.bool and not np.isin(integers, (0, 1)).all():
+        raise FormatError("a bool tensor holds something else")
+    return torch.from_numpy(integers).view(dtype).reshape(shape)
+
+
+# --- the frame and the file --------------------------------------------------------------------------------
+
+
+def frame(mode: str, header: dict, payload: bytes) -> bytes:
+    """A whole file."""
+    packed = deflate(header, PRESET)
+    body = MAGIC + bytes([VERSION, MODES.index(mode)]) + varint(len(packed)) + packed + payload
+    return body + blake2b(body, digest_size=DIGEST_BYTES).digest()
+
+
+def unframe(data: bytes) -> tuple[str, dict, Reader]:
+    """(mode, header, reader of the payload) of a file whose checksum is right."""
+    if not data:
+        raise FormatError("the file is empty")
+    if data[:4] != MAGIC[:len(data)]:
+        raise FormatError("not a compressed model")
+    if len(data) > 4 and data[4] > VERSION:
+        raise FormatError(f"the file is of format version {data[4]}, newer than the {VERSION} that can be read here")
+    body = data[:-DIGEST_BYTES]
+    if len(body) < 6 or blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
+        raise FormatError("the file is damaged or cut short: its checksum is wrong")
+    if body[4] != VERSION or body[5] >= len(MODES):
+        raise FormatError(f"unknown format version {body[4]} or mode {body[5]}")
+    reader = Reader(body[6:])
+    return MODES[body[5]], inflate(reader.take(reader.varint()), PRESET), reader
+
+
+def write_file(path: str | os.PathLike, data: bytes | memoryview) -> None:
+    """Replace `path` by `data` in one step: whoever reads it sees the old bytes or the new, never a part.
+
+    Raises CompressError, naming the path, where that fails (disk full, no such folder).
+    """
+    path = Path(path).resolve()  # a link is followed, not replaced
+    if path.exists() and not path.is_file():
+        raise CompressError(f"cannot write {path}: it is there already and no plain file")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CompressError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):  # after success it is gone
+            temporary.unlink()
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """All bytes of a file; FormatError where it cannot be read."""
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FormatError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""Fitting grids and masks: projections, k-means, quantizers, pruning, ranges, calibration."""

@@ -1,0 +1,68 @@
+"""Magnitude pruning: masks with an exact count, and the training hook that keeps them."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import BudgetError
+from ..train.finetune import Hooks
+
+
+def keep_count(n: int, density: float) -> int:
+    """Kept weights of a tensor of `n`: density * n rounded up, so that floor((1 - density) n) go; at least 1."""
+    return max(math.ceil(density * n * (1 - 1e-12)), 1)  # 0.07 * 100 is a little over 7: the factor restores 7
+
+
+def keep_largest(scores: Tensor, count: int) -> Tensor:
+    """Bool mask of the `count` largest `scores` (any shape); of equal scores the lowest index is kept.
+
+    Always an exact count: a threshold test keeps too many or too few where scores tie.
+    """
+    if not 0 <= count <= scores.numel():
+        raise BudgetError(f"cannot keep {count} of {scores.numel()} weights")
+    flat = scores.detach().reshape(-1)
+    order = torch.sort(flat, descending=True, stable=True).indices
+    mask = torch.zeros(flat.numel(), dtype=torch.bool, device=flat.device)
+    mask[order[:count]] = True
+    return mask.reshape(scores.shape)
+
+
+def keep_local(weights: Mapping[str, Tensor], densities: Mapping[str, float]) -> dict[str, Tensor]:
+    """One ranking of |w| per layer."""
+    return {name: keep_largest(w.abs(), keep_count(w.numel(), densities[name])) for name, w in weights.items()}
+
+
+def keep_global(weights: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """One ranking of |w| over all layers; the largest weight of each layer comes first, so that none is lost."""
+    scores = [w.detach().abs().reshape(-1) for w in weights.values()]
+    for score in scores:
+        score[(score == score.max()).nonzero()[0]] = float("inf")
+    flat = torch.cat(scores)
+    kept = keep_largest(flat, max(keep_count(flat.numel(), density), len(scores)))
+    parts = kept.split([len(score) for score in scores])
+    return {name: part.reshape(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
+
+
+class MaskHooks(Hooks):
+    """Keeps pruned weights at exactly 0: the mask is applied after every optimizer step.
+
+    Masking the gradient alone is not enough: momentum and weight decay gathered earlier still move the weight.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]):
+        self.masks = masks
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        self.masks = {name: mask.to(model.get_submodule(name).weight.device) for name, mask in self.masks.items()}
+        apply_masks(model, self.masks)  # moved to the device once, not in every step
+
+
+@torch.no_grad()
+def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """weight *= mask, in place, for every layer named in `masks`."""
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        weight.mul_(mask.to(weight.device))

@@ -1,0 +1,115 @@
+"""Between a module and a compressed model: collecting what stays float, and rebuilding the module."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import CompressedModel, CompressedTensor, Topology
+from ..errors import CompressError
+
+COUNTER = "num_batches_tracked"  # counts training batches; evaluation never reads it
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Conv2d and Linear, by module name, in definition order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise CompressError naming the first tensor of `model` that holds NaN or infinity.
+
+    Also where the weight of a conv or linear is not a float32 parameter of its own, or a module has two names.
+    """
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in weight_layers(model).items():
+        if not isinstance(layer.weight, nn.Parameter):
+            raise CompressError(f"the weight of {name} is computed from other tensors (torch.nn.utils.prune or a "
+                                "parametrization): make it permanent first")
+        if layer.weight.dtype != torch.float32:
+            raise CompressError(f"the weight of {name} is {layer.weight.dtype}: call model.float() first")
+        if layer.weight in owners:
+            raise CompressError(f"{owners[layer.weight]} and {name} share one weight: give each a copy of its own")
+        owners[layer.weight] = name
+    names: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module in names and module.state_dict():
+            raise CompressError(f"{names[module]} and {name} are one module: give each a copy of its own")
+        names.setdefault(module, name)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CompressError(f"{name} holds NaN or infinite values: the network cannot be compressed")
+
+
+def assemble(model: nn.Module, weights: Mapping[str, CompressedTensor], **fields) -> CompressedModel:
+    """A CompressedModel of `weights` (any subset of the layers) and all else that `model` holds, as float."""
+    taken = {f"{layer}.weight" for layer in weights}
+    rest = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()
+            if name not in taken and not name.endswith(COUNTER)}
+    return CompressedModel(dict(weights), rest, **fields)
+
+
+def apply(compressed: CompressedModel, skeleton: nn.Module) -> nn.Module:
+    """A copy of `skeleton` in eval mode with the decoded weights and the compressed model's topology.
+
+    Raises CompressError where names or shapes of the two do not fit.
+    """
+    model = copy.deepcopy(skeleton).cpu()
+    _fold(model, compressed.topology)
+    _resize(model, compressed.topology)
+    want, have = model.state_dict(), compressed.state_dict()
+    missing = [name for name in want if name not in have and not name.endswith(COUNTER)]
+    unknown = [name for name in have if name not in want]
+    wrong = [name for name in have if name in want and have[name].shape != want[name].shape]
+    for names, fault in ((missing, "lacks"), (unknown, "holds unknown"), (wrong, "has other shapes for")):
+        if names:
+            raise CompressError(f"the compressed model {fault} {', '.join(names[:4])}"
+                                f"{' …' if len(names) > 4 else ''}: it belongs to another network")
+    model.load_state_dict(have, strict=False)
+    return model.eval()
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise CompressError(f"the network has no layer {name!r}: the compressed model belongs to another") from None
+
+
+def _fold(model: nn.Module, topology: Topology) -> None:
+    for layer, norm in topology.folded.items():
+        module = _module(model, layer)
+        if not isinstance(module, (nn.Conv2d, nn.Linear)) or not isinstance(_module(model, norm), NORMS):
+            raise CompressError(f"{norm} cannot be folded into {layer} in this network")
+        if module.bias is None:
+            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]))
+        model.set_submodule(norm, nn.Identity())
+
+
+def _resize(model: nn.Module, topology: Topology) -> None:
+    for name, (out, into) in topology.widths.items():
+        module = _module(model, name)
+        shape: dict[str, tuple[int, ...]] = {}
+        if isinstance(module, nn.Conv2d) and module.groups == 1:
+            module.out_channels, module.in_channels = out, into
+            shape = {"weight": (out, into, *module.kernel_size), "bias": (out,)}
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = out, into
+            shape = {"weight": (out, into), "bias": (out,)}
+        elif isinstance(module, NORMS):
+            module.num_features = out
+            shape = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (out,))
+        else:
+            raise CompressError(f"{name} is no layer whose width can change (conv without groups, linear, batch norm)")
+        for key, size in shape.items():
+            if isinstance(getattr(module, key), Tensor):
+                _replace(module, key, torch.empty(size))
+
+
+def _replace(module: nn.Module, key: str, value: Tensor) -> None:
+    if key in module._parameters:
+        setattr(module, key, nn.Parameter(value))
+    else:
+        module.register_buffer(key, value)

@@ -1,0 +1,130 @@
+"""Activation codes as bytes: code - lowest code of the quantizer, uint8; pictures in channels_last memory."""
+
+import torch
+from torch import Tensor, nn
+
+from ..core.artifact import ActivationQuantizer
+from ..core.graph.graph import Node
+from .accumulate import EXACT, largest_partial_sum
+from .exact import REAL, Form, Terms
+from .onednn import Int8Layer
+
+CHUNK = 1 << 19  # float32 numbers of a sum, few enough to stay in the caches
+VIA = torch.int16  # torch takes 3 times longer from float32 to uint8 at once
+DIGITS = (8, 6, 4)  # bits of the digits that wide weights are split into
+
+
+def is_narrow(form: object) -> bool:
+    """Whether values of this form travel as bytes."""
+    return isinstance(form, ActivationQuantizer) and form.bits <= 8
+
+
+def zero_byte(quantizer: ActivationQuantizer) -> int:
+    return quantizer.zero - quantizer.code_range[0]
+
+
+def top_byte(quantizer: ActivationQuantizer) -> int:
+    return (1 << quantizer.bits) - 1
+
+
+def to_bytes(form: Form, value: Tensor | Terms) -> Tensor | Terms:
+    """Codes in float32, as `network` has them, as bytes; what has no codes, or wide ones, unchanged."""
+    if not is_narrow(form):
+        return value
+    return in_memory_order((value - form.code_range[0]).to(VIA).to(torch.uint8))
+
+
+def to_float(form: Form, value: Tensor | Terms, like: Tensor) -> Tensor | Terms:
+    """The inverse, in the memory format of `like`."""
+    if not is_narrow(form):
+        return value
+    last = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
+    codes = value.float() + form.code_range[0]
+    return codes.contiguous(memory_format=torch.channels_last if last and codes.ndim == 4 else torch.contiguous_format)
+
+
+def in_memory_order(codes: Tensor) -> Tensor:
+    return codes.contiguous(memory_format=torch.channels_last) if codes.ndim == 4 else codes.contiguous()
+
+
+def on_bytes(node: Node, form: Form, value):
+    """ReLU, max pool, flatten or nothing, on a value in any form; a ReLU whose zero is the lowest code is nothing."""
+    if node.op == "identity":
+        return value
+    if not is_narrow(form):
+        return value.clamp_min(float(form.zero)) if node.op == "relu" and form != REAL else node.run(value)
+    if node.op == "relu":
+        return value.clamp_min(zero_byte(form)) if zero_byte(form) else value
+    if node.op == "maxpool":
+        return _max_pool(node, value)
+    return node.run(value)
+
+
+def _max_pool(node: Node, codes: Tensor) -> Tensor:
+    """By rows, then by columns: many times faster than torch's on bytes, which moreover takes 255 pixels at most."""
+    pool = node.module
+    if not isinstance(pool, nn.MaxPool2d) or pool.ceil_mode or pool.return_indices or codes.ndim != 4:
+        return in_memory_order(node.run(codes.float()).to(VIA).to(torch.uint8))
+    for dim in (2, 3):
+        kernel, stride, pad, dilation = (value if isinstance(value, int) else value[dim - 2] for value in
+                                         (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+        if pad:  # with the lowest code: every window holds a pixel
+            codes = nn.functional.pad(codes, (0, 0, pad, pad) if dim == 2 else (pad, pad, 0, 0))
+        steps = (codes.shape[dim] - dilation * (kernel - 1) - 1) // stride + 1
+        rows = [codes.narrow(dim, i * dilation, (steps - 1) * stride + 1) for i in range(kernel)]
+        rows = [row[:, :, ::stride] if dim == 2 else row[:, :, :, ::stride] for row in rows]
+        codes = rows[0]
+        for row in rows[1:]:
+            codes = torch.maximum(codes, row)
+    return in_memory_order(codes)
+
+
+def rounded(kernel: Int8Layer, x: Tensor, form: ActivationQuantizer) -> Tensor:
+    """Bytes of clamp(round(kernel(x)))."""
+    low, high = form.code_range
+    if low == 0:
+        y = kernel(x, torch.uint8)
+        return y.clamp_max_(high) if high < 255 else y
+    y = kernel(x, torch.int8)
+    y = y.clamp_(low, high) if high < 127 else y
+    return y.view(torch.uint8).add_(-low)  # modulo 256
+
+
+def summed(kernel: Int8Layer, x: Tensor, other: Tensor, source: ActivationQuantizer, factor: float,
+           form: ActivationQuantizer) -> Tensor:
+    """Bytes of clamp(round(kernel(x) + (codes of `other`) * factor)), in float32, a few pictures at a time."""
+    out, (low, high) = torch.empty_like(other), form.code_range
+    pictures = max(1, CHUNK // max(1, other[0].numel()))
+    space = torch.empty_like(other[:pictures], dtype=torch.float32)
+    for start in range(0, len(other), pictures):
+        part = slice(start, start + pictures)
+        y = kernel(x[part], torch.float32)
+        codes = space[:len(y)].copy_(other[part])
+        codes = codes.add_(source.code_range[0]) if source.code_range[0] else codes
+        y.add_(codes.mul_(factor)).round_().clamp_(low, high)
+        out[part] = (y.sub_(low) if low else y).to(VIA)
+    return out
+
+
+def summed_at_once(kernel: Int8Layer, x: Tensor, other: Tensor, source: ActivationQuantizer, factor: float,
+                   form: ActivationQuantizer) -> Tensor:
+    """The same where one of the two is broadcast."""
+    low, high = form.code_range
+    y = kernel(x, torch.float32) + (other.float() + source.code_range[0]) * factor
+    return to_bytes(form, y.round_().clamp_(low, high))
+
+
+def digits_of(integers: Tensor) -> list[tuple[int, Tensor]]:
+    """[(factor, digits)] with integers = sum of factor * digits, digits of 8 bits whose sums are exact in float32.
+
+    Empty where that takes digits of fewer bits than DIGITS has.
+    """
+    for bits in DIGITS:
+        base, rest, planes = 1 << bits, integers.to(torch.int64), []
+        while bool((rest != 0).any()) or not planes:
+            digits = (rest + base // 2) % base - base // 2
+            planes.append((base ** len(planes), digits))
+            rest = (rest - digits) // base
+        if all(largest_partial_sum(digits, 0, 255) <= EXACT[torch.float32] for _, digits in planes):
+            return planes
+    return []

@@ -1,0 +1,111 @@
+"""The sizes that every hardware model starts from, taken from one run of the traced graph."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...core.graph.graph import EDGE_OPS, Graph, trace
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """One conv or linear layer for one input. A linear layer is a 1 x 1 convolution of a 1 x 1 image.
+
+    stride, padding  (vertical, horizontal); padding is that of the top and left
+    in_elements      of the input, without the padding
+    """
+
+    name: str
+    kind: str
+    out_h: int
+    out_w: int
+    in_channels: int
+    out_channels: int
+    kernel_h: int = 1
+    kernel_w: int = 1
+    groups: int = 1
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    in_elements: int = 0
+    out_elements: int = 0
+
+    @property
+    def positions(self) -> int:
+        """H_out W_out: how often every filter is applied."""
+        return self.out_h * self.out_w
+
+    @property
+    def reduction(self) -> int:
+        """(C_in / groups) K_h K_w: multiply-accumulates of one output element."""
+        return self.in_channels // self.groups * self.kernel_h * self.kernel_w
+
+    @property
+    def weights(self) -> int:
+        return self.out_channels * self.reduction
+
+    @property
+    def macs(self) -> int:
+        return self.positions * self.weights
+
+
+@torch.no_grad()
+def sizes_of(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dict[str, tuple[int, ...]]]:
+    """The graph of `model`, and {node: shape of its output} for one input of `input_shape`, without the batch."""
+    was_training = model.training
+    graph = trace(model.eval())
+    sizes = {next(iter(graph.nodes)): tuple(input_shape)}
+    x = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
+    graph.run(x, lambda node, inputs, output: sizes.update({node.name: tuple(output.shape[1:])}))
+    model.train(was_training)
+    return graph, sizes
+
+
+def layer_shapes(graph: Graph, sizes: dict[str, tuple[int, ...]]) -> dict[str, LayerShape]:
+    """{layer: LayerShape} of every conv and linear, in execution order."""
+    shapes = {}
+    for node in graph:
+        if node.op in ("conv", "linear"):
+            into, out = sizes[node.inputs[0]], sizes[node.name]
+            make = _conv if node.op == "conv" else _linear
+            shapes[node.name] = make(node.name, node.module, into, out)
+    return shapes
+
+
+def shapes_of(model: nn.Module, input_shape: tuple[int, ...]) -> dict[str, LayerShape]:
+    """{layer: LayerShape} for one input of `input_shape` [C, H, W]."""
+    return layer_shapes(*sizes_of(model, input_shape))
+
+
+def elements(size: tuple[int, ...]) -> int:
+    return int(torch.Size(size).numel())
+
+
+def origin(graph: Graph, name: str) -> str:
+    """The conv, linear, average pool, add or input that the value `name` comes from through cheaper operations."""
+    while graph.nodes[name].op not in (*EDGE_OPS, "input"):
+        name = graph.nodes[name].inputs[0]
+    return name
+
+
+def leading_padding(layer: nn.Conv2d) -> Pair:
+    """Padding at the top and left of a convolution."""
+    if layer.padding == "valid":
+        return 0, 0
+    if layer.padding == "same":
+        above, left = (step * (width - 1) // 2 for step, width in zip(layer.dilation, layer.kernel_size, strict=True))
+        return above, left
+    return layer.padding
+
+
+def _conv(name: str, layer: nn.Conv2d, into: tuple[int, ...], out: tuple[int, ...]) -> LayerShape:
+    return LayerShape(name, "conv", out[-2], out[-1], layer.in_channels, layer.out_channels, *layer.kernel_size,
+                      layer.groups, layer.stride, leading_padding(layer), elements(into), elements(out))
+
+
+def _linear(name: str, layer: nn.Linear, into: tuple[int, ...], out: tuple[int, ...]) -> LayerShape:
+    positions = elements(out) // layer.out_features
+    return LayerShape(name, "linear", positions, 1, layer.in_features, layer.out_features,
+                      in_elements=elements(into), out_elements=elements(out))

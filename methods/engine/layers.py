@@ -1,0 +1,93 @@
+"""What running a network costs: multiply-accumulates and bit operations, per layer and in total."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..core.artifact import CompressedModel
+from ..core.graph.build import apply
+from ..core.graph.graph import trace
+from .weights import operand_bits
+
+FLOAT_BITS = 32
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One conv or linear layer, for one input.
+
+    macs             C_out H_out W_out (C_in / groups) K_h K_w; linear: in x out
+    density          kept fraction of the weights
+    weight_bits      of a stored code; 32 where the weight is not stored as codes
+    operand_bits     of what a multiplier takes for it (see `kernels.weights.operand_bits`)
+    activation_bits  of the input; 32 where no quantizer is stored
+    """
+
+    macs: int
+    weights: int
+    density: float
+    weight_bits: int
+    operand_bits: int
+    activation_bits: int
+
+    @property
+    def bops(self) -> int:
+        """MACs x operand bits x activation bits (Bayesian Bits, section 4; no accumulator term)."""
+        return self.macs * self.operand_bits * self.activation_bits
+
+    @property
+    def sparse_bops(self) -> float:
+        """BOPs of hardware that skips every pruned weight: BOPs x density. Dense kernels do not."""
+        return self.bops * self.density
+
+    @property
+    def bops_float_activations(self) -> int:
+        return self.macs * self.operand_bits * FLOAT_BITS
+
+
+@torch.no_grad()
+def layer_macs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
+    """{layer: multiply-accumulates} of every conv and linear for one input of `shape` [C, H, W]."""
+    macs: dict[str, int] = {}
+
+    def see(node, inputs, output):
+        if node.op in ("conv", "linear"):
+            macs[node.name] = output.numel() * node.module.weight[0].numel()
+
+    model.eval()
+    device = next(model.parameters()).device
+    trace(model).run(torch.zeros(1, *shape, device=device), see)
+    return macs
+
+
+def layer_costs(compressed: CompressedModel, skeleton: nn.Module, shape: tuple[int, ...]) -> dict[str, LayerCost]:
+    """{layer: LayerCost} of a compressed model, from what is stored (never from what was asked for)."""
+    model = apply(compressed, skeleton)
+    costs = {}
+    for name, macs in layer_macs(model, shape).items():
+        tensor, quantizer = compressed.weights.get(name), compressed.activations.get(name)
+        weight = model.get_submodule(name).weight
+        density = tensor.density if tensor is not None else float((weight != 0).float().mean())
+        stored, operand = (FLOAT_BITS, FLOAT_BITS) if tensor is None else (tensor.bits, operand_bits(tensor))
+        costs[name] = LayerCost(macs, weight.numel(), density, stored, operand,
+                                FLOAT_BITS if quantizer is None else quantizer.bits)
+    return costs
+
+
+def totals(costs: dict[str, LayerCost], dense_weights: int) -> dict[str, float]:
+    """Sums over layers, the mean bits of the kept weights, and their fraction of the `dense_weights` conv and
+    linear weights that the uncompressed network has (removed channels are pruned weights too)."""
+    layers = costs.values()
+    weights = sum(layer.weights for layer in layers)
+    kept = sum(layer.weights * layer.density for layer in layers)
+    return {
+        "macs": sum(layer.macs for layer in layers),
+        "bops": sum(layer.bops for layer in layers),
+        "sparse_bops": sum(layer.sparse_bops for layer in layers),
+        "bops_float_activations": sum(layer.bops_float_activations for layer in layers),
+        "weights": weights,
+        "kept_weights": round(kept),
+        "density": kept / dense_weights,
+        "mean_bits": sum(layer.weights * layer.density * layer.weight_bits for layer in layers) / max(kept, 1),
+    }

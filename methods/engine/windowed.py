@@ -1,0 +1,65 @@
+"""Bit windows (SPARQ) in the integer kernels.
+
+With an even number of channels a window is a function of each pair of channels, that is, in channels_last memory, of
+each two neighbouring bytes: one look-up in a table of 65,536 entries, before a conv that knows nothing of it. An odd
+number of channels, whose pairs straddle kernel positions, and 2:4 weights, whose pairs differ from filter to filter,
+are brought to an ordinary conv by `methods.core.windows`. All routes are exact.
+"""
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+from ..core.artifact import ActivationQuantizer, Window
+from ..core.errors import GraphError
+from ..core.fit.windows import CODES, follows_24, partner_table, trim_pairs, windowed_sum
+
+UNSIGNED_8 = (0, 255)
+
+
+@functools.cache
+def pair_table(window: Window) -> Tensor:
+    """int16 [65536]: two neighbouring bytes, read as one 16-bit number, after the window. Not to be written to."""
+    pairs = torch.arange(CODES * CODES).to(torch.uint16).view(torch.uint8).reshape(-1, 2).long()
+    trimmed = partner_table(window)[pairs, pairs.flip(1)]  # in the byte order of this machine
+    return trimmed.view(torch.int16).reshape(-1)
+
+
+def windowed_codes(codes: Tensor, window: Window) -> Tensor:
+    """Codes [N, C, ...] as a layer reads them whose windows are element-wise; dtype kept, 4-d ones channels_last.
+
+    codes   uint8, or integers 0..255 held in a float dtype, in any memory format
+    Raises GraphError where the window pairs channels of which there is an odd number.
+    """
+    channels = codes.shape[1]
+    if window.paired and channels % 2:
+        raise GraphError(f"{channels} channels do not divide into pairs: the window is not element-wise")
+    if channels % 2:
+        return trim_pairs(codes, window)
+    last = codes.movedim(1, -1).to(torch.uint8).contiguous()  # [N, ..., C]
+    index = last.view(-1).view(torch.uint16).to(torch.int32)  # flat: of a 1 x 1 picture strides may be anything
+    found = pair_table(window).to(codes.device).index_select(0, index)
+    return found.view(torch.uint8).reshape(last.shape).to(codes.dtype).movedim(-1, 1)
+
+
+def check_window(name: str, layer: nn.Module, source: ActivationQuantizer, integers: Tensor, window: Window) -> None:
+    """GraphError, naming the layer, where a window cannot act: signed or narrow codes, groups, weights not 2:4."""
+    partner_table(window)  # refuses a window that does not reach bit 7
+    if source.code_range != UNSIGNED_8 or source.zero != 0:
+        raise GraphError(f"the window of {name} needs unsigned 8-bit codes with zero point 0, not {source}")
+    if getattr(layer, "groups", 1) != 1:
+        raise GraphError(f"{name} has {layer.groups} groups: windows pair the inputs of one group only")
+    if getattr(layer, "padding_mode", "zeros") != "zeros":
+        raise GraphError(f"{name} has padding_mode = {layer.padding_mode!r}: the integer kernels pad with zeros")
+    if window.paired and window.sparse24 and not follows_24(integers):
+        raise GraphError(f"the window of {name} pairs 2:4 weights, but more than two of four are not 0")
+
+
+def accumulate_windowed(layer: nn.Module, codes: Tensor, integers: Tensor, window: Window,
+                        dtype: torch.dtype) -> Tensor:
+    """sum_k T[a_k, partner] w_k of unwindowed codes; exact if `dtype` is `accumulate.exact_dtype`'s.
+
+    Every weight meets one value in 0..255, as without a window: the same bound holds.
+    """
+    return windowed_sum(layer, codes, integers.to(codes.device, dtype), window)
