@@ -1,0 +1,126 @@
+"""The operations of a graph in ONNX: one function each, from names of real tensors to the name of the result."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...core.errors import GraphError
+from ...core.graph.graph import Node
+from .writer import Writer
+
+MOVING = ("maxpool", "flatten", "identity")  # codes come out as they went in, or the largest of them
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Shapes of a node's inputs and of its output, without the batch."""
+
+    inputs: tuple[tuple[int, ...], ...]
+    output: tuple[int, ...]
+
+
+Emit = Callable[[Writer, Node, list[str], Facts], str]
+
+
+def pair(value: int | tuple[int, ...]) -> list[int]:
+    """The two sides of a window."""
+    return [value, value] if isinstance(value, int) else list(value)
+
+
+def multiply(write: Writer, node: Node, x: str, weight: str, bias: str | None, facts: Facts) -> str:
+    """A conv, or a linear whose weight is [in, out]."""
+    layer, last = node.module, [] if bias is None else [bias]
+    if isinstance(layer, nn.Linear):
+        if len(facts.inputs[0]) == 1:
+            return write.add("Gemm", x, weight, *last)
+        product = write.add("MatMul", x, weight)
+        return product if bias is None else write.add("Add", product, bias)
+    if not isinstance(layer, nn.Conv2d) or layer.padding_mode != "zeros":
+        raise GraphError(f"layer {node.name}: ONNX export knows Conv2d with zero padding and Linear, and no other "
+                         f"{type(layer).__name__}")
+    return write.add("Conv", x, weight, *last, kernel_shape=list(layer.kernel_size), strides=list(layer.stride),
+                     dilations=list(layer.dilation), group=layer.groups, pads=conv_pads(layer))
+
+
+def conv_pads(layer: nn.Conv2d) -> list[int]:
+    """[top, left, bottom, right]; "same" puts the odd pixel at the end, as torch does."""
+    if layer.padding == "valid":
+        return [0, 0, 0, 0]
+    if layer.padding == "same":
+        total = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [t // 2 for t in total] + [t - t // 2 for t in total]
+    return list(layer.padding) * 2
+
+
+def _float_layer(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
+    layer = node.module
+    weight = layer.weight.T if isinstance(layer, nn.Linear) else layer.weight
+    bias = None if layer.bias is None else write.real(layer.bias)
+    return multiply(write, node, inputs[0], write.real(weight), bias, facts)
+
+
+def batch_norm(write: Writer, node: Node, inputs: list[str], facts: Facts | None) -> str:
+    norm = node.module
+    ones, noughts = torch.ones_like(norm.running_var), torch.zeros_like(norm.running_mean)
+    values = (norm.weight if norm.affine else ones, norm.bias if norm.affine else noughts, norm.running_mean,
+              norm.running_var)
+    return write.add("BatchNormalization", *inputs, *map(write.real, values), epsilon=norm.eps)
+
+
+def _max_pool(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
+    pool = node.module
+    if pool is None:
+        raise GraphError(f"{node.name} is a max pool called as a function: use nn.MaxPool2d to export it")
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    return write.add("MaxPool", *inputs, kernel_shape=pair(pool.kernel_size), strides=pair(stride),
+                     pads=pair(pool.padding) * 2, dilations=pair(pool.dilation), ceil_mode=int(pool.ceil_mode))
+
+
+def _average_pool(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
+    pool = node.module
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        (height, width), (rows, columns) = facts.inputs[0][-2:], facts.output[-2:]
+        if (rows, columns) == (1, 1):
+            return write.add("GlobalAveragePool", *inputs)
+        if height % rows or width % columns:
+            raise GraphError(f"{node.name} averages {height} x {width} into {rows} x {columns} windows of several "
+                             "sizes: ONNX has no operation for that")
+        sides = [height // rows, width // columns]
+        return write.add("AveragePool", *inputs, kernel_shape=sides, strides=sides)
+    if pool.divisor_override is not None:
+        raise GraphError(f"{node.name} has a divisor of its own: ONNX has no operation for that")
+    stride = pool.kernel_size if pool.stride is None else pool.stride
+    return write.add("AveragePool", *inputs, kernel_shape=pair(pool.kernel_size), strides=pair(stride),
+                     pads=pair(pool.padding) * 2, ceil_mode=int(pool.ceil_mode),
+                     count_include_pad=int(pool.count_include_pad))
+
+
+def _flatten(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
+    """To the shape that it has for one input; the batch stays free."""
+    return write.add("Reshape", *inputs, write.constant(_int64([0, *facts.output])))
+
+
+def _int64(values: list[int]):
+    return torch.tensor(values, dtype=torch.int64).numpy()
+
+
+EMITTERS: dict[str, Emit] = {
+    "conv": _float_layer, "linear": _float_layer, "bn": batch_norm, "maxpool": _max_pool, "avgpool": _average_pool,
+    "relu": lambda write, node, inputs, facts: write.add("Relu", *inputs),
+    "identity": lambda write, node, inputs, facts: inputs[0],
+    "flatten": _flatten,
+    "add": lambda write, node, inputs, facts: write.add("Add", *inputs),
+}
+
+
+def has(node: Node) -> bool:
+    return node.op in EMITTERS
+
+
+def find(node: Node) -> Emit:
+    """The function for a node; GraphError, naming it, if there is none."""
+    if not has(node):
+        raise GraphError(f"ONNX export has no form for the operation {node.name!r} ({node.op})")
+    return EMITTERS[node.op]

@@ -1,0 +1,145 @@
+"""ONNX files of compressed networks: run in ONNX Runtime, they say what the integers here say, to a code or two."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from methods.core.artifact import ActivationQuantizer, Affine, Codebook, CompressedModel, CompressedTensor, Window
+from methods.core.errors import ConfigError, GraphError
+from methods.core.fit.calibrate import calibrate
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.engine.exact import IntegerNetwork
+from methods.engine.export import compare_onnx, to_onnx
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+class Net(nn.Module):
+    """Residual sums, a depthwise conv, both pools, a batch norm with negative factors, a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.deep, self.point = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)
+        self.pool, self.narrow = nn.MaxPool2d(2), nn.Conv2d(8, 6, 3, stride=2, padding=1)
+        self.mean, self.flat, self.fc = nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)
+        self.relu = nn.ModuleList(nn.ReLU() for _ in range(4))
+
+    def forward(self, x):
+        x = self.relu[0](self.bn(self.stem(x)))
+        x = self.relu[1](self.point(self.relu[2](self.deep(x))) + x)
+        return self.fc(self.flat(self.mean(self.relu[3](self.narrow(self.pool(x))))))
+
+
+def compressed_net(bits=8, activation_bits=8, asymmetric=False):
+    """A random Net, its weights on affine grids, and inputs."""
+    generator = torch.Generator().manual_seed(bits)
+    with torch.random.fork_rng():
+        torch.manual_seed(bits)
+        net = Net().eval()
+    nn.init.uniform_(net.bn.weight, -1.5, 1.5, generator=generator)
+    nn.init.uniform_(net.bn.running_mean, -0.5, 0.5, generator=generator)
+    x = torch.randn(64, 3, 16, 16, generator=generator)
+    weights = {}
+    for name, layer in weight_layers(net).items():
+        top = (1 << bits - 1) - 1
+        scale = layer.weight.detach().abs().flatten(1).amax(1) / top
+        zero = torch.full((len(scale),), 3 if asymmetric else 0, dtype=torch.int32)
+        codes = torch.round(layer.weight.detach() / scale.reshape(-1, *[1] * (layer.weight.ndim - 1)))
+        codes = (codes + zero.reshape(-1, *[1] * (layer.weight.ndim - 1))).clamp(-top - 1, top).int()
+        weights[name] = CompressedTensor.of(codes, Affine(scale, zero), bits)
+    made = assemble(net, weights)
+    ranges = calibrate(apply(made, net), x, activation_bits)
+    return net, assemble(net, weights, activations=ranges), x
+
+
+def ran(path, x):
+    from methods.engine.export.check import onnx_session
+    return onnx_session(path)(x)
+
+
+@pytest.mark.parametrize("bits, activation_bits, opset, tolerance",
+                         [(8, 8, 13, 0.02), (8, 8, 21, 0.02), (4, 8, 21, 0.02), (6, 5, 13, 0.1), (8, 12, 21, 0.01)])
+@pytest.mark.parametrize("residual", ["float", "int8"])
+def test_outputs_agree(tmp_path, bits, activation_bits, opset, tolerance, residual):
+    net, compressed, x = compressed_net(bits, activation_bits)
+    written = to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16), opset=opset, residual=residual)
+    ours, theirs = IntegerNetwork(compressed, net)(x), ran(tmp_path / "net.onnx", x)
+    spread = float(ours.max() - ours.min())
+    assert float((ours - theirs).abs().max()) < (tolerance if residual == "float" else max(tolerance, 0.05)) * spread
+    assert float((ours - theirs).abs().mean()) < 0.01 * spread
+    assert written.bytes == (tmp_path / "net.onnx").stat().st_size
+    assert set(written.layers.values()) == {"int4" if bits == 4 else "int8"}
+
+
+def test_weights_are_stored_as_integers(tmp_path):
+    net, compressed, _ = compressed_net()
+    to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16))
+    model = onnx.load(tmp_path / "net.onnx")
+    stored = {tuple(t.dims): t.data_type for t in model.graph.initializer if len(t.dims) == 4}
+    assert set(stored.values()) == {onnx.TensorProto.INT8} and len(stored) == 4
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Conv") == 4 and "BatchNormalization" not in kinds
+    codes = next(onnx.numpy_helper.to_array(t) for t in model.graph.initializer if tuple(t.dims) == (8, 3, 3, 3))
+    assert np.array_equal(codes, compressed.weights["stem"].codes.numpy())  # also where a factor is negative
+
+
+def test_any_batch_and_one_comparison(tmp_path):
+    net, compressed, x = compressed_net()
+    to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16))
+    whole = ran(tmp_path / "net.onnx", x)
+    assert torch.allclose(torch.cat([ran(tmp_path / "net.onnx", part) for part in x.split(30)]), whole, atol=1e-5)
+    targets = IntegerNetwork(compressed, net)(x).argmax(1)
+    found = compare_onnx(tmp_path / "net.onnx", IntegerNetwork(compressed, net),
+                         [(x[:40], targets[:40]), (x[40:], targets[40:])])
+    assert found.inputs == 64 and found.top1_ours == 100.0
+    assert found.same_argmax == found.top1_onnx == 100 * float((whole.argmax(1) == targets).float().mean())
+
+
+def test_dead_channels_keep_their_bias(tmp_path):
+    net, compressed, x = compressed_net()
+    tensor = compressed.weights["deep"]
+    mask = tensor.mask.clone()
+    mask[2] = False
+    weights = {**compressed.weights, "deep": CompressedTensor.of(tensor.codes, tensor.grid, 8, mask)}
+    rest = {**compressed.rest, "deep.bias": compressed.rest["deep.bias"].clone().index_fill_(0, torch.tensor(2), 1e4)}
+    made = CompressedModel(weights, rest, compressed.activations)
+    to_onnx(made, net, tmp_path / "net.onnx", (3, 16, 16))
+    ours = IntegerNetwork(made, net)(x)
+    assert torch.allclose(ours, ran(tmp_path / "net.onnx", x), atol=0.02 * float(ours.max() - ours.min()))
+
+
+def test_what_8_bits_do_not_hold_is_float_and_told(tmp_path):
+    net, compressed, x = compressed_net()
+    table = Codebook(torch.tensor([0.0, 1e-4, 0.5, -0.3, 1.0]))  # 1e-4 would be 0 in 8 bits
+    codes = torch.arange(24 * 5).reshape(5, 24) % 5
+    made = CompressedModel({**compressed.weights, "fc": CompressedTensor.of(codes, table, 3)}, compressed.rest,
+                           compressed.activations)
+    written = to_onnx(made, net, tmp_path / "net.onnx", (3, 16, 16))
+    assert written.layers["fc"] == "float32" and written.layers["stem"] == "int8"
+    ours = IntegerNetwork(made, net)(x)
+    assert torch.allclose(ours, ran(tmp_path / "net.onnx", x), atol=0.02 * float(ours.max() - ours.min()))
+
+
+def test_layers_in_float_stay_float(tmp_path):
+    net, compressed, x = compressed_net()
+    written = to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16), float_policy=("stem", "fc"))
+    assert set(written.layers) == {"deep", "point", "narrow"}
+    ours = IntegerNetwork(compressed, net, ("stem", "fc"))(x)
+    assert torch.allclose(ours, ran(tmp_path / "net.onnx", x), atol=0.02 * float(ours.max() - ours.min()))
+
+
+def test_mistakes_are_one_line(tmp_path):
+    net, compressed, _ = compressed_net(8, 12)
+    with pytest.raises(ConfigError, match="12 bits need opset 21"):
+        to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16))
+    with pytest.raises(ConfigError, match="opset = 12: allowed are 13, 21"):
+        to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16), opset=12)
+    window = {"deep": Window(4, (0, 2, 4))}
+    ranges = {**compressed.activations, "deep": ActivationQuantizer(0.1)}
+    with pytest.raises(GraphError, match="input of deep goes through a bit window"):
+        to_onnx(CompressedModel(compressed.weights, compressed.rest, ranges, window), net, tmp_path / "net.onnx",
+                (3, 16, 16), opset=21)
+    assert not list(tmp_path.iterdir())
