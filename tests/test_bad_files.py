@@ -23,7 +23,7 @@ from methods.core.artifact import (
     Window,
 )
 from methods.core.errors import CompressError, FormatError
-from methods.core.file import container
+from methods.core.file import container, rest
 from methods.core.file.storage import decode, encode, from_bytes, inspect, load, to_bytes
 from methods.core.file.streams import varint
 
@@ -80,7 +80,7 @@ def test_messages(tmp_path):
     data = to_bytes(small())[0]
     refused(b"", "empty")
     refused(b"PK\x03\x04 a zip file", "not a compressed model")
-    refused(data[:4] + bytes([2]) + data[5:], "version 2, newer")
+    refused(data[:4] + bytes([9]) + data[5:], "version 9, newer")
     refused(sealed(data[:4] + bytes([0]) + data[5:-8]), "version 0")
     refused(sealed(data[:5] + bytes([9]) + data[6:-8]), "mode 9")
     refused(data[:-1], "damaged or cut short")
@@ -222,7 +222,7 @@ def test_malicious_activations(value, scales):
 
 @pytest.mark.parametrize("rest", [
     b"", b"\3" + bytes(8), b"\0" + bytes(7), b"\0" + bytes(9), b"\1" + bytes(8), b"\2\xff\xff",
-    b"\1" + lzma.compress(bytes(10**7), lzma.FORMAT_RAW, filters=container.FILTERS),
+    b"\1" + lzma.compress(bytes(10**7), lzma.FORMAT_RAW, filters=rest.FILTERS),
 ])
 def test_malicious_rest(rest):
     refused(container.frame("best", {"r": [["a", [2]]]}, varint(0) + rest))

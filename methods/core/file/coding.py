@@ -17,6 +17,7 @@ MAX_DEPTH = 31  # longest Huffman code that bitarray decodes
 MAX_ALPHABET = 1 << 17  # a wider range of symbols is packed at fixed width
 LENGTH_BITS = 5  # of one canonical code length, 0 (unused) to MAX_DEPTH
 MANTISSAS = (0, 1, 2, 3, 4, 6, 8, 12)  # precisions, in bits, of a stored frequency
+WHOLE = {8: "<u1", 16: "<u2", 32: "<u4"}  # widths that are whole numbers of memory
 BLOCK = 1 << 18  # numbers packed at a time, to bound memory; a multiple of 8
 TRIM_SYMBOLS = 1 << 14  # only range-coded streams of fewer symbols are worth the search for a shorter ending
 
@@ -93,6 +94,8 @@ def packed_size(count: int, width: int) -> int:
 
 def pack_bits(values: np.ndarray, width: int) -> bytes:
     """Integers in [0, 2^width) as `width` bits each, least significant bit first."""
+    if width in WHOLE:
+        return values.astype(WHOLE[width]).tobytes()
     packed = []
     for start in range(0, len(values), BLOCK):
         block = values[start:start + BLOCK]
@@ -105,6 +108,8 @@ def pack_bits(values: np.ndarray, width: int) -> bytes:
 
 def unpack_bits(data: bytes, width: int, count: int) -> np.ndarray:
     """The `count` integers, int64, that `pack_bits` stored."""
+    if width in WHOLE:
+        return np.frombuffer(data, WHOLE[width], count).astype(np.int64)
     values, stored = np.zeros(count, np.int64), np.frombuffer(data, np.uint8)
     for start in range(0, count, BLOCK):
         block = values[start:start + BLOCK]  # a view
@@ -188,8 +193,8 @@ def frequencies(codes: np.ndarray, mantissa: int) -> np.ndarray:
     return np.where(exponent > 0, ((1 << mantissa) + fraction) << np.maximum(exponent - 1, 0), fraction)
 
 
-def fit_frequencies(counts: np.ndarray) -> tuple[int, int, np.ndarray]:
-    """(index into MANTISSAS, bits per code, codes int64 [alphabet]) with fewest bits of table plus data."""
+def fit_frequencies(counts: np.ndarray) -> tuple[float, int, int, np.ndarray]:
+    """(bits, index into MANTISSAS, bits per code, codes int64 [alphabet]) with fewest bits of table plus data."""
     used = counts > 0
 
     def bits(place: int) -> tuple[float, int, int, np.ndarray]:
@@ -199,7 +204,7 @@ def fit_frequencies(counts: np.ndarray) -> tuple[int, int, np.ndarray]:
         data = float((counts[used] * (np.log2(share.sum()) - np.log2(share))).sum())
         return data + width * len(counts), place, width, codes
 
-    return min(map(bits, range(len(MANTISSAS))), key=lambda option: option[:2])[1:]
+    return min(map(bits, range(len(MANTISSAS))), key=lambda option: option[:2])
 
 
 def _model(freqs: np.ndarray):

@@ -1,32 +1,31 @@
-"""The file around the tensors: frame and checksum, header, activation quantizers, float tensors, safe writing.
+"""The file around the tensors: frame and checksum, header, activation quantizers, safe writing.
 
     file         magic[4] version[1] mode[1] varint(bytes) header payload blake2b[8]
     header       deflated JSON without floats, see HEADER
     activations  varint(bytes), deflated JSON, see ACTIVATIONS, and the scales as float32 or float64; or varint(0)
-    rest         packing[1] and the tensors' little-endian bytes one after the other, to the end of the payload
+    rest         float tensors, see rest.py, to the end of the payload
+
+Version 2 added the packing STREAMS of the float tensors; files of version 1 are read as ever.
 """
 
 import contextlib
 import json
-import lzma
 import math
 import os
 import secrets
 import zlib
-from collections.abc import Mapping
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..artifact import MAX_BITS, ActivationQuantizer, CompressedModel, Topology, Window
 from ..errors import CompressError, FormatError
+from .rest import DTYPES
 from .streams import Reader, varint
 
 MAGIC = b"\x8aJCM"
-VERSION = 1
+VERSION = 2
 MODES = ("paper", "best")
 DIGEST_BYTES = 8
 MAX_JSON = 1 << 21  # bytes of text
@@ -45,13 +44,6 @@ PRESET = (b'"t":{"float16"bfloat16"int64"},"f":{"s":{"downsample.1features.class
           b'conv4conv3.bn3.conv2conv1.bn2.bn1.fc3fc2fc1fc.weight",[.bias",[running_var",[running_mean",['
           b'"r":[["{"w":[["')
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool)}
-SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-RAW, LZMA, PLANES = range(3)  # packings of the rest: as is; LZMA; LZMA of all first bytes, all second bytes, …
-PLANE = 4  # bytes of a float32
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 
 
 def max_elements(file_bytes: int) -> int:
@@ -193,51 +185,6 @@ def read_activations(reader: Reader, header: dict) -> tuple[dict[str, Activation
              for edge, bits, shifts, flags in windows})
 
 
-# --- rest --------------------------------------------------------------------------------------------------
-
-
-def pack_rest(rest: Mapping[str, Tensor], mode: str) -> bytes:
-    """The tensors that stay float, raw in mode "paper", in mode "best" as small as LZMA makes them."""
-    raw = b"".join(
-        flat.view(SAME_WIDTH[flat.element_size()]).numpy().astype(f"<i{flat.element_size()}").tobytes()
-        for flat in (tensor.detach().cpu().reshape(-1) for tensor in rest.values()))
-    packings = [(RAW, raw)]
-    if mode == "best":
-        packings.append((LZMA, lzma.compress(raw, lzma.FORMAT_RAW, filters=FILTERS)))
-        if len(raw) % PLANE == 0:
-            planes = np.frombuffer(raw, np.uint8).reshape(-1, PLANE).T.tobytes()
-            packings.append((PLANES, lzma.compress(planes, lzma.FORMAT_RAW, filters=FILTERS)))
-    packing, data = min(packings, key=lambda option: len(option[1]))
-    return bytes([packing]) + data
-
-
-def read_rest(reader: Reader, header: dict) -> dict[str, Tensor]:
-    """The inverse of `pack_rest`: all that is left of the payload."""
-    shapes = {name: (shape, DTYPES[header["t"].get(name, "float32")]) for name, shape in header["r"]}
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
-    packing, data, size = reader.take(1)[0], reader.take(reader.left()), sum(sizes.values())
-    if packing not in (RAW, LZMA, PLANES) or packing == PLANES and size % PLANE:
-        raise FormatError(f"unknown packing {packing} of the float tensors")
-    if packing != RAW:
-        try:
-            data = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS).decompress(data, size + 1)
-        except lzma.LZMAError:
-            raise FormatError("the float tensors cannot be unpacked") from None
-    if len(data) != size:
-        raise FormatError(f"the float tensors take {size} bytes, the file holds {len(data)}")
-    if packing == PLANES:
-        data = np.frombuffer(data, np.uint8).reshape(PLANE, -1).T.tobytes()
-    whole = Reader(data)
-    return {name: _tensor(whole.take(sizes[name]), shape, dtype) for name, (shape, dtype) in shapes.items()}
-
-
-def _tensor(data: bytes, shape: list[int], dtype: torch.dtype) -> Tensor:
-    integers = np.frombuffer(data, f"<i{dtype.itemsize}").astype(f"i{dtype.itemsize}")
-    if dtype == torch.bool and not np.isin(integers, (0, 1)).all():
-        raise FormatError("a bool tensor holds something else")
-    return torch.from_numpy(integers).view(dtype).reshape(shape)
-
-
 # --- the frame and the file --------------------------------------------------------------------------------
 
 
@@ -259,7 +206,7 @@ def unframe(data: bytes) -> tuple[str, dict, Reader]:
     body = data[:-DIGEST_BYTES]
     if len(body) < 6 or blake2b(body, digest_size=DIGEST_BYTES).digest() != data[-DIGEST_BYTES:]:
         raise FormatError("the file is damaged or cut short: its checksum is wrong")
-    if body[4] != VERSION or body[5] >= len(MODES):
+    if not 1 <= body[4] <= VERSION or body[5] >= len(MODES):
         raise FormatError(f"unknown format version {body[4]} or mode {body[5]}")
     reader = Reader(body[6:])
     return MODES[body[5]], inflate(reader.take(reader.varint()), PRESET), reader

@@ -4,9 +4,10 @@ Mode "paper" is Deep Compression's format (sections 2 and 4): of every tensor th
 of the stored entries, fillers included, each stream in a canonical Huffman code whose table is in the file, or at
 fixed width where that is smaller. Mode "best" takes per tensor the smallest of these layouts: dense symbols; a bit
 mask and codes; relative positions and codes, by row or by column. Each stream is range coded, Huffman coded or at
-fixed width, and LZMA shrinks what stays float.
+fixed width; so are the exponents and the mantissas of what stays float, and the few bytes of a small network's go
+through LZMA where that is smaller.
 
-The payload is one block per tensor (blocks.py), then activation quantizers and float tensors (container.py).
+The payload is one block per tensor (blocks.py), then activation quantizers (container.py) and float tensors (rest.py).
 """
 
 import os
@@ -20,6 +21,7 @@ from ..artifact import CompressedModel, CompressedTensor
 from ..errors import CompressError, ConfigError, FormatError
 from ..graph.build import apply
 from . import blocks, coding, container
+from .rest import pack_rest, read_rest
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def to_bytes(compressed: CompressedModel, *, mode: str = "best",
         layers.append(layer)
     header = container.pack_header(compressed)
     activations = container.pack_activations(compressed, header)
-    rest = container.pack_rest(compressed.rest, mode)
+    rest = pack_rest(compressed.rest, mode)
     data = container.frame(mode, header, b"".join([*packed, activations, rest]))
     container.check_header(header, container.max_elements(len(data)))
     sizes = _sizes(layers, len(rest), len(activations), len(container.frame(mode, header, b"")))
@@ -133,7 +135,7 @@ def _parse(data: bytes) -> tuple[str, CompressedModel, Sizes, dict[str, tuple[bl
     start = reader.left()
     activations, windows = container.read_activations(reader, found)
     middle = reader.left()
-    rest = container.read_rest(reader, header)
+    rest = read_rest(reader, header)
     model = CompressedModel(weights, rest, activations, windows, container.topology(header),
                             "harness" if header["h"] else "method")
     return mode, model, _sizes([layer for layer, _ in layers.values()], middle, start - middle, frame), layers

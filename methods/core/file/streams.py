@@ -13,6 +13,7 @@ from . import coding
 
 CODERS = ("constant", "packed", "range", "huffman")
 MAX_WIDTH = 40  # bits of a packed symbol
+SLACK = 16  # bytes by which a range-coded stream may come out shorter than its information
 
 # --- reading and writing numbers ---------------------------------------------------------------------------
 
@@ -76,11 +77,11 @@ def encode_stream(symbols: np.ndarray, coders: Collection[str]) -> bytes:
         return _head("constant", 0, low)
     width = (span - 1).bit_length()
     smallest, size = None, coding.packed_size(len(symbols), width)
-    if span <= coding.MAX_ALPHABET:
+    if span <= coding.MAX_ALPHABET and tuple(coders) != ("packed",):
         shifted = (symbols - low).astype(np.int32)
         counts = np.bincount(shifted, minlength=span)
-        body = _range_body(shifted, counts) if "range" in coders else None
-        if body is not None and len(body[1]) < size:
+        body = _range_body(shifted, counts, size) if "range" in coders else None
+        if body is not None:
             smallest, size = _head("range", body[0], low) + body[1], len(body[1])
         body = _huffman_body(shifted, counts, size) if "huffman" in coders else None
         if body is not None:
@@ -94,13 +95,19 @@ def _head(coder: str, parameter: int, low: int) -> bytes:
     return bytes([CODERS.index(coder) | parameter << 2]) + signed(low)
 
 
-def _range_body(symbols: np.ndarray, counts: np.ndarray) -> tuple[int, bytes]:
-    """(head parameter: precision | exponent bits << 3, body: alphabet, frequencies, length, data)."""
-    place, width, codes = coding.fit_frequencies(counts)
+def _range_body(symbols: np.ndarray, counts: np.ndarray, limit: int) -> tuple[int, bytes] | None:
+    """(head parameter: precision | exponent bits << 3, body: alphabet, frequencies, length, data).
+
+    None if not below `limit` bytes, which is known before the coding where the symbols are nearly uniform.
+    """
+    bits, place, width, codes = coding.fit_frequencies(counts)
+    if bits / 8 > limit + SLACK:
+        return None
     mantissa = coding.MANTISSAS[place]
     data = coding.range_encode(symbols, coding.frequencies(codes, mantissa))
     table = coding.pack_bits(codes, width)
-    return place | width - mantissa << 3, varint(len(counts)) + table + varint(len(data)) + data
+    body = varint(len(counts)) + table + varint(len(data)) + data
+    return (place | width - mantissa << 3, body) if len(body) < limit else None
 
 
 def _huffman_body(symbols: np.ndarray, counts: np.ndarray, limit: int) -> bytes | None:
@@ -119,7 +126,9 @@ def decode_stream(reader: Reader, count: int) -> tuple[np.ndarray, str]:
         return np.zeros(0, np.int64), "empty"
     head = reader.take(1)[0]
     coder, parameter, low = CODERS[head & 3], head >> 2, reader.signed()
-    return _DECODE[coder](reader, parameter, count) + low, coder
+    symbols = _DECODE[coder](reader, parameter, count)
+    symbols += low
+    return symbols, coder
 
 
 def _constant(reader: Reader, parameter: int, count: int) -> np.ndarray:
