@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from methods.core.artifact import ActivationQuantizer
+from methods.core.graph.graph import Node
 from methods.engine import bytecodes, onednn
+from methods.engine.accumulate import accumulate_int64
 
 int8 = pytest.mark.skipif(bool(onednn.unsupported()), reason=onednn.unsupported() or "there are int8 kernels")
 
@@ -58,3 +60,52 @@ def test_digits(rows, columns):
         assert plane.min() >= -128 and plane.max() <= 127
         assert bytecodes.largest_partial_sum(plane, 0, 255) <= 1 << 24
     assert (digits == []) == (columns == 9000)
+
+
+EDGES = {  # (in, out, kernel), what else, sides of the picture, whether the int8 kernels take such a layer
+    "a window above the picture": ((1, 9, 2), {"padding": 2}, (3, 3), False),
+    "windows beside the picture": ((3, 4, (1, 2)), {"padding": (0, 2)}, (4, 4), False),
+    "columns a dilation misses": ((2, 4, (4, 2)), {"padding": (2, 1), "dilation": 3}, (10, 2), True),
+    "rows a dilation misses": ((2, 3, 2), {"padding": 3, "dilation": 3}, (2, 5), True),
+    "a strided window above the picture": ((4, 2, 1), {"stride": 3, "padding": 1, "dilation": 3}, (7, 2), False),
+    "one column of a strided conv": ((8, 16, 3), {"stride": (1, 2), "padding": 1, "groups": 8}, (6, 1), True),
+}
+
+
+@int8
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("zero", [0, 77])
+def test_windows_without_pixels(edge, zero):
+    """Refused, or right: oneDNN gives garbage there, or ends the process."""
+    sizes, options, sides, taken = EDGES[edge]
+    generator, layer = torch.Generator().manual_seed(0), nn.Conv2d(*sizes, **options)
+    x = torch.randint(0, 256, (2, sizes[0], *sides), generator=generator, dtype=torch.uint8)
+    integers = torch.randint(-128, 128, layer.weight.shape, generator=generator)
+    total = accumulate_int64(layer, x.long() - zero, integers)
+    ones, offset = torch.ones(sizes[1]), torch.full((sizes[1],), 0.25)
+    assert onednn.takes(layer, integers, 8) == taken
+    if not taken:
+        return
+    kernel = onednn.Int8Layer(layer, integers, zero, ones / 256, offset)
+    x = x.contiguous(memory_format=torch.channels_last)
+    want = total.float() / 256 + 0.25
+    assert torch.equal(kernel(x, torch.float32), want)
+    assert torch.equal(kernel(x, torch.uint8), want.round().clamp(0, 255).to(torch.uint8))
+    codes = torch.randint(0, 256, want.shape, generator=generator, dtype=torch.uint8)
+    codes = codes.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(kernel.add_to(codes.clone(), x, 0.5), (want + codes * 0.5).round().clamp(0, 255).to(torch.uint8))
+
+
+def test_sums_beyond_int32_are_not_taken():
+    """70,000 products of 255 and -128 do not fit: such a layer runs on the exact kernels."""
+    for count, taken in ((30_000, True), (70_000, False)):
+        assert onednn.takes(nn.Linear(count, 1), torch.full((1, count), -128), 8) == taken
+
+
+@pytest.mark.parametrize("kernel, padding, stride", [(3, 1, 2), (2, 1, 1), ((1, 3), (0, 1), 1)])
+def test_max_pools_pad_with_what_never_wins(kernel, padding, stride):
+    """Of codes that are all the lowest, the border of the pooled ones is the lowest too."""
+    pool = nn.MaxPool2d(kernel, stride, padding)
+    form = ActivationQuantizer(0.1, -3, 8, signed=True)
+    lowest = torch.zeros(2, 3, 5, 5, dtype=torch.uint8)
+    assert not bool(bytecodes.on_bytes(Node("pool", "maxpool", ("x",), pool, pool), form, lowest).any())

@@ -34,13 +34,9 @@ def to_bytes(form: Form, value: Tensor | Terms) -> Tensor | Terms:
     return in_memory_order((value - form.code_range[0]).to(VIA).to(torch.uint8))
 
 
-def to_float(form: Form, value: Tensor | Terms, like: Tensor) -> Tensor | Terms:
-    """The inverse, in the memory format of `like`."""
-    if not is_narrow(form):
-        return value
-    last = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    codes = value.float() + form.code_range[0]
-    return codes.contiguous(memory_format=torch.channels_last if last and codes.ndim == 4 else torch.contiguous_format)
+def to_float(form: Form, value: Tensor | Terms) -> Tensor | Terms:
+    """The inverse."""
+    return value.float() + form.code_range[0] if is_narrow(form) else value
 
 
 def in_memory_order(codes: Tensor) -> Tensor:

@@ -230,11 +230,14 @@ class IntegerNetwork:
         return Terms((total.float(),), (gain,), torch.zeros((), dtype=torch.float64))
 
     def _float(self, node: Node, inputs: list[Forms]) -> Tensor:
-        """The real output of an operation in float, on inputs decoded where the edge is quantized."""
+        """The real output of an operation in float, on inputs decoded where the edge is quantized.
+
+        They are brought to one memory format: float kernels round differently in another.
+        """
         real = []
         for edge, forms in zip(node.edges() or [node.name], inputs, strict=False):
             form = self._form(edge)
-            real.append(forms[REAL] if form == REAL else form.decode(forms[form]))
+            real.append(_rows_first(forms[REAL] if form == REAL else form.decode(forms[form])))
         y = node.run(*real)
         norm = self.graph.norm_after(node.name) if node.op in ("conv", "linear") else None
         return y if norm is None else self.graph.nodes[norm].run(y)
@@ -253,6 +256,11 @@ class IntegerNetwork:
             else:
                 forms[form] = torch.round(terms.scaled(form.scale, form.zero)).clamp_(*form.code_range)
         return forms
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """`x` in torch's ordinary memory format, with its strides also where sides of 1 leave others possible."""
+    return x.contiguous().view(-1).view(x.shape)
 
 
 def _window(node: Node, before: torch.Size, after: torch.Size) -> int:

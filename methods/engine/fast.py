@@ -51,7 +51,7 @@ class FastNetwork:
 
     exact     the IntegerNetwork that defines every number
     steps     {node: its fast form}; what is missing there is done by `exact`
-    Layers run in float get the same numbers, in the memory format of the network's input.
+    Layers run in float get the same inputs in the same memory format, and so give the same numbers.
     """
 
     def __init__(self, compressed: CompressedModel, skeleton: nn.Module, float_policy: tuple[str, ...] = ()):
@@ -92,7 +92,7 @@ class FastNetwork:
         if node.name in self.steps:
             return self.steps[node.name](inputs)
         needed = [self.exact._form(edge) for edge in node.edges()] or [REAL]
-        given = {name: {form: to_float(form, forms[form], x) for form in needed if form in forms}
+        given = {name: {form: to_float(form, forms[form]) for form in needed if form in forms}
                  for name, forms in zip(node.inputs, inputs, strict=True)}
         return _all_bytes(self.exact._step(node, x, given))
 

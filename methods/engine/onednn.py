@@ -8,7 +8,10 @@ near-tie factors on every kind of layer, and is tried again on each CPU before f
     added codes   fma(code, m1, f32(acc) * m + b): one rounding where `network.Terms` has two, so that it serves only
                   where code * m1 is exact (`exact_product`)
 
-oneDNN multiplies with 16-bit sums that saturate on CPUs without VNNI: there `unsupported` gives a reason.
+oneDNN multiplies with 16-bit sums that saturate on CPUs without VNNI: there `unsupported` gives a reason. Of windows
+that hold no pixel (padding beyond the kernel's reach, a picture smaller than the dilation) it returns garbage or
+crashes, and of strided ones it errs where they make one column: `takes` refuses the first, and `Int8Layer` sums the
+others by itself.
 """
 
 import functools
@@ -33,10 +36,10 @@ class Int8Layer:
     """
 
     def __init__(self, module: nn.Module, integers: Tensor, zero: int, factor: Tensor, offset: Tensor):
-        self.zero, self.offset = zero, offset.contiguous()
+        self.module, self.zero, self.offset = module, zero, offset.contiguous()
         self.channels, self.kernel = len(integers), integers.shape[2:]
         self.factor, self.no_zeros = factor.contiguous(), torch.zeros(len(factor), dtype=torch.int32)
-        weight = integers.to(torch.int8).contiguous()
+        self.integers = weight = integers.to(torch.int8).contiguous()
         self.geometry = None if isinstance(module, nn.Linear) else _geometry(module)
         if self.geometry is None:
             self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
@@ -45,6 +48,8 @@ class Int8Layer:
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """In `dtype` float32, or rounded half to even and saturated in uint8 or int8; 4-d outputs channels_last."""
+        if not self._is_safe(x):
+            return _saturated(self._scaled(x), dtype)
         given = (x, 1.0, self.zero, self.weight, self.factor, self.no_zeros)
         if self.geometry is None:
             return torch.ops.onednn.qlinear_pointwise(*given, self.offset, 1.0, 0, dtype, "none", [], "")
@@ -61,9 +66,27 @@ class Int8Layer:
 
     def add_to(self, codes: Tensor, x: Tensor, factor: float) -> Tensor:
         """uint8 of self(x) + codes * factor, conv only; exact if `exact_product(factor)`; `codes` are overwritten."""
+        if not self._is_safe(x):
+            return codes.copy_(_saturated(self._scaled(x) + codes.float() * factor, torch.uint8))
         return torch.ops.onednn.qconv2d_pointwise.binary(
             x, 1.0, self.zero, self.weight, self.factor, self.no_zeros, codes, self.offset, *self.geometry, 1.0, 0,
             torch.uint8, factor, 0, "sum", 1.0, None, [], "")
+
+    def _is_safe(self, x: Tensor) -> bool:
+        """Whether oneDNN computes this layer rightly on pictures of this size."""
+        if self.geometry is None:
+            return True
+        stride, _, dilation, _ = self.geometry
+        height, width = self.output_shape(x)[2:]
+        return (x.shape[2] >= dilation[0] and x.shape[3] >= dilation[1]
+                and (width > 1 or height == 1 or stride[1] == 1))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """The same numbers from float64 sums."""
+        total = accumulate(self.module, x.double() - self.zero, self.integers, torch.float64).float()
+        shape = (1, -1, *[1] * (total.ndim - 2))
+        y = total * self.factor.reshape(shape) + self.offset.reshape(shape)
+        return y if y.ndim < 4 else y.contiguous(memory_format=torch.channels_last)
 
 
 def exact_product(factor: float) -> bool:
@@ -76,7 +99,14 @@ def takes(module: nn.Module, integers: Tensor, bits: int) -> bool:
     """Whether `Int8Layer` has this layer with codes of so many bits: else the float kernels run it."""
     if integers.numel() == 0 or bits > BITS or largest_partial_sum(integers, 0, 255) >= INT32 // 2:
         return False
-    return isinstance(module, nn.Linear) or (module.padding_mode == "zeros" and _padding(module) is not None)
+    return isinstance(module, nn.Linear) or (module.padding_mode == "zeros" and _has_pixels(module))
+
+
+def _has_pixels(conv: nn.Conv2d) -> bool:
+    """Whether the padding is symmetric and no window lies wholly in it."""
+    padding = _padding(conv)
+    reach = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+    return padding is not None and all(p <= r for p, r in zip(padding, reach, strict=True))
 
 
 def _geometry(conv: nn.Conv2d) -> tuple:
@@ -132,17 +162,21 @@ def _is_exact(module: nn.Module, zero: int, side: int | None) -> bool:
     layer = Int8Layer(module, w, zero, factor, offset)
     x = x if side is None else x.contiguous(memory_format=torch.channels_last)
     y = total.float() * factor.reshape(channels) + offset.reshape(channels)
-    good = (torch.equal(layer(x, torch.float32), y) and torch.equal(layer(x, torch.uint8), _saturated(y, 0, 255))
-            and torch.equal(layer(x, torch.int8), _saturated(y, -128, 127)))
+    good = (torch.equal(layer(x, torch.float32), y) and torch.equal(layer(x, torch.uint8), _saturated(y, torch.uint8))
+            and torch.equal(layer(x, torch.int8), _saturated(y, torch.int8)))
     if side is None or not good:
         return good
     codes, factor = torch.randint(0, 256, y.shape, dtype=torch.uint8), 95 / 256  # an exact product
     summed = layer.add_to(codes.contiguous(memory_format=torch.channels_last), x, factor)
-    return torch.equal(summed, _saturated(y + codes.float() * factor, 0, 255))
+    return torch.equal(summed, _saturated(y + codes.float() * factor, torch.uint8))
 
 
-def _saturated(y: Tensor, low: int, high: int) -> Tensor:
-    return torch.round(y).clamp(low, high).to(torch.uint8 if low == 0 else torch.int8)
+def _saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 as it is; for 8 bits rounded half to even and saturated."""
+    if dtype == torch.float32:
+        return y
+    limits = torch.iinfo(dtype)
+    return torch.round(y).clamp(limits.min, limits.max).to(dtype)
 
 
 def capability() -> str:

@@ -44,7 +44,7 @@ def recorded(network: IntegerNetwork | FastNetwork, x: Tensor) -> tuple[Tensor, 
         for form, value in forms.items():
             if isinstance(value, Tensor) and not isinstance(form, tuple):
                 bytes_ = value.dtype == torch.uint8
-                seen[node.name, form] = (to_float(form, value, given) if bytes_ else value).clone()
+                seen[node.name, form] = (to_float(form, value) if bytes_ else value).clone()
         return forms
 
     network._step = watched
