@@ -183,7 +183,7 @@ class TensorBatches:
 
 def make_task(dataset: Dataset, *, batch_size: int, device: Device, autocast: torch.dtype | None = None,
               augment: str = "none", scaling: Scaling | None = None) -> Task:
-    """What a method may see of `dataset`: train with the policy `augment`, held-out and calibration without.
+    """What a method may see of `dataset`: train and calibration with the policy `augment`, held-out without.
 
     scaling  (mean, std) that a network asks for in place of the data set's own
     """
@@ -192,10 +192,9 @@ def make_task(dataset: Dataset, *, batch_size: int, device: Device, autocast: to
     policy = find_policy(augment)
     images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
     train = TensorBatches(images, labels, batch_size, mean, std, policy, device)
-    calibration = TensorBatches(images, labels, batch_size, mean, std, None, device)
     choices = dataset.held_out
     held_out = TensorBatches(choices.images, choices.labels, batch_size, mean, std, None, device)
-    return Task(train, held_out, device=device, autocast=autocast, channels_last=True, calibration=calibration)
+    return Task(train, held_out, device=device, autocast=autocast, channels_last=True, calibration=train)
 
 
 def test_batches(dataset: Dataset, *, batch_size: int, device: Device,

@@ -41,7 +41,8 @@ class Job:
     task, network where it runs;  seed of the method's generator
     index_bits    relative-index width of paper mode and of the papers' accountings, one or {layer: width}
     float_policy  layers that the integer kernels leave in float (a paper's policy)
-    bn_reestimation  training inputs for an extra, labelled score after re-estimating batch norm (0: none)
+    bn_reestimation  training inputs, augmented as in training, for an extra, labelled score after re-estimating batch
+                  norm (0: none)
     setup         overrides of the baseline's batches ({batch_size, augment})
     paper         the printed numbers of this row, and [{layer, ...}] per layer
     """
@@ -226,7 +227,8 @@ def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network
     row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
                   float_policy=job.float_policy, scores=scores)
     if job.bn_reestimation:
-        model = reestimate_batchnorm(load(path, network), calibration.calibration_inputs(job.bn_reestimation))
+        inputs = calibration.training_inputs(job.bn_reestimation, torch.Generator().manual_seed(job.seed))
+        model = reestimate_batchnorm(load(path, network), inputs)
         row |= {"bn_reestimation": job.bn_reestimation,
                 "top1_float_bn_reestimated": score([model], test.epoch(None))[0]}
     return {**row, "file": f"{path.parent.name}/{path.name}", "file_digest": digest_of(path)}

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import itertools
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.artifact import CompressedModel
-from methods.core.errors import ConfigError
+from methods.core.errors import CompressError, ConfigError
 from methods.core.file.storage import decode, inspect, to_bytes
 from methods.core.fit.calibrate import calibrate
-from methods.core.graph.build import NORMS, apply, weight_layers
+from methods.core.fit.norms import reestimate_norms
+from methods.core.graph.build import apply, weight_layers
 from methods.core.train.task import Batch, Task
 from methods.engine.costs import hardware_costs
 from methods.engine.fast import FastNetwork
@@ -71,28 +71,15 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     }
 
 
-@torch.no_grad()
-def reestimate_batchnorm(model: nn.Module, inputs: Tensor, batch: int = 256) -> nn.Module:
-    """`model` with the running statistics of its batch norms replaced, in place, by the means of those of batches.
+def reestimate_batchnorm(model: nn.Module, inputs: Tensor) -> nn.Module:
+    """`model` with its batch norms estimated anew on `inputs`, in place.
 
-    Batches are of nearly equal size, at most `batch`. Not part of any method: a labelled option of a row, because it
-    needs data. ConfigError without batch norm, or with less than two inputs.
+    Not part of any method: a labelled option of a row, because it needs data. ConfigError where that is not possible.
     """
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    if not norms:
-        raise ConfigError("bn_reestimation needs batch norm, and the stored network has none left")
-    if len(inputs) < 2:
-        raise ConfigError(f"bn_reestimation = {len(inputs)}: batch norm takes the statistics of 2 inputs or more")
-    momentum = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean
-        norm.train()
-    for part in inputs.tensor_split(math.ceil(len(inputs) / batch)):
-        model(part)
-    for norm, before in zip(norms, momentum, strict=True):
-        norm.momentum = before
-    return model.eval()
+    try:
+        return reestimate_norms(model, inputs)
+    except CompressError as error:
+        raise ConfigError(f"bn_reestimation = {len(inputs)}: {error}") from None
 
 
 def digest_of_state(module: nn.Module) -> str:

@@ -23,10 +23,11 @@ Departures (from the authors' code where the paper is silent; numbers in parenth
     in integers throughout. The paper's policy is a job's `float_policy`, which runs them in float on their decoded
     weights; adds and pools, float in the paper, are 8-bit there too. Calibration runs all of these in float.
   * Any layers may stand between those two: linear ones are treated as 1 x 1 convolutions, pairs being adjacent inputs.
-  * Calibration images are `calibration_inputs` training images without augmentation, in batches of 128, the same for
-    both passes; the authors draw 17 batches, augmented as in training, for each. What batch norm learns from plain
-    images suits a network trained on augmented ones badly, and costs more than the windows do (see the rows of
-    paper_configs): recalibrations = 0 leaves it as it is; 1 is the authors' skip_bn_recal, which omits (6).
+  * Each pass draws `calibration_inputs` training images, shuffled and augmented as in training where the task can, in
+    batches of 128 (the authors: 17 batches, one more than their 2,048 images). What batch norm learns from plain images
+    suits a network trained on augmented ones badly. recalibrations = 1 is the authors' skip_bn_recal, which omits (6);
+    0, which they do not have, leaves batch norm as it is and takes ranges from plain images.
+  * Statistics of batches are summed in float64 in a fixed order (`core/fit/norms.py`).
   * Dropout is off. Weights and ranges stay as they are in (6).
   * Inputs without negative values are taken; the authors' code also wants a zero among them. Groups are refused.
   * sparse24 keeps the two largest of four weights along the input channels (as NVIDIA's ASP does), without training:
@@ -34,6 +35,7 @@ Departures (from the authors' code where the paper is silent; numbers in parenth
   * A bias of a quantized layer is put on a grid (1) of its own and added in float. paired = False is not in their code.
 """
 
+import contextlib
 import copy
 import math
 from collections.abc import Mapping
@@ -46,6 +48,7 @@ from .core.artifact import ActivationQuantizer, Affine, CompressedModel, Compres
 from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError, GraphError
 from .core.fit.calibrate import BATCH, calibrate, check_calibration, quantizer_of
+from .core.fit.norms import following
 from .core.fit.windows import OPTIONS, find_window, keep_24, windowed_sum
 from .core.graph.build import NORMS, apply, assemble, check_finite, weight_layers
 from .core.graph.graph import Graph, trace
@@ -106,18 +109,18 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     bits = weight_bits(budget, config, list(weight_layers(model)), chosen)
     weights = quantize_weights(model, bits, chosen, config.sparse24)
 
-    inputs = task.calibration_inputs(config.calibration_inputs).to(task.device)
     layers = {name: QuantizedLayer(name, model.get_submodule(name), weights[name], config.activation_bits)
               for name in chosen}
     quantized = simulated(graph, layers)
-    pass_over(model, quantized, inputs, config.recalibrations >= 1, run.stage("ranges"))  # (2)
+    moving = config.recalibrations >= 1
+    pass_over(model, quantized, draw(task, config, moving, generator), moving, run.stage("ranges"))  # (2)
     for layer in layers.values():
         layer.freeze(window)
     if config.recalibrations == 2:
-        pass_over(model, quantized, inputs, True, run.stage("batch norm"))  # (6)
+        pass_over(model, quantized, draw(task, config, True, generator), True, run.stage("batch norm"))  # (6)
 
     compressed = assemble(model, weights, notes={"windowed": chosen if window is not None else []})
-    others = calibrate(apply(compressed, model), inputs.cpu(), WIDTH)
+    others = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs), WIDTH)
     ranges = {name: layer.quantizer() for name, layer in layers.items()}
     return replace(compressed, activations=others | ranges,
                    windows={} if window is None else dict.fromkeys(chosen, window))
@@ -217,16 +220,19 @@ def simulated(graph: Graph, layers: Mapping[str, QuantizedLayer]) -> Graph:
     return Graph([replace(node, run=layers.get(node.name, node.run)) for node in graph], graph.output)
 
 
+def draw(task: Task, config: Config, moving: bool, generator: torch.Generator) -> Tensor:
+    """The images of one pass: as in training where batch norm moves, else plain."""
+    n = config.calibration_inputs
+    return (task.training_inputs(n, generator) if moving else task.calibration_inputs(n)).to(task.device)
+
+
 @torch.no_grad()
-def pass_over(model: nn.Module, graph: Graph, inputs: Tensor, training: bool, run: Run) -> None:
-    """Run `graph` on the inputs; in training mode the batch norms of `model` use and follow each batch's statistics."""
-    norms = [module for module in model.modules() if isinstance(module, NORMS)]
-    if training and norms and len(inputs) < 2:
+def pass_over(model: nn.Module, graph: Graph, inputs: Tensor, moving: bool, run: Run) -> None:
+    """Run `graph` on the inputs; if `moving`, the batch norms of `model` use and follow each batch's statistics."""
+    if moving and len(inputs) < 2 and any(isinstance(module, NORMS) for module in model.modules()):
         raise CompressError("batch norm cannot be recalibrated on one input: allowed are more, or recalibrations = 0")
-    for norm in norms:
-        norm.train(training)
     batches = inputs.tensor_split(math.ceil(len(inputs) / BATCH))  # sizes differ by 1 at most: none is a single image
-    for step, batch in enumerate(batches, 1):
-        graph.run(batch)
-        run.report(step, len(batches))
-    model.eval()
+    with following(model) if moving else contextlib.nullcontext():
+        for step, batch in enumerate(batches, 1):
+            graph.run(batch)
+            run.report(step, len(batches))

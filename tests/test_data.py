@@ -122,9 +122,12 @@ class TestTask:
         assert sum(len(t) for _, t in task.held_out.epoch(None)) == 144
         plain = torch.cat([x for x, _ in task.held_out.epoch(generator())]).sum()
         assert float(plain) == float(digits.held_out.images.sum())  # shuffled perhaps, never augmented
-        epochs = (task.calibration.epoch(generator()), task.train.epoch(generator()))
-        for (inputs, _), (moved, _) in zip(*epochs, strict=True):
-            assert not torch.equal(moved, inputs) and float(moved.sum()) <= float(inputs.sum())  # it pads with 0
+        moved, again = (task.training_inputs(200, generator()) for _ in range(2))
+        pictures = digits.train.images.permute(0, 3, 1, 2).flatten(1).tolist()
+        assert torch.equal(moved, again) and len(moved) == 200
+        assert sum(picture in pictures for picture in moved.byte().flatten(1).tolist()) < 100  # augmented
+        calibrating = Task(None, task.held_out, calibration=task.calibration)
+        assert torch.equal(calibrating.training_inputs(200, generator()), moved)
         assert len(list(test_batches(digits, batch_size=100, device="cpu").epoch(None))) == 4
 
     def test_nothing_in_a_task_reaches_the_test_set(self, digits):

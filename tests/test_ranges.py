@@ -114,3 +114,11 @@ def test_unknown_rules_and_broken_activations():
         for inputs in (broken, torch.cat([broken, plain]), torch.cat([plain, broken])):
             with pytest.raises(CompressError, match="not finite"):
                 calibrate(net, inputs, 8, name)
+
+
+def test_counts_beyond_those_of_float32():
+    x = torch.full((2**24 + 1000,), 0.25)
+    x[0] = 1.0
+    seen = OBSERVERS["mse"](8)
+    seen.update(x)
+    assert seen.counts.sum() == len(x)

@@ -184,6 +184,30 @@ def test_batch_norm_follows_the_calibration_inputs(passes):
     assert torch.equal(network(inputs), network(inputs))
 
 
+class Augmented(Inputs):
+    """Epochs with a generator are shifted by what it draws."""
+
+    def epoch(self, generator):
+        shift = 0.0 if generator is None else float(torch.rand((), generator=generator))
+        self.shifts = [*getattr(self, "shifts", []), shift]
+        yield self.inputs + self.shifts[-1], torch.zeros(len(self.inputs), dtype=torch.int64)
+
+
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_batch_norm_moves_on_images_augmented_as_in_training(passes):
+    model, seen = chain(), Augmented(draw(100))
+    task = Task(None, seen, calibration=seen)
+    config = Config(recalibrations=passes)
+    compressed = sparq.compress(model, task, Budget(), config, torch.Generator().manual_seed(1))
+    shifts = [shift for shift in seen.shifts if shift]
+    assert len(set(shifts)) == passes  # every pass draws anew; the ranges of the other edges are those of plain images
+    mean, _ = moving(model, [seen.inputs + shift for shift in shifts], 1)
+    assert torch.allclose(compressed.rest["1.running_mean"].double(), mean, atol=1e-6)
+    other = Augmented(seen.inputs)  # where there are training batches, it is those
+    sparq.compress(model, Task(other, seen, calibration=Inputs(seen.inputs)), Budget(), config, torch.Generator())
+    assert len(getattr(other, "shifts", [])) == passes
+
+
 def test_the_second_pass_sees_the_windows():
     model, inputs = chain(), draw(128)
     means = [compress(model, inputs, config).rest["4.running_mean"]
@@ -258,10 +282,10 @@ def test_two_of_four_weights():
     assert IntegerNetwork(compressed, model)(draw(4)).isfinite().all()
 
 
-def test_dropout_is_off_and_the_generator_unused(tiny):
+def test_dropout_is_off_and_the_generator_unused_where_images_are_plain(tiny):
     generator = torch.Generator().manual_seed(5)
     before = generator.get_state()
-    sparq.compress(tiny.model(), tiny.task(), Budget(), Config(), generator)
+    sparq.compress(tiny.model(), tiny.task(), Budget(), Config(recalibrations=0), generator)
     assert torch.equal(generator.get_state(), before)
 
 

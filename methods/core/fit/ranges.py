@@ -14,6 +14,7 @@ from ..errors import ConfigError
 BINS = 2048
 START = 128  # the least bins that KL and MSE keep
 PERCENTILE = 99.99
+EXACT = 1 << 24  # whole numbers that float32 can count: histc counts in the type of what it looks at
 MOMENTUM = 0.01  # of the moving average: torch.ao's default
 
 
@@ -66,7 +67,8 @@ class Histogram(MinMax):
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(1), np.zeros(BINS // 2)])
             self.reach *= 2
         if self.reach > 0.0:
-            self.counts += torch.histc(size.cpu(), BINS, 0.0, self.reach).double().numpy()
+            for part in size.cpu().split(EXACT):
+                self.counts += torch.histc(part, BINS, 0.0, self.reach).double().numpy()
 
     def levels(self) -> int:
         """Steps between 0 and the clipping point: one bit goes to the sign where there is one."""

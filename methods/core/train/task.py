@@ -70,7 +70,8 @@ class Task:
     device         where batches and model live while training and scoring
     autocast       torch.bfloat16 to train under autocast, or None for float32
     channels_last  train 4-d tensors in channels_last memory
-    calibration    the training inputs without augmentation; None: `train` in fixed order
+    calibration    the training inputs for methods that may only calibrate: plain and in order from epoch(None), as in
+                   training from epoch(generator) where they can be; None: `train`
     """
 
     train: Batches | None
@@ -93,21 +94,18 @@ class Task:
 
     def calibration_inputs(self, n: int) -> Tensor:
         """`n` training inputs without augmentation, in fixed order (fewer if the set is smaller)."""
-        source = self.calibration if self.calibration is not None else self.train
-        if source is None:
-            raise CompressError("this task holds no data to calibrate on")
-        if n < 1:
-            raise ConfigError(f"calibration inputs = {n}: at least 1 is needed")
-        found, count = [], 0
         with _fixed_order():
-            for inputs, _ in source.epoch(None):
-                found.append(inputs[:n - count])
-                count += len(found[-1])
-                if count >= n:
-                    break
-        if count == 0:
-            raise CompressError("there is nothing to calibrate on: the data set is empty")
-        return torch.cat(found)
+            return _first_inputs(self.calibration if self.calibration is not None else self.train, n, None)
+
+    def training_inputs(self, n: int, generator: torch.Generator) -> Tensor:
+        """`n` training inputs, shuffled and augmented by `generator` as in training (fewer if the set is smaller).
+
+        What batch norm is estimated on. Plain where the task only has a loader that yields plain ones.
+        """
+        seed = int(torch.randint(2**62, (), generator=generator))
+        with _fixed_order(seed):
+            source = self.train if self.train is not None else self.calibration
+            return _first_inputs(source, n, torch.Generator().manual_seed(seed))
 
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` moved (in place) to the task's device and memory format."""
@@ -132,11 +130,28 @@ class Task:
             return top1(model, (self.placed_batch(batch) for batch in self.held_out.epoch(None)))
 
 
+def _first_inputs(source: Batches | None, n: int, generator: torch.Generator | None) -> Tensor:
+    """The first `n` inputs of an epoch."""
+    if source is None:
+        raise CompressError("this task holds no data to calibrate on")
+    if n < 1:
+        raise ConfigError(f"calibration inputs = {n}: at least 1 is needed")
+    found, count = [], 0
+    for inputs, _ in source.epoch(generator):
+        found.append(inputs[:n - count])
+        count += len(found[-1])
+        if count >= n:
+            break
+    if count == 0:
+        raise CompressError("there is nothing to calibrate on: the data set is empty")
+    return torch.cat(found)
+
+
 @contextlib.contextmanager
-def _fixed_order():
+def _fixed_order(seed: int = 0):
     """torch's global generator (CPU) seeded inside, restored outside: a user's DataLoader shuffles with it."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(seed)
         yield
 
 
