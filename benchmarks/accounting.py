@@ -10,9 +10,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from methods.core.artifact import Affine, Codebook, CompressedModel, CompressedTensor
-from methods.core.file.coding import gap_encode, huffman_lengths
+from methods.core.file.blocks import INDEX_BITS
+from methods.core.file.coding import filler_count, gap_encode, huffman_lengths
 
 FLOAT = 32
+IndexBits = int | str | Mapping[str, int]  # of a relative index: one width, "auto", or {layer: width}
 FILLER = np.iinfo(np.int32).min  # stands for the zero code in a stream: none of the survivors'
 COUNTED = {  # accounting: whose it is
     "data_only": "kept weights x bits (ADMM, ANNC with whole bits)",
@@ -59,6 +61,21 @@ def tensor_bits(tensor: CompressedTensor, index_bits: int) -> dict[str, float]:
     }
 
 
+def best_index_bits(tensor: CompressedTensor) -> int:
+    """The width of a relative index with the fewest bits of entries, fillers included; of equal ones the smallest."""
+    mask = tensor.mask.reshape(-1).numpy()
+    kept = int(mask.sum())
+    return min(INDEX_BITS, key=lambda width: (kept + filler_count(mask, width)) * (tensor.bits + width))
+
+
+def index_widths(compressed: CompressedModel, index_bits: IndexBits) -> dict[str, int]:
+    """{layer that stores codes: width of its relative index}."""
+    if index_bits == "auto":
+        return {name: best_index_bits(tensor) for name, tensor in compressed.weights.items()}
+    one_each = isinstance(index_bits, Mapping)
+    return {name: index_bits[name] if one_each else index_bits for name in compressed.weights}
+
+
 def huffman_total(symbols: np.ndarray) -> int:
     """Bits of `symbols` under their own Huffman code, without the table. (Deep Compression, section 4)"""
     values, counts = np.unique(symbols, return_counts=True)
@@ -72,16 +89,16 @@ def total_entropy(symbols: np.ndarray) -> float:
     return float(-(counts * np.log2(counts / counts.sum())).sum()) if len(symbols) else 0.0
 
 
-def account(compressed: CompressedModel, dense_weights: int, index_bits: int | Mapping[str, int] = 5) -> dict:
-    """{"bits": {accounting: bits}, "ratios": {accounting: x}} over all conv and linear weights.
+def account(compressed: CompressedModel, dense_weights: int, index_bits: IndexBits = 5) -> dict:
+    """{"bits": {accounting: bits}, "ratios": {accounting: x}} over all conv and linear weights of the dense network.
 
+    index_bits  of the relative index: one width, {layer: width}, or "auto", the best of each layer
     A weight tensor that is not stored as codes counts 32 bits a weight in every accounting; biases and batch
     norm count in none (they are in the bytes of the file).
     """
-    sums = dict.fromkeys(COUNTED, 0.0)
+    sums, widths = dict.fromkeys(COUNTED, 0.0), index_widths(compressed, index_bits)
     for name, tensor in compressed.weights.items():
-        width = index_bits[name] if isinstance(index_bits, Mapping) else index_bits
-        for key, bits in tensor_bits(tensor, width).items():
+        for key, bits in tensor_bits(tensor, widths[name]).items():
             sums[key] += bits
     floats = sum(t.numel() for name, t in compressed.rest.items() if name.endswith(".weight") and t.ndim > 1)
     bits = {key: value + FLOAT * floats for key, value in sums.items()}

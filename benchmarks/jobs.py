@@ -39,7 +39,7 @@ class Job:
 
     name          of the row; method, budget, config: what is called
     task, network where it runs;  seed of the method's generator
-    index_bits    relative-index width of paper mode and of the papers' accountings, one or {layer: width}
+    index_bits    relative-index width of paper mode and of the papers' accountings: one, {layer: width}, or "auto"
     float_policy  layers that the integer kernels leave in float (a paper's policy)
     bn_reestimation  training inputs, augmented as in training, for an extra, labelled score after re-estimating batch
                   norm (0: none)
@@ -54,7 +54,7 @@ class Job:
     budget: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-    index_bits: int | Mapping[str, int] = 5
+    index_bits: int | str | Mapping[str, int] = 5
     float_policy: tuple[str, ...] = ()
     bn_reestimation: int = 0
     setup: Mapping[str, Any] = field(default_factory=dict)
@@ -123,8 +123,9 @@ def all_tables() -> list[Table]:
 def prepare(job: Job) -> tuple[Any, Budget, Any]:
     """The method's module, its budget and its config; ConfigError or BudgetError if the job is not well-formed."""
     for width in job.index_bits.values() if isinstance(job.index_bits, Mapping) else [job.index_bits]:
-        if type(width) is not int or width not in INDEX_BITS:
-            raise ConfigError(f"index_bits = {width!r}: allowed is {INDEX_BITS[0]}..{INDEX_BITS[-1]}")
+        automatic = width == "auto" and not isinstance(job.index_bits, Mapping)
+        if not automatic and (type(width) is not int or width not in INDEX_BITS):
+            raise ConfigError(f"index_bits = {width!r}: allowed is {INDEX_BITS[0]}..{INDEX_BITS[-1]}, or 'auto'")
     if job.bn_reestimation < 0 or not 0 <= job.seed < 2**63:
         raise ConfigError(f"{job.name!r}: bn_reestimation = {job.bn_reestimation}, seed = {job.seed}: both are whole "
                           "numbers from 0, a seed below 2^63")

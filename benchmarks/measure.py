@@ -20,7 +20,7 @@ from methods.engine.costs import hardware_costs
 from methods.engine.fast import FastNetwork
 from methods.engine.layers import layer_costs, layer_macs, totals
 
-from .accounting import account, huffman_total, stored_entries, tensor_bits
+from .accounting import IndexBits, account, huffman_total, index_widths, stored_entries, tensor_bits
 
 RANGE_METHOD, RANGE_INPUTS, RANGE_BITS = "minmax", 1024, 8  # for methods that leave activations in float
 COUNTED_INPUTS = 32  # test inputs on which zero activations are counted for the cost models
@@ -35,16 +35,16 @@ def with_ranges(compressed: CompressedModel, skeleton: nn.Module, task: Task) ->
 
 
 def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple[int, ...], *,
-            index_bits: int | Mapping[str, int] = 5, float_policy: tuple[str, ...] = (),
+            index_bits: IndexBits = 5, float_policy: tuple[str, ...] = (),
             scores: dict[str, float] | None = None) -> dict:
     """Everything a row says about the file at `path`, as JSON values. `test` is iterated once.
 
-    shape       of one input [C, H, W];  index_bits of the papers' accountings and of the paper-mode bytes
+    shape       of one input [C, H, W];  index_bits of the papers' accountings and of the paper-mode bytes, one
+                width, {layer: width} or "auto"
     scores      {digest of decoded tensors: top1_float} on this very test set, looked up and added to
     """
     compressed = decode(path)
-    if isinstance(index_bits, Mapping):  # of the layers that store codes
-        index_bits = {name: index_bits[name] for name in compressed.weights}
+    index_bits = index_widths(compressed, index_bits)
     module = apply(compressed, skeleton)
     integer = FastNetwork(compressed, skeleton, float_policy)
     batches = iter(test)
@@ -102,14 +102,14 @@ def score(networks: list, batches: Iterable[Batch]) -> list[float]:
     return [100.0 * r / max(seen, 1) for r in right]
 
 
-def layer_table(compressed: CompressedModel, costs: Mapping, index_bits: int | Mapping[str, int]) -> dict[str, dict]:
+def layer_table(compressed: CompressedModel, costs: Mapping, index_bits: Mapping[str, int]) -> dict[str, dict]:
     """{layer: what the papers' tables print per layer, in our numbers}."""
     rows = {}
     for name, cost in costs.items():
         tensor = compressed.weights.get(name)
         row = {"weights": cost.weights, "density": cost.density, "bits": cost.weight_bits, "macs": cost.macs}
         if tensor is not None:
-            width = index_bits[name] if isinstance(index_bits, Mapping) else index_bits
+            width = index_bits[name]
             bits = tensor_bits(tensor, width)
             codes, gaps = stored_entries(tensor, width)
             row |= {"index_bits": width, "levels": len(tensor.codes[tensor.mask].unique()),

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.accounting import COUNTED, account, stored_entries, tensor_bits, total_entropy
+from benchmarks.accounting import COUNTED, account, index_widths, stored_entries, tensor_bits, total_entropy
 from methods.core.artifact import Affine, Codebook, CompressedModel, CompressedTensor, Levels
 
 INT = torch.int32
@@ -162,3 +162,15 @@ def test_one_level_costs_annc_nothing():
 
 def test_entropy_of_a_coin():
     assert total_entropy(torch.tensor([0, 1, 1, 0]).numpy()) == 4.0 and total_entropy(torch.zeros(5).numpy()) == 0
+
+
+def test_the_best_index_width_of_each_layer():
+    """By trying all: widths differ between a dense and a sparse layer, and no other choice has fewer bits."""
+    compressed = CompressedModel({"dense": at(range(0, 90, 3), 100, [0, 1] * 15, book(2), 2),
+                                  "sparse": at([5, 700, 1900], 2000, [0, 1, 1], book(2), 2)}, {})
+    totals = {(a, b): account(compressed, 2100, {"dense": a, "sparse": b})["bits"]["with_index"]
+              for a in range(1, 17) for b in range(1, 17)}
+    best = index_widths(compressed, "auto")
+    assert account(compressed, 2100, "auto")["bits"]["with_index"] == min(totals.values())
+    assert totals[best["dense"], best["sparse"]] == min(totals.values()) and best["dense"] < best["sparse"]
+    assert index_widths(compressed, 4) == {"dense": 4, "sparse": 4}
