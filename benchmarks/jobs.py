@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from methods import find_method
+from methods import data_of, find_method
 from methods.core.artifact import CompressedModel
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
@@ -137,13 +137,15 @@ def prepare(job: Job) -> tuple[Any, Budget, Any]:
     return method, build(Budget, job.budget, "budget "), build(method.Config, job.config, "config ")
 
 
-def task_for(method: Any, setup: Setup, dataset: Dataset, network: str, device: torch.device) -> Task | None:
-    """What the method is allowed to see, by its DATA."""
+def task_for(method: Any, config: Any, setup: Setup, dataset: Dataset, network: str, device: torch.device
+             ) -> Task | None:
+    """What the method is allowed to see: by its DATA, or as its configuration needs."""
     views = {"train": lambda task: task, "none": lambda task: None,
              "calibration": lambda task: replace(task, train=None)}
-    if method.DATA not in views:
-        raise ConfigError(f"{method.__name__}.DATA = {method.DATA!r}: allowed are {', '.join(views)}")
-    return views[method.DATA](setup.task(dataset, network, device))
+    data = data_of(method, config)
+    if data not in views:
+        raise ConfigError(f"{method.__name__}.DATA = {data!r}: allowed are {', '.join(views)}")
+    return views[data](setup.task(dataset, network, device))
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float
     check_layers(job, list(weight_layers(network)))
     setup = find_setup(dataset.name, job.network)
     setup = build(Setup, merge(plain(setup), job.setup), "setup ")
-    task = task_for(method, setup, dataset, job.network, place.device)
+    task = task_for(method, config, setup, dataset, job.network, place.device)
     batches = {key: value for key, value in plain(setup).items() if key != "recipe"}  # that one is the baseline's
     facts = {"job": plain(replace(job, paper={}, note="")), "setup": batches, "checkpoint": baseline.digest,
              "data": dataset.digest}
@@ -187,7 +189,7 @@ def run_job(job: Job, dataset: Dataset, baseline: Baseline, baseline_top1: float
     row |= {"name": job.name, "method": job.method, "task": job.task, "network": job.network, "seed": job.seed,
             "budget": plain(budget), "config": plain(config), "setup": batches, "note": job.note,
             "paper": plain(job.paper), "notes": plain(compressed.notes), "baseline_top1": baseline_top1,
-            "difficulty": {"data": method.DATA, "knobs": count_knobs(config) + knobs_of(budget),
+            "difficulty": {"data": data_of(method, config), "knobs": count_knobs(config) + knobs_of(budget),
                            "lines": module_lines(method), "seconds": seconds},
             "checkpoint": {"digest": baseline.digest, "source": baseline.source}, "data": dataset.digest,
             "job": run_key(facts), "device": place.device.type, **provenance()}

@@ -4,12 +4,14 @@
                                            torch.Generator().manual_seed(0))
     encode(compressed, "net.jc"); network = apply(decode("net.jc"), skeleton)
 
-Every method module has DATA ("train", "calibration" or "none"), a frozen `Config`, and `compress`.
+Every method module has DATA ("train", "calibration" or "none"), a frozen `Config`, and `compress`. A `Config` with a
+property `data` says itself what its settings need (`data_of`).
 """
 
 import importlib
 import pkgutil
 from types import ModuleType
+from typing import Any
 
 from .core.artifact import (
     ActivationQuantizer,
@@ -31,7 +33,8 @@ from .core.train.task import Task
 __all__ = [
     "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressedModel",
     "CompressedTensor", "ConfigError", "FormatError", "GraphError", "Levels", "Recipe", "Task", "Topology",
-    "TrainingDiverged", "Window", "apply", "decode", "encode", "find_method", "inspect", "load", "method_names",
+    "TrainingDiverged", "Window", "apply", "data_of", "decode", "encode", "find_method", "inspect", "load",
+    "method_names",
 ]
 
 ROOMS = ("core", "engine")
@@ -40,6 +43,11 @@ ROOMS = ("core", "engine")
 def method_names() -> list[str]:
     """The methods there are: every module or package beside this file, but for the rooms they share."""
     return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in ROOMS)
+
+
+def data_of(method: ModuleType, config: Any) -> str:
+    """What `compress` needs to see with this configuration: "train", "calibration" or "none" (task = None)."""
+    return getattr(config, "data", method.DATA)
 
 
 def find_method(name: str) -> ModuleType:

@@ -17,7 +17,8 @@ Symbols    r_j = gamma_j / sigma_j w_j: Filters.r;  y_j = beta_j - gamma_j mu_j 
 
 Departures
   * alpha and max|W|, which the paper drops because batch norm absorbs them, are kept, and batch norm is left as it is:
-    how the paper re-calibrates mu^ and sigma^ is not published. Then y^ = y.
+    how the paper re-calibrates mu^ and sigma^ is not published. Then y^ = y. batchnorm = "noise" (no data) or "data"
+    renews it after c is fitted.
   * Pairs are taken greedily in forward order; a 1 x 1 convolution is never the low-bit layer. This gives the paper's
     choice: conv1 of a basic block, the 3 x 3 convolution of a bottleneck, every other layer of a plain network.
   * A channel for which the denominator of c is 0 (a dead filter) keeps c = 1.
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from .core.artifact import Affine, CompressedModel, CompressedTensor
 from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError
+from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.odd_levels import quantize_odd
 from .core.graph.build import assemble, check_finite, weight_layers
 from .core.graph.channels import Pair, fit_scales, read_filters, require_pairs, scale_outputs
@@ -46,14 +48,25 @@ EPS = torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Config:
-    """low_bits of the first layer of each pair, 2 meaning ternary; lambda1 and lambda2 of the closed form."""
+    """low_bits of the first layer of each pair, 2 meaning ternary; lambda1 and lambda2 of the closed form.
+
+    batchnorm, image_size: see core/fit/batchnorm.py.
+    """
 
     low_bits: int = 2
     lambda1: float = 0.5
     lambda2: float = 0.0
     compensate: bool = True
+    batchnorm: str = "keep"
+    image_size: int | None = None
+
+    @property
+    def data(self) -> str:
+        """What `compress` needs to see, in place of DATA."""
+        return needed_data(self.batchnorm, DATA)
 
     def __post_init__(self):
+        check_mode(self.batchnorm)
         if not 2 <= self.low_bits <= 16:
             raise ConfigError(f"low_bits = {self.low_bits}: allowed is 2..16")
         for name in ("lambda1", "lambda2"):
@@ -66,7 +79,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     """Budget: bits of the high-bit layers, a number or {layer: number}; the low-bit ones take Config.low_bits."""
     budget.require("df_mpc", "bits")
     check_finite(model)
-    model = copy.deepcopy(model).cpu()
+    given, model = model, copy.deepcopy(model).cpu()
     layers = weight_layers(model)
     bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
     pairs = choose_pairs(model, require_pairs(model, "df_mpc"))
@@ -79,7 +92,8 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
                for name, layer in layers.items()}
     if config.compensate:
         compensate(model, pairs, weights, config)
-    return assemble(model, weights, notes={"low": list(low)})
+    compressed = assemble(model, weights, notes={"low": list(low)})
+    return renew(compressed, given, config.batchnorm, generator, task=task, size=config.image_size)
 
 
 def choose_pairs(model: nn.Module, pairs: list[Pair]) -> list[Pair]:

@@ -25,9 +25,13 @@ Departures
   * Equalization stops when the mean change of max|w| between two channels is below `tolerance`, or after `rounds`.
   * At a border padded with zeros the absorbed bias is a little too large; a layer without a bias neither takes one
     over nor is corrected.
+  * batchnorm = "noise", "closed" or "data" is not in the paper: the outputs of layers that had a batch norm are moved
+    and scaled to the means and variances that they had before quantization. A grid per tensor then has a scale per
+    channel.
   * Arithmetic is float64 until the weights are quantized. activation_bits = none leaves the ranges to the harness.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,14 +39,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .core.artifact import ActivationQuantizer, CompressedModel
+from .core.artifact import ActivationQuantizer, CompressedModel, CompressedTensor, Topology
 from .core.budget import Budget
 from .core.errors import ConfigError, GraphError
+from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.calibrate import quantizer_of
 from .core.fit.quantize import find_scheme, quantize
-from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.build import apply, assemble, check_finite, weight_layers
 from .core.graph.channels import Pair, find_pairs
-from .core.graph.fold import fold_batchnorm
+from .core.graph.fold import fold_batchnorm, fold_codes
 from .core.graph.graph import Graph, Node, trace
 from .core.train.run import Run
 from .core.train.task import Task
@@ -55,6 +60,7 @@ class Config:
     """equalize, absorb, correct: the three steps; scheme: "asymmetric" or "symmetric" weights, one grid per tensor.
 
     activation_bits with ranges of `sigmas` deviations; tolerance and rounds of the equalization.
+    batchnorm, image_size: see core/fit/batchnorm.py.
     """
 
     equalize: bool = True
@@ -66,8 +72,16 @@ class Config:
     sigmas: float = 6.0
     tolerance: float = 2e-7
     rounds: int = 200
+    batchnorm: str = "keep"
+    image_size: int | None = None
+
+    @property
+    def data(self) -> str:
+        """What `compress` needs to see, in place of DATA."""
+        return needed_data(self.batchnorm, DATA)
 
     def __post_init__(self):
+        check_mode(self.batchnorm)
         if not 0 < self.sigmas < math.inf:
             raise ConfigError(f"sigmas = {self.sigmas!r}: allowed is a number above 0")
         if self.activation_bits is not None and not 1 <= self.activation_bits <= 16:
@@ -118,12 +132,41 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     folded.float()
     weights = {name: quantize(layer.weight, fit(layer.weight, bits[name], config.per_channel), bits[name])
                for name, layer in weight_layers(folded).items()}
+    given = copy.deepcopy(folded)
     graph = trace(folded)
     seen = distributions(graph, outputs, exact)
     if config.correct:
         correct_biases(graph, seen, {name: weights[name].decode().double() - exact[name] for name in weights})
     ranges = {} if config.activation_bits is None else activation_ranges(graph, seen, config)
+    if config.batchnorm != "keep":
+        folded, weights = renewed(folded, given, weights, topology, outputs, config, task, generator)
     return assemble(folded, weights, topology=topology, activations=ranges, notes={"rounds": rounds})
+
+
+def renewed(folded: nn.Module, given: nn.Module, weights: Mapping[str, CompressedTensor], topology: Topology,
+            outputs: Mapping[str, Normal], config: Config, task: Task | None, generator: torch.Generator
+            ) -> tuple[nn.Module, dict[str, CompressedTensor]]:
+    """`folded` and `weights` with the renewal of batch norm folded into biases and scales; `given` is unquantized.
+
+    For that, every folded batch norm is there again for a moment, as one that changes nothing.
+    """
+    student, given = (unfolded(model, topology, outputs) for model in (folded, given))
+    compressed = renew(assemble(student, weights), given, config.batchnorm, generator, task=task,
+                       size=config.image_size)
+    return fold_codes(apply(compressed, given), weights)[:2]
+
+
+def unfolded(model: nn.Module, topology: Topology, outputs: Mapping[str, Normal]) -> nn.Module:
+    """A copy of `model` with a batch norm of mean = beta, var + eps = gamma^2 behind every layer that had one."""
+    model = copy.deepcopy(model)
+    for layer, name in topology.folded.items():
+        kind = nn.BatchNorm2d if isinstance(model.get_submodule(layer), nn.Conv2d) else nn.BatchNorm1d
+        norm, normal = kind(len(outputs[layer].mean)), outputs[layer]
+        state = {"running_mean": normal.mean, "running_var": normal.std.square(), "bias": normal.mean,
+                 "weight": (normal.std.square() + norm.eps).sqrt()}
+        norm.load_state_dict(state, strict=False)
+        model.set_submodule(name, norm)
+    return model.eval()
 
 
 def read_normal(norm: nn.Module) -> Normal:

@@ -29,6 +29,7 @@ Departures
     threshold = 0 merges every channel, as there.
   * target = "conv" prunes convolutions that one layer reads, "linear" fully connected layers (LeNet-300-100). Kept
     counts are int(n (1 - ratio)) and round(n (1 - ratio)), as in the authors' code.
+  * batchnorm other than "keep" renews batch norm afterwards, by differences on noise or with data: not in the paper.
   * Of equal criteria the lowest index is kept; numpy's order there is unspecified.
 """
 
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from .core.artifact import CompressedModel, Topology
 from .core.budget import Budget
 from .core.errors import ConfigError
+from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.graph.build import assemble, check_finite
 from .core.graph.channels import (
     Pair,
@@ -63,7 +65,10 @@ MODES = ("official", "derived")
 
 @dataclass(frozen=True)
 class Config:
-    """criterion: "l1", "l2" or "gm" (sum of distances to the other filters); merge = False only prunes."""
+    """criterion: "l1", "l2" or "gm" (sum of distances to the other filters); merge = False only prunes.
+
+    batchnorm, image_size: see core/fit/batchnorm.py.
+    """
 
     criterion: str = "l1"
     mode: str = "official"
@@ -71,8 +76,16 @@ class Config:
     lam: float = 0.85
     target: str = "conv"
     merge: bool = True
+    batchnorm: str = "keep"
+    image_size: int | None = None
+
+    @property
+    def data(self) -> str:
+        """What `compress` needs to see, in place of DATA."""
+        return needed_data(self.batchnorm, DATA)
 
     def __post_init__(self):
+        check_mode(self.batchnorm)
         for name, allowed in (("mode", MODES), ("target", tuple(TARGETS))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
@@ -102,7 +115,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     pairs = require_pairs(small, "neuron_merging", (TARGETS[config.target],))
     densities = budget.per_layer("channel_density", [pair.first for pair in pairs])
     filters = {pair: read_weights(small, pair) for pair in pairs}
-    channels = {}
+    channels, left = {}, {}
     for pair in pairs:
         n = len(filters[pair])
         channels[pair.first] = count_channels(pair.first, n, densities[pair.first], ROUNDED[config.target])
@@ -115,7 +128,11 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
             norms = None if pair.norm is None else read_norms(small.get_submodule(pair.norm), config.mode)
             z[:, removed] = stand_ins(filters[pair], norms, kept, removed, config)
         merge_channels(small, pair, kept, z)
-    return assemble(small, {}, topology=Topology(widths=changed_widths(small, model)), notes={"channels": channels})
+        if pair.norm is not None:
+            left[pair.norm] = kept
+    compressed = assemble(small, {}, topology=Topology(widths=changed_widths(small, model)),
+                          notes={"channels": channels})
+    return renew(compressed, model, config.batchnorm, generator, kept=left, task=task, size=config.image_size)
 
 
 def read_weights(model: nn.Module, pair: Pair) -> Tensor:

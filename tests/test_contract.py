@@ -15,7 +15,7 @@ from torch import nn
 from benchmarks.jobs import all_tables
 from benchmarks.measure import with_ranges
 from benchmarks.settings import build
-from methods import find_method, method_names
+from methods import data_of, find_method, method_names
 from methods.core.artifact import Affine, CompressedModel
 from methods.core.budget import Budget
 from methods.core.errors import BudgetError, CompressError
@@ -36,12 +36,12 @@ class Case:
         self.method, self.tiny = find_method(name), tiny
         self.budget = build(Budget, found[0]["budget"])
         self.config = build(self.method.Config, found[0].get("config", {}))
-        assert self.method.DATA in ("train", "calibration", "none")
+        assert data_of(self.method, self.config) in ("train", "calibration", "none")
 
     def task(self):
         task = self.tiny.task()
         return {"train": task, "calibration": replace(task, train=None, calibration=task.train),
-                "none": None}[self.method.DATA]
+                "none": None}[data_of(self.method, self.config)]
 
     def compress(self, *, model=None, budget=None, run=None, seed=0):
         model = self.tiny.model() if model is None else model

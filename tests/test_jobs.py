@@ -138,9 +138,9 @@ def test_a_method_sees_what_its_data_says(digits, kind):
     setup = Setup(Recipe(epochs=1, lr=0.1), augment="digits")
     if kind == "test":
         with pytest.raises(ConfigError, match="method.DATA = 'test': allowed are train, none, calibration"):
-            jobs.task_for(method, setup, digits, "resnet18w2", CPU)
+            jobs.task_for(method, None, setup, digits, "resnet18w2", CPU)
         return
-    task = jobs.task_for(method, setup, digits, "resnet18w2", CPU)
+    task = jobs.task_for(method, None, setup, digits, "resnet18w2", CPU)
     assert (task is None) == (kind == "none")
     if task is not None:
         assert (task.train is None) == (kind == "calibration")

@@ -1,0 +1,258 @@
+"""Renewing the statistics of batch norm after a network was compressed: with data, on noise, or in closed form.
+
+A compressed layer's outputs have other means and variances than its batch norm remembers, and the errors add up from
+block to block. `renew` is a last step that any method may take; mu, v below are a norm's mean and variance + eps in
+the given network, m, u the same of a batch, where every norm normalises with the batch's own statistics.
+
+    "noise"   mu' = mu + (m_student - m_given) sqrt(v / u_given),  v' = v u_student / u_given  on made-up inputs:
+              the noise is wrong for both networks alike, and only what sets them apart is carried over
+    "closed"  the same differences at the second layer of every pair, from E x and Cov x of its inputs, x = ReLU(y)
+              with y ~ N(beta, gamma^2): no layer is run
+    "data"    means over batches of training inputs, augmented as in training
+    "keep"    nothing
+
+Plain images are wrong for "data" where a network was trained on padded crops: its own statistics then differ from
+those that it was trained to see. "noise" has no such trap, with real images neither.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..artifact import CompressedModel
+from ..errors import CompressError, ConfigError
+from ..graph.build import NORMS, apply
+from ..graph.channels import Pair, find_pairs
+from ..graph.graph import Graph, trace
+from ..train.task import Task
+from .images import input_shape, noise_images
+
+IMAGES, TRAINING_INPUTS = 100, 12_000
+MODES = ("keep", "noise", "closed", "data")
+DEAD = 1e-10  # variance of a batch below which a channel counts as constant: it keeps its variance
+TERMS = 24  # of the series of a covariance after ReLU
+REACH = 3.0  # pixels over which the correlation of neighbours falls to 1 / e
+Statistics = tuple[Tensor, Tensor]  # mean and variance per channel, float64 [C]
+
+
+
+def check_mode(mode: str) -> None:
+    """ConfigError for a mode that there is not."""
+    if mode not in MODES:
+        raise ConfigError(f"batchnorm = {mode!r}: allowed are {', '.join(MODES)}")
+
+
+def needed_data(mode: str, otherwise: str) -> str:
+    """The `DATA` of a method that renews batch norm in this mode, and needs `otherwise` without that."""
+    return "train" if mode == "data" else otherwise
+
+
+def renew(compressed: CompressedModel, model: nn.Module, mode: str, generator: torch.Generator, *,
+          kept: Mapping[str, Tensor] | None = None, task: Task | None = None, count: int | None = None,
+          size: int | None = None) -> CompressedModel:
+    """`compressed` with the statistics of its batch norms renewed; `model` is the network that it was made from.
+
+    mode   one of MODES; "data" needs `task` with training batches
+    kept   {batch norm: indices of the channels it kept}, for those that lost some
+    count  images of noise (None: 100) or training inputs (None: 12,000)
+    size   side of a noise image, None for the first usual one that the network runs on
+    CompressError where the compressed network has no batch norm left (closed form: no pair with one).
+    """
+    check_mode(mode)
+    if mode == "keep":
+        return compressed
+    student, given = apply(compressed, model), copy.deepcopy(model).cpu().eval()
+    norms = {name: module for name, module in student.named_modules() if isinstance(module, NORMS)}
+    if not norms:
+        raise CompressError(f"batchnorm = {mode!r}: the compressed network has no batch norm left to renew")
+    kept = {} if kept is None else kept
+    if mode == "noise":
+        inputs = noise_images(IMAGES if count is None else count, input_shape(given, size), generator)
+        found = carried_over(given, student, inputs, kept)
+    elif mode == "closed":
+        found = closed_form(given, student, kept)
+    else:
+        found = reestimated(student, augmented_inputs(task, TRAINING_INPUTS if count is None else count, generator))
+    new = {f"{name}.running_{part}": value.float() for name, statistics in found.items()
+           for part, value in zip(("mean", "var"), statistics, strict=True)}
+    return replace(compressed, rest={**compressed.rest, **new})
+
+
+# --- on any inputs, made up or real ---------------------------------------------------------------------------
+
+
+def carried_over(given: nn.Module, student: nn.Module, inputs: Tensor, kept: Mapping[str, Tensor]
+                 ) -> dict[str, Statistics]:
+    """Statistics for the batch norms of `student`: the given ones, moved by what sets the two apart on `inputs`."""
+    ours, theirs = batch_statistics(student, inputs), batch_statistics(given, inputs)
+    found = {}
+    for name, (mean, variance) in ours.items():
+        norm = given.get_submodule(name)
+        chosen = kept.get(name, slice(None))
+        mean_given, variance_given = (part[chosen] for part in theirs[name])
+        found[name] = moved(norm, chosen, (mean, variance), (mean_given, variance_given))
+    return found
+
+
+def moved(norm: nn.Module, chosen: Tensor | slice, ours: Statistics, theirs: Statistics) -> Statistics:
+    """mu' = mu + (m - m_given) sqrt(v / u_given),  v' = v u / u_given  for the channels `chosen` of `norm`."""
+    mu, v = norm.running_mean.double()[chosen], norm.running_var.double()[chosen] + norm.eps
+    (m, u), (m_given, u_given) = ours, theirs
+    alive = u_given >= DEAD
+    u, u_given = u + norm.eps, u_given + norm.eps
+    return mu + (m - m_given) * (v / u_given).sqrt(), (torch.where(alive, v * u / u_given, v) - norm.eps).clamp_min(0)
+
+
+@torch.no_grad()
+def batch_statistics(model: nn.Module, inputs: Tensor) -> dict[str, Statistics]:
+    """Mean and variance of one batch at every batch norm, each of which normalises with them."""
+    found: dict[str, Statistics] = {}
+
+    def watched(node):
+        def run(x: Tensor) -> Tensor:
+            variance, mean = torch.var_mean(x.double(), [d for d in range(x.ndim) if d != 1], correction=0)
+            found[node.name] = mean, variance
+            return normalised(x, node.module)
+        return run
+
+    graph = trace(model)
+    Graph([replace(node, run=watched(node)) if node.op == "bn" else node for node in graph], graph.output).run(inputs)
+    return found
+
+
+def normalised(x: Tensor, norm: nn.Module) -> Tensor:
+    """A batch norm in training mode that forgets what it saw."""
+    return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
+
+
+# --- re-estimation --------------------------------------------------------------------------------------------
+
+
+def augmented_inputs(task: Task | None, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """About `count` training inputs, shuffled and augmented as in training, in the task's batches."""
+    if task is None or task.train is None:
+        raise CompressError("batch norm is re-estimated on training batches, and this task holds none")
+    left = count
+    for inputs, _ in task.train.epoch(generator):
+        part = inputs[:left]
+        if len(part) > 1:  # a batch norm has no statistics of a single input
+            yield part
+        left -= len(part)
+        if left <= 0:
+            return
+
+
+@torch.no_grad()
+def reestimated(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Statistics]:
+    """Means over `batches` of what every batch norm of `model` sees, all normalising with the batch's statistics.
+
+    CompressError for a network without batch norm, or less than two inputs.
+    """
+    model = copy.deepcopy(model).eval()
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, NORMS)}
+    if not norms:
+        raise CompressError(f"{type(model).__name__} has no batch norm left to re-estimate")
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        norm.train()
+    device, count = next(model.parameters()).device, 0
+    for inputs in batches:
+        model(inputs.to(device))
+        count += 1
+    if count == 0:
+        raise CompressError("batch norm takes the statistics of 2 inputs or more: there are less")
+    return {name: (norm.running_mean.cpu(), norm.running_var.cpu()) for name, norm in norms.items()}
+
+
+# --- closed form ------------------------------------------------------------------------------------------------
+
+
+def closed_form(given: nn.Module, student: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, Statistics]:
+    """Statistics for the batch norm behind the second layer of every pair; W its weight in `given`, V in `student`.
+
+        mu' = mu + sum over taps (V m_S - W m),   v' = v [V (Cov_SS x K) V^T] / [W (Cov x K) W^T]
+
+    m, Cov of the inputs of the second layer, S the kept ones; K correlates the taps. Pools are passed over.
+    """
+    graph, found = trace(given), {}
+    for pair in find_pairs(given):
+        name, chosen = graph.norm_after(pair.second), kept.get(pair.norm, slice(None))
+        taps = tap_correlation(given.get_submodule(pair.second))
+        old, new = (taps_of(model, pair) for model in (given, student))
+        if pair.norm is None or name is None or old.shape[2] != len(taps):  # the columns of a flatten are no taps
+            continue
+        mean, covariance = input_moments(given, pair)
+        ours = (new.sum(2) @ mean[chosen], spread(new, covariance[chosen][:, chosen], taps))
+        theirs = (old.sum(2) @ mean, spread(old, covariance, taps))
+        norm = given.get_submodule(name)
+        mu, v = norm.running_mean.double(), norm.running_var.double() + norm.eps
+        ratio = torch.where(theirs[1] > 0, ours[1] / torch.where(theirs[1] > 0, theirs[1], 1.0), 1.0)
+        found[name] = mu + ours[0] - theirs[0], (v * ratio - norm.eps).clamp_min(0)
+    if not found:
+        raise CompressError("batchnorm = 'closed' needs two convolutions in a row with a batch norm behind each: "
+                            f"{type(given).__name__} has none")
+    return found
+
+
+def taps_of(model: nn.Module, pair: Pair) -> Tensor:
+    """The weight of the second layer of a pair, float64 [M, N, taps], N the channels of the first."""
+    first, second = (model.get_submodule(name).weight.detach() for name in (pair.first, pair.second))
+    return second.double().reshape(len(second), len(first), -1)
+
+
+def tap_correlation(layer: nn.Module) -> Tensor:
+    """K [taps, taps]: exp(-distance / 3) of the pixels that two taps of a kernel read; [1, 1] of a linear layer."""
+    if not isinstance(layer, nn.Conv2d):
+        return torch.ones(1, 1, dtype=torch.float64)
+    axes = zip(layer.kernel_size, layer.dilation, strict=True)
+    points = torch.cartesian_prod(*(torch.arange(count, dtype=torch.float64) * step for count, step in axes))
+    return (-torch.cdist(points, points) / REACH).exp()
+
+
+def spread(weight: Tensor, covariance: Tensor, taps: Tensor) -> Tensor:
+    """[M] variance of the outputs of `weight` [M, N, taps], whose inputs have covariance[i, j] * taps[a, b]."""
+    mixed = torch.einsum("mia,ij->mja", weight, covariance) @ taps
+    return (mixed * weight).sum((1, 2))
+
+
+def input_moments(model: nn.Module, pair: Pair) -> tuple[Tensor, Tensor]:
+    """Mean [N] and covariance [N, N] of what the second layer of a pair reads, from the first one's batch norm.
+
+    Outputs of the first are as much alike as its filters, w_i^T (I x K) w_j: those of inputs of equal variance.
+    """
+    layer, norm = model.get_submodule(pair.first), model.get_submodule(pair.norm)
+    weight = layer.weight.detach().double().flatten(2)
+    alike = torch.einsum("mka,nka->mn", weight @ tap_correlation(layer), weight)
+    size = alike.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
+    gamma, beta = norm.weight.detach().double(), norm.bias.detach().double()
+    rho = (alike / torch.outer(size, size) * torch.outer(gamma.sign(), gamma.sign())).clamp(-1, 1)
+    if pair.rectified:
+        return rectified_moments(beta, gamma.abs(), rho)
+    return beta, rho * torch.outer(gamma, gamma).abs()
+
+
+def rectified_moments(beta: Tensor, sigma: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
+    """E x and Cov x of x = ReLU(y), y ~ N(beta, sigma^2) with correlations rho, float64 [N], [N, N].
+
+        E x = s phi(t) + beta Phi(t),  t = beta / s;   Cov_ij = sum_k a_k(i) a_k(j) rho_ij^k / k!  (Hermite),
+        a_1 = s Phi(t),  a_k = s He_{k-2}(-t) phi(t);  the variances exactly
+    """
+    t = (beta / sigma.clamp_min(1e-12)).clamp(-30, 30)
+    density, below = (-t.square() / 2).exp() / math.sqrt(2 * math.pi), torch.special.ndtr(t)
+    mean = torch.where(sigma > 0, sigma * density + beta * below, beta.clamp_min(0))
+    factor, power = sigma * below, rho.clone()
+    covariance = torch.outer(factor, factor) * power
+    before, now = torch.zeros_like(t), torch.ones_like(t)  # He_{k-3}, He_{k-2} at -t
+    for k in range(2, TERMS + 1):
+        factor, power = sigma * now * density, power * rho / k
+        covariance = covariance + torch.outer(factor, factor) * power
+        before, now = now, -t * now - (k - 2) * before
+    second = (beta.square() + sigma.square()) * below + beta * sigma * density
+    variance = torch.where(sigma > 0, second - mean.square(), 0.0).clamp_min(0)
+    return mean, covariance - covariance.diag().diag() + variance.diag()

@@ -1,0 +1,250 @@
+"""Renewing batch norm: what must not change, what must be made good, and the closed form against sampling."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from methods import data_of, df_mpc, dfq, neuron_merging, udfc
+from methods.core.budget import Budget
+from methods.core.errors import CompressError, ConfigError
+from methods.core.fit import batchnorm
+from methods.core.fit.batchnorm import (
+    augmented_inputs,
+    batch_statistics,
+    carried_over,
+    closed_form,
+    input_moments,
+    rectified_moments,
+    reestimated,
+    renew,
+    spread,
+    tap_correlation,
+)
+from methods.core.fit.images import noise_images
+from methods.core.graph.build import apply, assemble
+from methods.core.graph.channels import find_pairs
+
+NORMS = ("bn1", "bn2", "bn3")
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def statistics_of(model):
+    return {name: (model.get_submodule(name).running_mean, model.get_submodule(name).running_var) for name in NORMS}
+
+
+def settled(tiny, inputs):
+    """The tiny network with the statistics that it has on `inputs`."""
+    model = tiny.model()
+    for name, (mean, variance) in batch_statistics(model, inputs).items():
+        model.get_submodule(name).running_mean.copy_(mean)
+        model.get_submodule(name).running_var.copy_(variance)
+    return model
+
+
+def chain(into, width, kernel):
+    """conv - norm - ReLU - conv - norm."""
+    layers = [nn.Conv2d(into, width, kernel), nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, 3, kernel)]
+    return nn.Sequential(*layers, nn.BatchNorm2d(3)).eval()
+
+
+def test_an_unchanged_network_keeps_its_statistics(tiny):
+    model = tiny.model()
+    found = carried_over(model, copy.deepcopy(model), noise_images(20, (3, 8, 8), seeded()), {})
+    assert list(found) == list(NORMS)
+    for name, (mean, variance) in statistics_of(model).items():
+        assert torch.allclose(found[name][0], mean.double(), rtol=1e-10, atol=1e-10)
+        assert torch.allclose(found[name][1], variance.double(), rtol=1e-10, atol=1e-10)
+    model = chain(3, 6, 3)
+    model[4].running_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
+    closed = closed_form(model, copy.deepcopy(model), {})
+    assert list(closed) == ["4"] and torch.allclose(closed["4"][0], model[4].running_mean.double(), rtol=1e-10)
+    assert torch.allclose(closed["4"][1], model[4].running_var.double(), rtol=1e-10)
+
+
+def test_scaled_and_shifted_filters_are_made_good(tiny):
+    """On inputs whose statistics the given network remembers, every affine change of an output is undone."""
+    inputs = tiny.Batches(64, 5).inputs
+    model = settled(tiny, inputs)
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        student.conv1.weight.mul_(torch.linspace(0.5, 2, 8).reshape(-1, 1, 1, 1))
+        student.conv2.weight.mul_(1.7)
+        student.conv2.bias.add_(3.0)
+        student.conv3.weight.mul_(0.6)
+        assert not torch.allclose(student(inputs), model(inputs), atol=0.1)
+        for name, (mean, variance) in carried_over(model, student, inputs, {}).items():
+            student.get_submodule(name).running_mean.copy_(mean)
+            student.get_submodule(name).running_var.copy_(variance)
+        assert torch.allclose(student(inputs), model(inputs), atol=2e-3)  # eps does not scale along
+
+
+def test_the_formula_of_one_norm():
+    """mu' = mu + (m_s - m_t) sqrt(v / v_t), v' = v v_s / v_t with eps in every variance."""
+    norm = nn.BatchNorm2d(2, eps=0.5)
+    norm.running_mean.copy_(torch.tensor([1.0, 2.0]))
+    norm.running_var.copy_(torch.tensor([3.5, 7.5]))  # v = 4, 8
+    ours = torch.tensor([5.0, 5.0]).double(), torch.tensor([8.5, 3.0]).double()  # v_s = 9, 3.5
+    theirs = torch.tensor([4.0, 4.0]).double(), torch.tensor([0.5, 0.0]).double()  # v_t = 1; a constant channel
+    mean, variance = batchnorm.moved(norm, slice(None), ours, theirs)
+    assert torch.allclose(mean, torch.tensor([1 + 2.0, 2 + math.sqrt(8 / 0.5)]).double())
+    assert torch.allclose(variance, torch.tensor([4 * 9 / 1 - 0.5, 7.5]).double())
+
+
+def test_removed_channels_without_effect_change_nothing(tiny):
+    model = tiny.model()
+    with torch.no_grad():
+        model.fc.weight[:, [1, 4, 9]] = 0
+    kept = torch.tensor([0, 2, 3, 5, 6, 7, 8, 10, 11])
+    small = copy.deepcopy(model)
+    small.conv3.weight = nn.Parameter(model.conv3.weight[kept])
+    small.bn3 = nn.BatchNorm2d(9)
+    small.bn3.load_state_dict({key: value[kept] if value.ndim else value for key, value in
+                               model.bn3.state_dict().items()})
+    small.fc.weight = nn.Parameter(model.fc.weight[:, kept])
+    found = carried_over(model, small, tiny.Batches(16, 3).inputs, {"bn3": kept})
+    assert torch.allclose(found["bn3"][0], model.bn3.running_mean[kept].double(), atol=1e-6)
+    assert torch.allclose(found["bn3"][1], model.bn3.running_var[kept].double(), rtol=1e-5)
+
+
+# --- closed form ----------------------------------------------------------------------------------------------
+
+
+def test_moments_of_rectified_normals_against_sampling():
+    beta, sigma = torch.tensor([0.3, -1.0, 2.0, 0.5]).double(), torch.tensor([1.0, 0.7, 1.5, 0.0]).double()
+    rho = torch.tensor([[1, 0.6, -0.5, 0.2], [0.6, 1, 0.1, 0], [-0.5, 0.1, 1, 0], [0.2, 0, 0, 1]]).double()
+    y = torch.randn(1_000_000, 4, dtype=torch.float64, generator=seeded()) @ torch.linalg.cholesky(rho).T
+    x = (beta + sigma * y).relu()
+    mean, covariance = rectified_moments(beta, sigma, rho)
+    assert torch.allclose(mean, x.mean(0), atol=5e-3) and torch.allclose(covariance, x.T.cov(), atol=1e-2)
+    assert mean[3] == 0.5 and bool((covariance[3] == 0).all())
+
+
+def test_covariance_is_the_arc_cosine_kernel_without_a_bias():
+    """E ReLU(a) ReLU(b) = (sqrt(1 - r^2) + r (pi - arccos r)) / (2 pi) for standard normals (Cho and Saul 2009)."""
+    for r in (-0.7, 0.0, 0.4, 0.8):
+        rho = torch.tensor([[1.0, r], [r, 1.0]]).double()
+        mean, covariance = rectified_moments(torch.zeros(2).double(), torch.ones(2).double(), rho)
+        product = (math.sqrt(1 - r * r) + r * (math.pi - math.acos(r))) / (2 * math.pi)
+        assert abs(float(covariance[0, 1]) - (product - 1 / (2 * math.pi))) < 1e-5
+        assert abs(float(mean[0]) - 1 / math.sqrt(2 * math.pi)) < 1e-12
+        assert abs(float(covariance[0, 0]) - (0.5 - 1 / (2 * math.pi))) < 1e-12
+
+
+def test_taps_and_spread_against_the_written_out_matrices():
+    layer = nn.Conv2d(2, 3, (2, 3), dilation=(1, 2))
+    points = [(y, 2 * x) for y in range(2) for x in range(3)]
+    wanted = torch.tensor([[math.exp(-math.dist(a, b) / 3) for b in points] for a in points]).double()
+    taps = tap_correlation(layer)
+    assert torch.allclose(taps, wanted) and tap_correlation(nn.Linear(2, 2)).tolist() == [[1.0]]
+    covariance = torch.tensor([[2.0, 0.5], [0.5, 1.0]]).double()
+    weight = layer.weight.detach().double()
+    flat = weight.reshape(3, -1)
+    full = torch.kron(covariance, taps)
+    assert torch.allclose(spread(weight.flatten(2), covariance, taps), (flat @ full @ flat.T).diagonal())
+
+
+def test_closed_form_on_a_layer_written_out():
+    """1 x 1 convolutions: the inputs of the second are what sampling the first one's batch norm gives."""
+    model = chain(4, 5, 1)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([1.0, -0.5, 0.8, 1.2, 0.3]))
+        model[1].bias.copy_(torch.tensor([0.5, 0.2, -0.4, 0.0, 1.0]))
+        kept = torch.tensor([0, 2, 4])
+        small = chain(4, 3, 1)
+    filters = model[0].weight.detach().double().flatten(1)
+    z = torch.randn(400_000, 4, dtype=torch.float64, generator=seeded()) @ (filters / filters.norm(dim=1)[:, None]).T
+    x = (model[1].weight.detach() * z + model[1].bias.detach()).relu()
+    pair = find_pairs(model)[0]
+    mean, covariance = input_moments(model, pair)
+    assert torch.allclose(mean, x.mean(0), atol=1e-2) and torch.allclose(covariance, x.T.cov(), atol=1e-2)
+    old = x @ model[3].weight.detach().double().flatten(1).T
+    new = x[:, kept] @ small[3].weight.detach().double().flatten(1).T
+    got = closed_form(model, small, {"1": kept})["4"]
+    assert torch.allclose(got[0], (new - old).mean(0), atol=2e-2)
+    assert torch.allclose(got[1] + 1e-5, (1 + 1e-5) * new.var(0) / old.var(0), rtol=3e-2)
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def test_re_estimation_is_the_mean_over_batches(tiny):
+    model, task = tiny.model(), tiny.task()
+    batches = list(augmented_inputs(task, 60, seeded(3)))
+    assert [len(part) for part in batches] == [24, 24, 12]
+    assert torch.equal(batches[0], next(iter(task.train.epoch(seeded(3))))[0])
+    found = reestimated(model, batches)
+    means = torch.stack([model.conv1(part).mean((0, 2, 3)) for part in batches])
+    assert torch.allclose(found["bn1"][0], means.mean(0), atol=1e-5)
+    assert tiny.same(tiny.fingerprint(model), tiny.fingerprint(tiny.model()))
+    assert [len(part) for part in augmented_inputs(task, 25, seeded())] == [24]  # never a single input
+    for blind in (None, dataclasses.replace(task, train=None)):
+        with pytest.raises(CompressError, match="training batches"):
+            list(augmented_inputs(blind, 10, seeded()))
+
+
+# --- the pass in every method that offers it ----------------------------------------------------------------------
+
+METHODS = [(udfc, Budget(channel_density=0.5, bits=4)), (neuron_merging, Budget(channel_density=0.5)),
+           (df_mpc, Budget(bits=6)), (dfq, Budget(bits=4))]
+
+
+@pytest.mark.parametrize(("method", "budget"), METHODS, ids=lambda part: getattr(part, "__name__", ""))
+def test_only_statistics_change(tiny, method, budget):
+    model = tiny.model()
+    made = {mode: method.compress(model, tiny.task() if mode == "data" else None, budget,
+                                  method.Config(batchnorm=mode), seeded()) for mode in ("keep", "noise", "data")}
+    assert data_of(method, method.Config(batchnorm="data")) == "train" and data_of(method, method.Config()) == "none"
+    for mode in ("noise", "data"):
+        changed = {name for name, value in made[mode].rest.items() if not torch.equal(value, made["keep"].rest[name])}
+        assert changed or (method is neuron_merging and mode == "noise")  # what it prunes here is read by no norm
+        assert all("running_" in name or method is dfq for name in changed)
+        assert apply(made[mode], model)(tiny.Batches(8, 1).inputs).isfinite().all()
+    with pytest.raises(CompressError, match="training batches"):
+        method.compress(model, None, budget, method.Config(batchnorm="data"), seeded())
+    with pytest.raises(CompressError, match="two convolutions in a row with a batch norm behind each"):
+        method.compress(model, None, budget, method.Config(batchnorm="closed"), seeded())
+    with pytest.raises(ConfigError, match="batchnorm = 'zero': allowed are keep, noise, closed, data"):
+        method.Config(batchnorm="zero")
+
+
+def test_noise_brings_a_pruned_network_nearer(tiny):
+    """Half of the channels gone and nothing put in their place: what the norms see is set right again."""
+    model = tiny.model()
+    inputs = tiny.Batches(96, 7).inputs
+    budget = Budget(channel_density=0.5, bits=3)
+
+    def error(mode):
+        config = udfc.Config(reconstruct=False, batchnorm=mode, image_size=8)
+        network = apply(udfc.compress(model, None, budget, config, seeded()), model)
+        return float((network(inputs) - model(inputs)).detach().square().mean())
+
+    assert error("noise") < 0.9 * error("keep")
+
+
+def test_folded_norms_take_the_renewal_into_scales_and_biases(tiny):
+    """At 16 bits there is nothing to make good; at 3 the float network is met more closely."""
+    model, inputs = tiny.model(), tiny.Batches(96, 7).inputs
+
+    def error(bits, mode):
+        config = dfq.Config(batchnorm=mode, image_size=8, activation_bits=None, correct=False)
+        network = apply(dfq.compress(model, None, Budget(bits=bits), config, seeded()), model)
+        return float((network(inputs) - model(inputs)).detach().square().mean().sqrt())
+
+    assert error(16, "noise") < 2e-3
+    assert error(3, "noise") < error(3, "keep")
+
+
+def test_refusals(tiny):
+    model = tiny.model()
+    same = assemble(model, {})
+    assert renew(same, model, "keep", seeded()) is same
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    with pytest.raises(CompressError, match="no batch norm left to renew"):
+        renew(assemble(plain, {}), plain, "noise", seeded())
