@@ -44,40 +44,30 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import Tensor, nn
 
 from .core.artifact import CompressedModel, CompressedTensor, Topology
 from .core.budget import Budget
 from .core.errors import BudgetError, ConfigError
 from .core.fit.batchnorm import check_mode, needed_data, renew
-from .core.fit.odd_levels import quantize_odd
-from .core.fit.quantize import SCHEMES, find_scheme
-from .core.fit.quantize import quantize as uniform
+from .core.fit.grids import ODD, check_grid, on_grid
+from .core.fit.merging import least_squares, least_squares_nonneg, merge_pairs
 from .core.graph.build import assemble, check_finite, weight_layers
 from .core.graph.channels import (
     Filters,
     Pair,
     changed_widths,
-    count_channels,
     fit_scales,
-    identity_on,
-    keep_channels,
-    merge_channels,
     read_filters,
     require_pairs,
     scale_outputs,
 )
-from .core.graph.fold import scale_channels
 from .core.train.run import Run
 from .core.train.task import Task
 
 DATA = "none"
 FORMS = ("paper", "folded", "raw")
-ODD = "odd"  # the grid of Eq. (3)
-EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -110,8 +100,7 @@ class Config:
         check_mode(self.batchnorm)
         if self.form not in FORMS:
             raise ConfigError(f"form = {self.form!r}: allowed are {', '.join(FORMS)}")
-        if self.scheme not in (ODD, *SCHEMES):
-            raise ConfigError(f"scheme = {self.scheme!r}: allowed are {', '.join((ODD, *SCHEMES))}")
+        check_grid(self.scheme)
         if self.joint and self.form == "raw":
             raise ConfigError("joint = True needs form = 'paper' or 'folded': it aims at filters with batch norm")
         for name in ("alpha1", "alpha2"):
@@ -139,39 +128,26 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     widths = changed_widths(small, model)
     channels = {pair.first: len(small.get_submodule(pair.first).weight) for pair in pairs}
     compressed = assemble(small, weights, topology=Topology(widths=widths), notes={"channels": channels})
-    return renew(compressed, model, config.batchnorm, generator, kept=kept, task=task, size=config.image_size)
+    return renew(compressed, model, config.batchnorm, generator, task=task, size=config.image_size,
+                 kept={pair.norm: channels for pair, channels in kept.items() if pair.norm})
 
 
 # --- pruning -----------------------------------------------------------------------------------------------
 
 
 def prune(model: nn.Module, pairs: list[Pair], densities: Mapping[str, float], bits: Mapping[str, float] | None,
-          config: Config) -> dict[str, Tensor]:
-    """Remove channels of every pair, in place; what they gave is put together from the kept ones.
+          config: Config) -> dict[Pair, Tensor]:
+    """Remove channels of every pair, in place; what they gave is put together from the kept ones, Eq. (7)."""
+    def combine(pair: Pair, weight: Tensor, filters: Filters, kept: Tensor, removed: Tensor) -> Tensor:
+        basis, wanted = filters[kept], filters[removed]
+        if config.form == "raw":  # Eq. (4) as printed
+            flat = weight.double().flatten(1)
+            basis, wanted = replace(basis, r=flat[kept]), replace(wanted, r=flat[removed])
+        elif config.joint:
+            basis, wanted = aim_at_quantized(model, pair, kept, removed, int(bits[pair.first]), config)
+        return solve(basis, wanted, config)
 
-    Returns {batch norm: indices of the channels that it keeps}.
-    """
-    left: dict[str, Tensor] = {}
-    originals = {pair: (model.get_submodule(pair.first).weight.detach(), read_filters(model, pair)) for pair in pairs}
-    for pair in pairs:
-        weight, filters = originals[pair]
-        n = len(weight)
-        kept = keep_channels(weight, count_channels(pair.first, n, densities[pair.first]), config.criterion)
-        removed = torch.tensor(sorted(set(range(n)) - set(kept.tolist())), dtype=torch.int64)
-        if len(removed) == 0:
-            continue
-        z = identity_on(kept, n)
-        if config.reconstruct:
-            if config.form == "raw":
-                filters = replace(filters, r=weight.double().flatten(1))  # Eq. (4) as printed
-            basis, wanted = filters[kept], filters[removed]
-            if config.joint:
-                basis, wanted = aim_at_quantized(model, pair, kept, removed, int(bits[pair.first]), config)
-            z[:, removed] = solve(basis, wanted, config)
-        merge_channels(model, pair, kept, z)  # Eq. (7)
-        if pair.norm is not None:
-            left[pair.norm] = kept
-    return left
+    return merge_pairs(model, pairs, densities, config.criterion, combine if config.reconstruct else None)
 
 
 def solve(kept: Filters, wanted: Filters, config: Config) -> Tensor:
@@ -182,41 +158,12 @@ def solve(kept: Filters, wanted: Filters, config: Config) -> Tensor:
     return least_squares_nonneg(kept, wanted, alpha) if config.nonneg else least_squares(kept, wanted, alpha)
 
 
-def least_squares(kept: Filters, wanted: Filters, alpha: Tensor) -> Tensor:
-    """argmin_s |wanted.r_j - s kept.r|^2 + alpha_j (wanted.k_j - s kept.k)^2 of least norm, as columns [n, p].
-
-    (Q^T Q + alpha P P^T)^+ (Q^T V + alpha P K_j): one SVD of Q serves every j, and the bias is a rank-one update.
-    """
-    left, sigma, right = torch.linalg.svd(kept.r.T, full_matrices=False)  # [D, m] [m] [m, n]
-    real = sigma > max(kept.r.shape) * EPS * sigma[0]
-    left, sigma, right = left[:, real], sigma[real], right[real]
-    s = right.T @ ((left.T @ wanted.r.T) / sigma[:, None])  # Eq. (20) with alpha1 = 0
-    missed = wanted.k - kept.k @ s
-    inside = right @ kept.k
-    outside = kept.k - right.T @ inside
-    if outside.norm() > 1e-10 * kept.k.norm():  # a combination of no filter at all changes the bias: meet it exactly
-        return s + torch.outer(outside / outside.square().sum(), missed * (alpha > 0))  # Eq. (20), singular
-    step = right.T @ (inside / sigma.square())  # (Q^T Q)^+ P
-    return s + torch.outer(step, alpha * missed / (1 + alpha * (kept.k @ step)))  # Eq. (20)
-
-
-def least_squares_nonneg(kept: Filters, wanted: Filters, alpha: Tensor) -> Tensor:
-    """The same under s >= 0 (Lawson-Hanson), after an orthogonal reduction from D to at most n rows."""
-    basis, square = torch.linalg.qr(kept.r.T)
-    reduced = wanted.r @ basis
-    columns = []
-    for j, root in enumerate(alpha.sqrt()):
-        matrix = torch.cat([square, root * kept.k[None]])
-        columns.append(nnls(matrix.numpy(), torch.cat([reduced[j], root * wanted.k[j, None]]).numpy())[0])
-    return torch.from_numpy(np.stack(columns, 1))
-
-
 def aim_at_quantized(model: nn.Module, pair: Pair, kept: Tensor, removed: Tensor, bits: int, config: Config
                      ) -> tuple[Filters, Filters]:
     """The kept filters as `quantize` will leave them, factors included, and the wanted ones, of current weights."""
     layer, filters = model.get_submodule(pair.first), read_filters(model, pair)
     left = filters[kept]
-    quantized = encode(layer.weight[kept], bits, config).decode().double()
+    quantized = on_grid(layer.weight[kept], bits, config.scheme, config.per_channel).decode().double()
     have = Filters(left.gain[:, None] * quantized.reshape(len(kept), -1), left.k, left.gain)
     factors = fit_scales(left, have, config.alpha2)
     return Filters(factors[:, None] * have.r, factors * have.k, have.gain), filters[removed]
@@ -225,22 +172,13 @@ def aim_at_quantized(model: nn.Module, pair: Pair, kept: Tensor, removed: Tensor
 # --- quantization ------------------------------------------------------------------------------------------
 
 
-def encode(weight: Tensor, bits: int, config: Config, factors: Tensor | None = None) -> CompressedTensor:
-    """`weight` on the grid that the configuration asks for; `factors` [C_out] multiply its channels afterwards."""
-    if config.scheme == ODD:
-        return quantize_odd(weight, bits, factors, per_channel=config.per_channel)  # Eq. (3)
-    grid = find_scheme(config.scheme, [bits])(weight, bits, config.per_channel)
-    coded = uniform(weight, grid, bits)
-    return coded if factors is None else scale_channels(coded, factors)
-
-
 def quantize(model: nn.Module, pairs: list[Pair], bits: Mapping[str, float], config: Config
              ) -> dict[str, CompressedTensor]:
     """Every conv and linear on the grid of Eq. (3); s tilde goes into the batch norms of `model`, in place.
 
     Without a batch norm it goes into the filter's scale and bias.
     """
-    weights = {name: encode(layer.weight, int(bits[name]), config)  # Eq. (3)
+    weights = {name: on_grid(layer.weight, int(bits[name]), config.scheme, config.per_channel)  # Eq. (3)
                for name, layer in weight_layers(model).items()}
     for pair in pairs if config.reconstruct else []:
         have = read_filters(model, pair, weights[pair.first].decode())
@@ -249,7 +187,8 @@ def quantize(model: nn.Module, pairs: list[Pair], bits: Mapping[str, float], con
             scale_outputs(model, pair, factors)  # Eq. (9)
             continue
         layer = model.get_submodule(pair.first)
-        weights[pair.first] = encode(layer.weight, int(bits[pair.first]), config, factors)
+        weights[pair.first] = on_grid(layer.weight, int(bits[pair.first]), config.scheme, config.per_channel,
+                                      factors)
         if layer.bias is not None:
             layer.bias = nn.Parameter((layer.bias.detach().double() * factors).to(layer.bias.dtype))
     return weights

@@ -13,6 +13,7 @@ from methods import udfc
 from methods.core.artifact import Levels
 from methods.core.budget import Budget
 from methods.core.fit.odd_levels import quantize_odd
+from methods.core.fit.quantize import fit_asymmetric, fit_symmetric, quantize
 from methods.core.graph.build import apply
 from methods.core.graph.channels import Filters, find_pairs, fit_scales, identity_on, read_filters
 from methods.udfc import Config, solve
@@ -231,6 +232,28 @@ def test_columns_of_the_next_layer_are_the_sum_of_eq7():
         wanted = model[3].weight[:, i].double() + sum(s[a, b] * model[3].weight[:, j].double()
                                                       for b, j in enumerate(removed))
         assert torch.allclose(small.rest["3.weight"][:, a].double(), wanted, atol=1e-5)
+
+
+def test_raw_coefficients_are_those_of_the_filters_without_batch_norm():
+    """Eq. (4) as printed: |W_j - sum s_i W_i|^2 + alpha1 (K_j - sum s_i K_i)^2, by stacking."""
+    model = net()
+    weight, k = model[0].weight.detach().double().flatten(1), read_filters(model, find_pairs(model)[0]).k
+    small = apply(compress(model, Config(form="raw", criterion="l2", alpha1=0.25), channel_density=0.5), model)
+    kept = weight.norm(dim=1).topk(3).indices.sort().values
+    removed = torch.tensor([j for j in range(6) if j not in kept])
+    stack = [np.concatenate([weight[rows].T.numpy(), 0.5 * k[rows][None].numpy()]) for rows in (kept, removed)]
+    s = torch.from_numpy(np.linalg.lstsq(*stack, rcond=None)[0])
+    wanted = model[3].weight[:, kept] + torch.einsum("ij,mjyx->miyx", s, model[3].weight[:, removed].double())
+    assert torch.allclose(small[3].weight.double(), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+def test_other_grids(scheme):
+    model = net()
+    small = compress(model, Config(scheme=scheme, per_channel=True, reconstruct=False), bits=4)
+    fit = {"symmetric": fit_symmetric, "asymmetric": fit_asymmetric}[scheme]
+    for name, layer in (("0", model[0]), ("3", model[3])):
+        assert torch.equal(small.weights[name].decode(), quantize(layer.weight, fit(layer.weight, 4), 4).decode())
 
 
 def test_chains_use_the_original_filters():

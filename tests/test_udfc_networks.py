@@ -82,8 +82,9 @@ def test_budgets_that_are_refused():
             compress(model, **budget)
     with pytest.raises(ConfigError, match="joint = True needs"):
         compress(model, Config(joint=True), channel_density=0.5)
-    for options, word in (({"form": "raw"}, "form = 'raw'"), ({"alpha1": -1.0}, "alpha1"), ({"alpha2": float("nan")},
-                                                                                           "alpha2")):
+    for options, word in (({"form": "none"}, "form = 'none'"), ({"scheme": "even"}, "scheme = .even.: allowed are odd"),
+                          ({"form": "raw", "joint": True}, "joint = True needs form"), ({"alpha1": -1.0}, "alpha1"),
+                          ({"alpha2": float("nan")}, "alpha2")):
         with pytest.raises(ConfigError, match=word):
             Config(**options)
 

@@ -115,14 +115,19 @@ def batch_statistics(model: nn.Module, inputs: Tensor) -> dict[str, Statistics]:
 
     def watched(node):
         def run(x: Tensor) -> Tensor:
-            variance, mean = torch.var_mean(x.double(), [d for d in range(x.ndim) if d != 1], correction=0)
-            found[node.name] = mean, variance
+            found[node.name] = moments(x)
             return normalised(x, node.module)
         return run
 
     graph = trace(model)
     Graph([replace(node, run=watched(node)) if node.op == "bn" else node for node in graph], graph.output).run(inputs)
     return found
+
+
+def moments(x: Tensor) -> Statistics:
+    """Mean and variance of a batch per channel."""
+    variance, mean = torch.var_mean(x.double(), [d for d in range(x.ndim) if d != 1], correction=0)
+    return mean, variance
 
 
 def normalised(x: Tensor, norm: nn.Module) -> Tensor:
