@@ -1,7 +1,6 @@
 """Renewing batch norm: what must not change, what must be made good, and the closed form against sampling."""
 
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -13,15 +12,13 @@ from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
 from methods.core.fit import batchnorm
 from methods.core.fit.batchnorm import (
-    augmented_inputs,
-    batch_statistics,
     carried_over,
     closed_form,
     input_moments,
     rectified_moments,
-    reestimated,
     renew,
     spread,
+    statistics_on,
     tap_correlation,
 )
 from methods.core.fit.images import noise_images
@@ -42,7 +39,7 @@ def statistics_of(model):
 def settled(tiny, inputs):
     """The tiny network with the statistics that it has on `inputs`."""
     model = tiny.model()
-    for name, (mean, variance) in batch_statistics(model, inputs).items():
+    for name, (mean, variance) in statistics_on(model, inputs).items():
         model.get_submodule(name).running_mean.copy_(mean)
         model.get_submodule(name).running_var.copy_(variance)
     return model
@@ -174,19 +171,12 @@ def test_closed_form_on_a_layer_written_out():
 # --- data -------------------------------------------------------------------------------------------------------
 
 
-def test_re_estimation_is_the_mean_over_batches(tiny):
+def test_data_is_the_task_s_re_estimation(tiny):
     model, task = tiny.model(), tiny.task()
-    batches = list(augmented_inputs(task, 60, seeded(3)))
-    assert [len(part) for part in batches] == [24, 24, 12]
-    assert torch.equal(batches[0], next(iter(task.train.epoch(seeded(3))))[0])
-    found = reestimated(model, batches)
-    means = torch.stack([model.conv1(part).mean((0, 2, 3)) for part in batches])
-    assert torch.allclose(found["bn1"][0], means.mean(0), atol=1e-5)
-    assert tiny.same(tiny.fingerprint(model), tiny.fingerprint(tiny.model()))
-    assert [len(part) for part in augmented_inputs(task, 25, seeded())] == [24]  # never a single input
-    for blind in (None, dataclasses.replace(task, train=None)):
-        with pytest.raises(CompressError, match="training batches"):
-            list(augmented_inputs(blind, 10, seeded()))
+    inputs = task.training_inputs(60, seeded(3))
+    found = renew(assemble(model, {}), model, "data", seeded(3), task=task, count=60).rest
+    assert torch.allclose(found["bn1.running_mean"], model.conv1(inputs).mean((0, 2, 3)), atol=1e-5)
+    assert not torch.allclose(found["bn3.running_var"], model.bn3.running_var, rtol=1e-2)
 
 
 # --- the pass in every method that offers it ----------------------------------------------------------------------
@@ -200,13 +190,14 @@ def test_only_statistics_change(tiny, method, budget):
     model = tiny.model()
     made = {mode: method.compress(model, tiny.task() if mode == "data" else None, budget,
                                   method.Config(batchnorm=mode), seeded()) for mode in ("keep", "noise", "data")}
-    assert data_of(method, method.Config(batchnorm="data")) == "train" and data_of(method, method.Config()) == "none"
+    needed = [data_of(method, method.Config(batchnorm=mode)) for mode in batchnorm.MODES]
+    assert needed == ["none", "none", "none", "calibration"]
     for mode in ("noise", "data"):
         changed = {name for name, value in made[mode].rest.items() if not torch.equal(value, made["keep"].rest[name])}
         assert changed or (method is neuron_merging and mode == "noise")  # what it prunes here is read by no norm
         assert all("running_" in name or method is dfq for name in changed)
         assert apply(made[mode], model)(tiny.Batches(8, 1).inputs).isfinite().all()
-    with pytest.raises(CompressError, match="training batches"):
+    with pytest.raises(CompressError, match="needs a task"):
         method.compress(model, None, budget, method.Config(batchnorm="data"), seeded())
     with pytest.raises(CompressError, match="two convolutions in a row with a batch norm behind each"):
         method.compress(model, None, budget, method.Config(batchnorm="closed"), seeded())

@@ -17,7 +17,7 @@ those that it was trained to see. "noise" has no such trap, with real images nei
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -31,6 +31,7 @@ from ..graph.channels import Pair, find_pairs
 from ..graph.graph import Graph, trace
 from ..train.task import Task
 from .images import input_shape, noise_images
+from .norms import batch_statistics, reestimate_norms
 
 IMAGES, TRAINING_INPUTS = 100, 12_000
 MODES = ("keep", "noise", "closed", "data")
@@ -40,7 +41,6 @@ REACH = 3.0  # pixels over which the correlation of neighbours falls to 1 / e
 Statistics = tuple[Tensor, Tensor]  # mean and variance per channel, float64 [C]
 
 
-
 def check_mode(mode: str) -> None:
     """ConfigError for a mode that there is not."""
     if mode not in MODES:
@@ -48,8 +48,8 @@ def check_mode(mode: str) -> None:
 
 
 def needed_data(mode: str, otherwise: str) -> str:
-    """The `DATA` of a method that renews batch norm in this mode, and needs `otherwise` without that."""
-    return "train" if mode == "data" else otherwise
+    """The `DATA` of a method that renews batch norm in this mode and has `otherwise` without that."""
+    return "calibration" if mode == "data" and otherwise == "none" else otherwise
 
 
 def renew(compressed: CompressedModel, model: nn.Module, mode: str, generator: torch.Generator, *,
@@ -57,7 +57,7 @@ def renew(compressed: CompressedModel, model: nn.Module, mode: str, generator: t
           size: int | None = None) -> CompressedModel:
     """`compressed` with the statistics of its batch norms renewed; `model` is the network that it was made from.
 
-    mode   one of MODES; "data" needs `task` with training batches
+    mode   one of MODES; "data" needs `task`
     kept   {batch norm: indices of the channels it kept}, for those that lost some
     count  images of noise (None: 100) or training inputs (None: 12,000)
     size   side of a noise image, None for the first usual one that the network runs on
@@ -77,7 +77,11 @@ def renew(compressed: CompressedModel, model: nn.Module, mode: str, generator: t
     elif mode == "closed":
         found = closed_form(given, student, kept)
     else:
-        found = reestimated(student, augmented_inputs(task, TRAINING_INPUTS if count is None else count, generator))
+        if task is None:
+            raise CompressError("batchnorm = 'data' needs a task with training or calibration batches")
+        inputs = task.training_inputs(TRAINING_INPUTS if count is None else count, generator)
+        reestimate_norms(student, inputs.cpu())
+        found = {name: (norm.running_mean, norm.running_var) for name, norm in norms.items()}
     new = {f"{name}.running_{part}": value.float() for name, statistics in found.items()
            for part, value in zip(("mean", "var"), statistics, strict=True)}
     return replace(compressed, rest={**compressed.rest, **new})
@@ -89,7 +93,7 @@ def renew(compressed: CompressedModel, model: nn.Module, mode: str, generator: t
 def carried_over(given: nn.Module, student: nn.Module, inputs: Tensor, kept: Mapping[str, Tensor]
                  ) -> dict[str, Statistics]:
     """Statistics for the batch norms of `student`: the given ones, moved by what sets the two apart on `inputs`."""
-    ours, theirs = batch_statistics(student, inputs), batch_statistics(given, inputs)
+    ours, theirs = statistics_on(student, inputs), statistics_on(given, inputs)
     found = {}
     for name, (mean, variance) in ours.items():
         norm = given.get_submodule(name)
@@ -109,14 +113,14 @@ def moved(norm: nn.Module, chosen: Tensor | slice, ours: Statistics, theirs: Sta
 
 
 @torch.no_grad()
-def batch_statistics(model: nn.Module, inputs: Tensor) -> dict[str, Statistics]:
-    """Mean and variance of one batch at every batch norm, each of which normalises with them."""
+def statistics_on(model: nn.Module, inputs: Tensor) -> dict[str, Statistics]:
+    """Mean and variance of one batch at every batch norm, each of which normalizes with them."""
     found: dict[str, Statistics] = {}
 
     def watched(node):
         def run(x: Tensor) -> Tensor:
-            found[node.name] = moments(x)
-            return normalised(x, node.module)
+            found[node.name] = batch_statistics(x)
+            return with_statistics(node.module, x, found[node.name])
         return run
 
     graph = trace(model)
@@ -124,55 +128,10 @@ def batch_statistics(model: nn.Module, inputs: Tensor) -> dict[str, Statistics]:
     return found
 
 
-def moments(x: Tensor) -> Statistics:
-    """Mean and variance of a batch per channel."""
-    variance, mean = torch.var_mean(x.double(), [d for d in range(x.ndim) if d != 1], correction=0)
-    return mean, variance
-
-
-def normalised(x: Tensor, norm: nn.Module) -> Tensor:
-    """A batch norm in training mode that forgets what it saw."""
-    return F.batch_norm(x, None, None, norm.weight, norm.bias, training=True, eps=norm.eps)
-
-
-# --- re-estimation --------------------------------------------------------------------------------------------
-
-
-def augmented_inputs(task: Task | None, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """About `count` training inputs, shuffled and augmented as in training, in the task's batches."""
-    if task is None or task.train is None:
-        raise CompressError("batch norm is re-estimated on training batches, and this task holds none")
-    left = count
-    for inputs, _ in task.train.epoch(generator):
-        part = inputs[:left]
-        if len(part) > 1:  # a batch norm has no statistics of a single input
-            yield part
-        left -= len(part)
-        if left <= 0:
-            return
-
-
-@torch.no_grad()
-def reestimated(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, Statistics]:
-    """Means over `batches` of what every batch norm of `model` sees, all normalising with the batch's statistics.
-
-    CompressError for a network without batch norm, or less than two inputs.
-    """
-    model = copy.deepcopy(model).eval()
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, NORMS)}
-    if not norms:
-        raise CompressError(f"{type(model).__name__} has no batch norm left to re-estimate")
-    for norm in norms.values():
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean
-        norm.train()
-    device, count = next(model.parameters()).device, 0
-    for inputs in batches:
-        model(inputs.to(device))
-        count += 1
-    if count == 0:
-        raise CompressError("batch norm takes the statistics of 2 inputs or more: there are less")
-    return {name: (norm.running_mean.cpu(), norm.running_var.cpu()) for name, norm in norms.items()}
+def with_statistics(norm: nn.Module, x: Tensor, statistics: Statistics) -> Tensor:
+    """What a batch norm makes of x with these in place of its own."""
+    mean, variance = (part.to(x.dtype) for part in statistics)
+    return F.batch_norm(x, mean, variance, norm.weight, norm.bias, training=False, eps=norm.eps)
 
 
 # --- closed form ------------------------------------------------------------------------------------------------
