@@ -10,8 +10,8 @@ from torch import nn
 
 from methods.core.artifact import ActivationQuantizer
 from methods.core.graph.graph import Node
-from methods.engine import bytecodes, onednn
-from methods.engine.accumulate import accumulate_int64
+from methods.engine import bytecodes, onednn, wide
+from methods.engine.accumulate import accumulate_int64, largest_partial_sum
 
 int8 = pytest.mark.skipif(bool(onednn.unsupported()), reason=onednn.unsupported() or "there are int8 kernels")
 
@@ -54,11 +54,11 @@ def test_exact_products():
 def test_digits(rows, columns):
     integers = torch.randint(-32768, 32768, (rows, columns), generator=torch.Generator().manual_seed(0))
     integers[0], integers[1] = 32767, -32768
-    digits = bytecodes.digits_of(integers)
+    digits = wide.digits_of(integers)
     assert digits == [] or torch.equal(sum(factor * plane for factor, plane in digits), integers)
     for _, plane in digits:
         assert plane.min() >= -128 and plane.max() <= 127
-        assert bytecodes.largest_partial_sum(plane, 0, 255) <= 1 << 24
+        assert largest_partial_sum(plane, 0, 255) <= 1 << 24
     assert (digits == []) == (columns == 9000)
 
 

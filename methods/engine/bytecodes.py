@@ -1,17 +1,18 @@
 """Activation codes as bytes: code - lowest code of the quantizer, uint8; pictures in channels_last memory."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from ..core.artifact import ActivationQuantizer
 from ..core.graph.graph import Node
-from .accumulate import EXACT, largest_partial_sum
 from .exact import REAL, Form, Terms
 from .onednn import Int8Layer
+from .wide import DigitLayer
 
 CHUNK = 1 << 19  # float32 numbers of a sum, few enough to stay in the caches
 VIA = torch.int16  # torch takes 3 times longer from float32 to uint8 at once
-DIGITS = (8, 6, 4)  # bits of the digits that wide weights are split into
 
 
 def is_narrow(form: object) -> bool:
@@ -75,7 +76,10 @@ def _max_pool(node: Node, codes: Tensor) -> Tensor:
     return in_memory_order(codes)
 
 
-def rounded(kernel: Int8Layer, x: Tensor, form: ActivationQuantizer) -> Tensor:
+Kernel = Int8Layer | DigitLayer
+
+
+def rounded(kernel: Kernel, x: Tensor, form: ActivationQuantizer) -> Tensor:
     """Bytes of clamp(round(kernel(x)))."""
     low, high = form.code_range
     if low == 0:
@@ -86,7 +90,7 @@ def rounded(kernel: Int8Layer, x: Tensor, form: ActivationQuantizer) -> Tensor:
     return y.view(torch.uint8).add_(-low)  # modulo 256
 
 
-def summed(kernel: Int8Layer, x: Tensor, other: Tensor, source: ActivationQuantizer, factor: float,
+def summed(kernel: Kernel, x: Tensor, other: Tensor, source: ActivationQuantizer, factor: float,
            form: ActivationQuantizer) -> Tensor:
     """Bytes of clamp(round(kernel(x) + (codes of `other`) * factor)), in float32, a few pictures at a time."""
     out, (low, high) = torch.empty_like(other), form.code_range
@@ -102,25 +106,31 @@ def summed(kernel: Int8Layer, x: Tensor, other: Tensor, source: ActivationQuanti
     return out
 
 
-def summed_at_once(kernel: Int8Layer, x: Tensor, other: Tensor, source: ActivationQuantizer, factor: float,
-                   form: ActivationQuantizer) -> Tensor:
-    """The same where one of the two is broadcast."""
-    low, high = form.code_range
+def summed_at_once(kernel: Kernel, x: Tensor, other: Tensor, source: ActivationQuantizer, factor: float,
+                   form: Form) -> Tensor:
+    """The same where one of the two is broadcast, or where real numbers are wanted."""
     y = kernel(x, torch.float32) + (other.float() + source.code_range[0]) * factor
-    return to_bytes(form, y.round_().clamp_(low, high))
+    return y if form == REAL else to_bytes(form, y.round_().clamp_(*form.code_range))
 
 
-def digits_of(integers: Tensor) -> list[tuple[int, Tensor]]:
-    """[(factor, digits)] with integers = sum of factor * digits, digits of 8 bits whose sums are exact in float32.
+@dataclass(frozen=True)
+class Sum:
+    """A conv or linear and the add that takes its accumulators, for one form.
 
-    Empty where that takes digits of fewer bits than DIGITS has.
+    in_place   whether one call does both, over the codes that are added
     """
-    for bits in DIGITS:
-        base, rest, planes = 1 << bits, integers.to(torch.int64), []
-        while bool((rest != 0).any()) or not planes:
-            digits = (rest + base // 2) % base - base // 2
-            planes.append((base ** len(planes), digits))
-            rest = (rest - digits) // base
-        if all(largest_partial_sum(digits, 0, 255) <= EXACT[torch.float32] for _, digits in planes):
-            return planes
-    return []
+
+    kernel: Kernel
+    source: ActivationQuantizer
+    factor: float
+    form: Form
+    in_place: bool
+
+    def __call__(self, codes: Tensor, other: Tensor, may_overwrite: bool) -> Tensor:
+        given = (self.kernel, codes, other, self.source, self.factor, self.form)
+        if self.form == REAL or self.kernel.output_shape(codes) != other.shape:
+            return summed_at_once(*given)
+        if not self.in_place:
+            return summed(*given)
+        y, top = self.kernel.add_to(other if may_overwrite else other.clone(), codes, self.factor), top_byte(self.form)
+        return y.clamp_max_(top) if top < 255 else y

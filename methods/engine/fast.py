@@ -11,25 +11,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.artifact import CompressedModel
+from ..core.artifact import ActivationQuantizer, CompressedModel
 from ..core.fit.windows import is_elementwise
 from ..core.graph.graph import CODE_OPS, MAY_ALIAS, Graph, Node
 from . import onednn
 from .bytecodes import (
-    digits_of,
+    Kernel,
+    Sum,
     in_memory_order,
     is_narrow,
     on_bytes,
     rounded,
-    summed,
-    summed_at_once,
     to_bytes,
     to_float,
-    top_byte,
     zero_byte,
 )
 from .exact import ACCUMULATORS, REAL, Form, Forms, IntegerLayer, IntegerNetwork, Terms, short
-from .onednn import Int8Layer
+from .wide import find_kernel
+from .windowed import spread_codes, spread_weights
 
 ALIASES = ("relu", *MAY_ALIAS)  # may return the tensor that they were given
 
@@ -60,6 +59,7 @@ class FastNetwork:
         self.layers, self.float_nodes = self.exact.layers, self.exact.float_nodes
         self.unsupported = onednn.unsupported()
         self.steps: dict[str, Step] = {}
+        self.read: dict[str, Callable[[FastForms], Tensor]] = {}  # {layer with an int8 kernel: the bytes it multiplies}
         if not self.unsupported:
             self._compile()
         used = {node.name: self.graph.consumers(node.name) for node in self.graph}
@@ -99,6 +99,7 @@ class FastNetwork:
     # --- compiling -----------------------------------------------------------------------------------------
 
     def _compile(self) -> None:
+        self.read = {name: read for name, layer in self.layers.items() if (read := _reader(layer)) is not None}
         sums = {layer: node for node in self.graph if node.op == "add" and (layer := self._fused_layer(node))}
         for node in self.graph:
             step = None
@@ -118,15 +119,12 @@ class FastNetwork:
     def _fused_layer(self, node: Node) -> str:
         """The layer whose int8 kernel can do this add as well, or nothing."""
         pending = [edge for edge in node.edges() if edge in self.exact.pending]
-        forms = [self.exact._form(edge) for edge in node.edges() if edge not in pending] + self.exact.wanted[node.name]
+        others = [self.exact._form(edge) for edge in node.edges() if edge not in pending]
         layer = self.layers[self.exact.pending[pending[0]]] if len(pending) == 1 else None
         alone = layer is not None and self.exact.wanted[layer.node.name] == [ACCUMULATORS]
-        fits = alone and len(forms) == 2 and all(is_narrow(form) for form in forms)
-        return layer.node.name if fits and layer.weight.width == 8 and self._taken(layer) else ""
-
-    def _taken(self, layer: IntegerLayer) -> bool:
-        plain = layer.window is None or is_elementwise(layer.window, layer.weight.integers.shape[1])
-        return plain and onednn.takes(layer.node.module, layer.weight.integers, layer.source.bits)
+        fits = alone and len(others) == 1 and is_narrow(others[0]) \
+            and all(is_narrow(form) or form == REAL for form in self.exact.wanted[node.name])
+        return layer.node.name if fits and layer.node.name in self.read else ""
 
     def _code_step(self, node: Node) -> Step:
         def step(inputs: list[FastForms]) -> FastForms:
@@ -134,65 +132,66 @@ class FastNetwork:
         return step
 
     def _layer_step(self, node: Node) -> Step | None:
-        """One call for each form, with the factors of `Terms.scaled`; of wide weights or codes by accumulators."""
+        """One call for each form, with the factors of `Terms.scaled`; of wide codes by accumulators."""
         layer, wanted = self.layers[node.name], self.exact.wanted[node.name]
-        if not self._taken(layer):
+        if node.name not in self.read:
             return None
-        if layer.weight.width > 8 or not all(is_narrow(form) or form == REAL for form in wanted):
+        if not all(is_narrow(form) or form == REAL for form in wanted):
             return self._accumulator_step(node)
         kernels = {form: self._kernel(layer, form, layer.shift) for form in wanted}
+        read = self.read[node.name]
 
         def step(inputs: list[FastForms]) -> FastForms:
-            codes = _read(layer, inputs[0])
+            codes = read(inputs[0])
             return {form: kernel(codes, torch.float32) if form == REAL else rounded(kernel, codes, form)
                     for form, kernel in kernels.items()}
         return step
 
-    def _kernel(self, layer: IntegerLayer, form: Form, shift: Tensor) -> Int8Layer:
+    def _kernel(self, layer: IntegerLayer, form: Form, shift: Tensor) -> Kernel:
         """acc * m0 + b in units of `form`."""
         step, zero = (1.0, 0) if form == REAL else (form.scale, form.zero)
-        return Int8Layer(layer.node.module, layer.weight.integers, zero_byte(layer.source),
-                         (layer.gain / step).float(), (shift / step + zero).float())
+        return self._of(layer, (layer.gain / step).float(), (shift / step + zero).float())
 
-    def _accumulator_step(self, node: Node) -> Step | None:
-        """The sums from int8 kernels, the rest as `IntegerNetwork` does it."""
-        layer = self.layers[node.name]
-        digits = digits_of(layer.weight.integers) if layer.weight.width > 8 else [(1, layer.weight.integers)]
-        ones, noughts = torch.ones(len(layer.gain)), torch.zeros(len(layer.gain))
-        kernels = [(factor, Int8Layer(node.module, plane, zero_byte(layer.source), ones, noughts))
-                   for factor, plane in digits]
+    def _of(self, layer: IntegerLayer, factor: Tensor, offset: Tensor) -> Kernel:
+        integers = _multiplied(layer)
+        kind = find_kernel(layer.node.module, integers, layer.source.bits)
+        return kind(layer.node.module, integers, zero_byte(layer.source), factor, offset)
+
+    def _accumulator_step(self, node: Node) -> Step:
+        """The sums from an int8 kernel, the rest as `IntegerNetwork` does it."""
+        layer, read = self.layers[node.name], self.read[node.name]
+        kernel = self._of(layer, torch.ones(len(layer.gain)), torch.zeros(len(layer.gain)))
 
         def step(inputs: list[FastForms]) -> FastForms:
-            codes = _read(layer, inputs[0])
-            total = sum(kernel(codes, torch.float32).double() * factor for factor, kernel in kernels)
-            return _all_bytes(self.exact._from_terms(node, Terms((total.float(),), (layer.gain,), layer.shift)))
-        return step if digits else None
+            total = kernel(read(inputs[0]), torch.float32)
+            return _all_bytes(self.exact._from_terms(node, Terms((total,), (layer.gain,), layer.shift)))
+        return step
 
     def _defer(self, node: Node) -> Step:
         """Left to the add that takes the accumulators."""
-        layer = self.layers[node.name]
-        return lambda inputs: {ACCUMULATORS: Pending(layer, _read(layer, inputs[0]))}
+        layer, read = self.layers[node.name], self.read[node.name]
+        return lambda inputs: {ACCUMULATORS: Pending(layer, read(inputs[0]))}
 
     def _sum_step(self, node: Node) -> Step:
-        """The conv and the add: in one call where the product of a code and its factor is exact, else in float32."""
+        """The conv and the add, once for each form: in one call where the codes' product is exact, else in float32."""
         ours = next(i for i, edge in enumerate(node.edges()) if edge in self.exact.pending)
-        layer, target = self.layers[self._fused_layer(node)], self.exact.wanted[node.name][0]
-        source = self.exact._form(node.edges()[1 - ours])
-        factor = float(short(torch.tensor(source.scale, dtype=torch.float64) / target.scale))
-        kernel = self._kernel(layer, target, layer.shift - source.zero * source.scale)
-        last, top = self._is_last_reader(node, 1 - ours), top_byte(target)
-        unsigned = source.code_range[0] == target.code_range[0] == 0
-        fused = unsigned and kernel.geometry is not None and onednn.exact_product(factor)
+        layer, source = self.layers[self._fused_layer(node)], self.exact._form(node.edges()[1 - ours])
+        sums = sorted((self._sum(layer, source, form) for form in self.exact.wanted[node.name]),
+                      key=lambda one: one.in_place)  # the last one may overwrite the codes that are added
+        last = self._is_last_reader(node, 1 - ours)
 
         def step(inputs: list[FastForms]) -> FastForms:
             codes, other = inputs[ours][ACCUMULATORS].codes, inputs[1 - ours][source]
-            if kernel.output_shape(codes) != other.shape:
-                return {target: summed_at_once(kernel, codes, other, source, factor, target)}
-            if fused:
-                y = kernel.add_to(other if last else other.clone(), codes, factor)
-                return {target: y.clamp_max_(top) if top < 255 else y}
-            return {target: summed(kernel, codes, other, source, factor, target)}
+            return {one.form: one(codes, other, last and one is sums[-1]) for one in sums}
         return step
+
+    def _sum(self, layer: IntegerLayer, source: ActivationQuantizer, form: Form) -> Sum:
+        step = 1.0 if form == REAL else form.scale
+        factor = float(short(torch.tensor(source.scale, dtype=torch.float64) / step))
+        kernel = self._kernel(layer, form, layer.shift - source.zero * source.scale)
+        unsigned = form != REAL and source.code_range[0] == form.code_range[0] == 0
+        return Sum(kernel, source, factor, form,
+                   unsigned and kernel.adds_codes and onednn.exact_product(factor))
 
     def _is_last_reader(self, add: Node, side: int) -> bool:
         """Whether an add may overwrite its input: nobody reads that tensor, under any name, beside or after it."""
@@ -240,11 +239,28 @@ def _all_bytes(forms: Forms) -> FastForms:
     return {form: to_bytes(form, value) for form, value in forms.items()}
 
 
-def _read(layer: IntegerLayer, forms: FastForms) -> Tensor:
-    """The bytes that a layer multiplies: after its window, which is taken once for all readers of a value."""
-    if layer.window is None:
-        return layer.read(forms[layer.source])
-    key = (layer.source, layer.window)
-    if key not in forms:
-        forms[key] = in_memory_order(layer.read(forms[layer.source]))
-    return forms[key]
+def _reader(layer: IntegerLayer) -> Callable[[FastForms], Tensor] | None:
+    """The bytes that a layer multiplies, from its input: after its window, which is taken once for all readers of a
+    value. None where no int8 kernel has the layer."""
+    window, integers = layer.window, layer.weight.integers
+    dense = window is None or is_elementwise(window, integers.shape[1])
+    if not dense and (integers.shape[1] % 4 or not window.sparse24) \
+            or find_kernel(layer.node.module, _multiplied(layer), layer.source.bits) is None:
+        return None
+    if window is None:
+        return lambda forms: layer.read(forms[layer.source])
+    alone = not dense and spread_weights(integers)[1]
+    key = (layer.source, window, alone)
+
+    def read(forms: FastForms) -> Tensor:
+        if key not in forms:
+            codes = layer.read(forms[layer.source])
+            forms[key] = in_memory_order(codes if dense else spread_codes(codes, window, alone))
+        return forms[key]
+    return read
+
+
+def _multiplied(layer: IntegerLayer) -> Tensor:
+    """The integers that multiply what `_reader` reads."""
+    window, integers = layer.window, layer.weight.integers
+    return integers if window is None or is_elementwise(window, integers.shape[1]) else spread_weights(integers)[0]

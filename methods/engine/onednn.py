@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .accumulate import accumulate, largest_partial_sum
 
 INT32, BITS = 1 << 31, 8
+REPETITIONS = 3  # of an input, at most
 SIGNIFICAND = 24  # of float32
 SMALLEST = 2.0**-100  # factors far from the subnormal numbers
 
@@ -30,7 +31,8 @@ SMALLEST = 2.0**-100  # factors far from the subnormal numbers
 class Int8Layer:
     """f32(acc) * factor + offset of a conv or linear, acc = sum_k (x_k - zero) w_k over its uint8 inputs.
 
-    module    gives the geometry;  integers  [C_out, ...] of -128..127
+    module    gives the geometry
+    integers  [C_out, ...]; inputs with weights outside -128..127 are read repeatedly, each time with a part of them
     zero      0..255, also what the padding holds
     factor, offset  float32 [C_out]
     """
@@ -38,9 +40,11 @@ class Int8Layer:
     def __init__(self, module: nn.Module, integers: Tensor, zero: int, factor: Tensor, offset: Tensor):
         self.module, self.zero, self.offset = module, zero, offset.contiguous()
         self.channels, self.kernel = len(integers), integers.shape[2:]
+        integers, self.again = in_bytes(integers, getattr(module, "groups", 1))
         self.factor, self.no_zeros = factor.contiguous(), torch.zeros(len(factor), dtype=torch.int32)
         self.integers = weight = integers.to(torch.int8).contiguous()
         self.geometry = None if isinstance(module, nn.Linear) else _geometry(module)
+        self.adds_codes = self.geometry is not None
         if self.geometry is None:
             self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
         else:
@@ -48,8 +52,9 @@ class Int8Layer:
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """In `dtype` float32, or rounded half to even and saturated in uint8 or int8; 4-d outputs channels_last."""
+        x = self._repeated(x)
         if not self._is_safe(x):
-            return _saturated(self._scaled(x), dtype)
+            return saturated(self._scaled(x), dtype)
         given = (x, 1.0, self.zero, self.weight, self.factor, self.no_zeros)
         if self.geometry is None:
             return torch.ops.onednn.qlinear_pointwise(*given, self.offset, 1.0, 0, dtype, "none", [], "")
@@ -66,11 +71,31 @@ class Int8Layer:
 
     def add_to(self, codes: Tensor, x: Tensor, factor: float) -> Tensor:
         """uint8 of self(x) + codes * factor, conv only; exact if `exact_product(factor)`; `codes` are overwritten."""
+        x = self._repeated(x)
         if not self._is_safe(x):
-            return codes.copy_(_saturated(self._scaled(x) + codes.float() * factor, torch.uint8))
+            return codes.copy_(saturated(self._scaled(x) + codes.float() * factor, torch.uint8))
         return torch.ops.onednn.qconv2d_pointwise.binary(
             x, 1.0, self.zero, self.weight, self.factor, self.no_zeros, codes, self.offset, *self.geometry, 1.0, 0,
             torch.uint8, factor, 0, "sum", 1.0, None, [], "")
+
+    def add_float(self, y: Tensor, x: Tensor) -> Tensor:
+        """float32 of self(x) + y, conv only; `y` float32 is overwritten. Exact where the sum alone is rounded."""
+        x = self._repeated(x)
+        if not self._is_safe(x):
+            return y.add_(self._scaled(x))
+        return torch.ops.onednn.qconv2d_pointwise.binary(
+            x, 1.0, self.zero, self.weight, self.factor, self.no_zeros, y, self.offset, *self.geometry, 1.0, 0,
+            torch.float32, 1.0, 0, "sum", 1.0, None, [], "")
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        """`x` with the inputs that are read again behind each group's own."""
+        if self.again is None:
+            return x
+        last = x.movedim(1, -1)
+        groups = getattr(self.module, "groups", 1)
+        inside = last.reshape(-1, groups, x.shape[1] // groups)
+        more = inside if len(self.again) == inside.shape[2] else inside.index_select(2, self.again)
+        return torch.cat([inside, more], 2).reshape(*last.shape[:-1], -1).movedim(-1, 1)
 
     def _is_safe(self, x: Tensor) -> bool:
         """Whether oneDNN computes this layer rightly on pictures of this size."""
@@ -89,6 +114,24 @@ class Int8Layer:
         return y if y.ndim < 4 else y.contiguous(memory_format=torch.channels_last)
 
 
+def in_bytes(integers: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]:
+    """Weights [C_out, C_in / groups + E, ...] of -128..127, and the E inputs of a group that are there again.
+
+    The weights of an input and of its repetitions add up to what they were, and have its sign.
+    """
+    parts, again, rest = [], [], integers
+    inputs = torch.arange(integers.shape[1])
+    while True:
+        part = rest.clamp(-128, 127)
+        parts.append(part)
+        again.append(inputs)
+        rest = rest - part
+        wide = (rest.movedim(1, 0).flatten(1) != 0).any(1) if rest.numel() else torch.zeros(0, dtype=torch.bool)
+        if not bool(wide.any()):
+            return torch.cat(parts, 1), torch.cat(again[1:]) if again[1:] else None
+        inputs, rest = inputs[wide], rest[:, wide]
+
+
 def exact_product(factor: float) -> bool:
     """Whether an 8-bit code times this float32 is a float32: then one rounding of a sum and two are the same."""
     significand = math.frexp(factor)[0] * 2.0 ** (SIGNIFICAND - BITS)
@@ -96,8 +139,9 @@ def exact_product(factor: float) -> bool:
 
 
 def takes(module: nn.Module, integers: Tensor, bits: int) -> bool:
-    """Whether `Int8Layer` has this layer with codes of so many bits: else the float kernels run it."""
-    if integers.numel() == 0 or bits > BITS or largest_partial_sum(integers, 0, 255) >= INT32 // 2:
+    """Whether `Int8Layer` has this layer with codes of so many bits: else other kernels run it."""
+    if integers.numel() == 0 or bits > BITS or largest_partial_sum(integers, 0, 255) >= INT32 // 2 \
+            or int(integers.abs().max()) > REPETITIONS * 128:
         return False
     return isinstance(module, nn.Linear) or (module.padding_mode == "zeros" and _has_pixels(module))
 
@@ -162,16 +206,16 @@ def _is_exact(module: nn.Module, zero: int, side: int | None) -> bool:
     layer = Int8Layer(module, w, zero, factor, offset)
     x = x if side is None else x.contiguous(memory_format=torch.channels_last)
     y = total.float() * factor.reshape(channels) + offset.reshape(channels)
-    good = (torch.equal(layer(x, torch.float32), y) and torch.equal(layer(x, torch.uint8), _saturated(y, torch.uint8))
-            and torch.equal(layer(x, torch.int8), _saturated(y, torch.int8)))
+    good = (torch.equal(layer(x, torch.float32), y) and torch.equal(layer(x, torch.uint8), saturated(y, torch.uint8))
+            and torch.equal(layer(x, torch.int8), saturated(y, torch.int8)))
     if side is None or not good:
         return good
     codes, factor = torch.randint(0, 256, y.shape, dtype=torch.uint8), 95 / 256  # an exact product
     summed = layer.add_to(codes.contiguous(memory_format=torch.channels_last), x, factor)
-    return torch.equal(summed, _saturated(y + codes.float() * factor, torch.uint8))
+    return torch.equal(summed, saturated(y + codes.float() * factor, torch.uint8))
 
 
-def _saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
+def saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
     """float32 as it is; for 8 bits rounded half to even and saturated."""
     if dtype == torch.float32:
         return y

@@ -3,7 +3,9 @@
 With an even number of channels a window is a function of each pair of channels, that is, in channels_last memory, of
 each two neighbouring bytes: one look-up in a table of 65,536 entries, before a conv that knows nothing of it. An odd
 number of channels, whose pairs straddle kernel positions, and 2:4 weights, whose pairs differ from filter to filter,
-are brought to an ordinary conv by `methods.core.windows`. All routes are exact.
+are brought to an ordinary conv by `core.fit.windows`. On the int8 instructions 2:4 weights have a form of their own
+here: every four channels become up to 16, one for each member of the six pairs and one for each channel alone, and a
+filter has weights at those that it pairs. All routes are exact.
 """
 
 import functools
@@ -16,6 +18,7 @@ from ..core.errors import GraphError
 from ..core.fit.windows import CODES, follows_24, partner_table, trim_pairs, windowed_sum
 
 UNSIGNED_8 = (0, 255)
+PAIRINGS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))  # of four channels: the first two and the last two are partners
 
 
 @functools.cache
@@ -41,6 +44,42 @@ def windowed_codes(codes: Tensor, window: Window) -> Tensor:
     index = last.view(-1).view(torch.uint16).to(torch.int32)  # flat: of a 1 x 1 picture strides may be anything
     found = pair_table(window).to(codes.device).index_select(0, index)
     return found.view(torch.uint8).reshape(last.shape).to(codes.dtype).movedim(-1, 1)
+
+
+@functools.cache
+def alone_table(window: Window) -> Tensor:
+    """int16 [65536]: two neighbouring bytes, each after the window as if its partner were 0. Not to be written to."""
+    pairs = torch.arange(CODES * CODES).to(torch.uint16).view(torch.uint8).reshape(-1, 2).long()
+    return partner_table(window)[pairs, torch.zeros_like(pairs)].view(torch.int16).reshape(-1)
+
+
+def spread_codes(codes: Tensor, window: Window, alone: bool) -> Tensor:
+    """uint8 [N, 12 C / 4 (+ C if `alone`), ...] in the order of `spread_weights`, of uint8 codes [N, C, ...]."""
+    last = codes.movedim(1, -1).contiguous()
+    fours = last.view(-1).view(torch.int32)  # bytes 0 1 2 3
+    orders = (fours, fours & -0xFFFF01 | fours << 8 & 0xFF0000 | fours >> 8 & 0xFF00,
+              fours & 0xFF | fours >> 16 & 0xFF00 | fours << 8 & -0x10000)
+    found = [_look_up(pair_table(window), order) for order in orders]
+    found += [_look_up(alone_table(window), fours)] if alone else []
+    return torch.stack([part.reshape(-1, last.shape[-1]) for part in found], 1).reshape(
+        *last.shape[:-1], -1).movedim(-1, 1)
+
+
+def _look_up(table: Tensor, fours: Tensor) -> Tensor:
+    return table.index_select(0, fours.view(torch.uint16).to(torch.int32)).view(torch.uint8)
+
+
+def spread_weights(integers: Tensor) -> tuple[Tensor, bool]:
+    """Integers [M, 12 C / 4 (+ C), ...] that multiply `spread_codes`, and whether some weight of a group is alone."""
+    fours = integers.unflatten(1, (-1, 4))  # [M, G, 4, ...]
+    kept = fours != 0
+    parts = []
+    for order in PAIRINGS:
+        own, partner = list(order), [order[1], order[0], order[3], order[2]]
+        parts.append((fours[:, :, own] * kept[:, :, partner]).flatten(1, 2))
+    alone = fours * (kept.sum(2, keepdim=True) == 1)
+    some = bool((alone != 0).any())
+    return torch.cat([*parts, alone.flatten(1, 2)] if some else parts, 1), some
 
 
 def check_window(name: str, layer: nn.Module, source: ActivationQuantizer, integers: Tensor, window: Window) -> None:
