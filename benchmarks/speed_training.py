@@ -70,7 +70,7 @@ def stepper(model: nn.Module, hooks: Hooks, task: Task, data: tuple[Tensor, Tens
 
     def step() -> None:
         with torch.enable_grad():
-            training_step(model, task, data, RECIPE, 1.0, optimizers, hooks)
+            training_step(model, task, data, task.loss, RECIPE.lr, optimizers, hooks)
     return step
 
 

@@ -32,7 +32,6 @@ Departures   Body and tables of the paper could not be read: the steps are those
   * Without the budget's bits, weights are pruned and stay float32. A layer with density 1 is quantized only.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -45,9 +44,10 @@ from .core.budget import Budget
 from .core.errors import ConfigError
 from .core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
 from .core.fit.prune import MaskHooks, apply_masks, keep_count
-from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.build import assemble, own_copy, weight_layers
 from .core.train.finetune import Hooks, Recipe, train
 from .core.train.run import NullRun, Run
+from .core.train.start import ready
 from .core.train.task import Task
 
 DATA = "train"
@@ -104,12 +104,12 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: density and, unless weights are to stay float32, bits; each a number or {layer: number}."""
     run = NullRun() if run is None else run
     budget.require("admm", "density", optional=("bits",))
-    check_finite(model)
-    model = task.placed(copy.deepcopy(model))
+    model = task.placed(own_copy(model))
     weights: Weights = {name: layer.weight for name, layer in weight_layers(model).items()}
     widths = None if budget.bits is None else budget.per_layer("bits", weights)
-    training = Training(model, task, config, generator, run, {})
-    masks = prune(weights, budget.per_layer("density", weights), training)
+    density = budget.per_layer("density", weights)
+    training = Training(model, ready(model, task, config), config, generator, run, {})
+    masks = prune(weights, density, training)
     tensors = {}
     if widths is not None:
         grids = quantize(weights, masks, {name: int(bits) for name, bits in widths.items()}, training)

@@ -17,7 +17,7 @@ Algorithm
     encode W^ of the last W
 
 Symbols    W the shadow weight (`parametrizations.weight.original`), W^ levels[codes], theta_i Theta(p, bits), eps the
-           held-out top-1 error in [0, 1], m_i 32 bits a weight, s_i `stored_bits`, lambda config.lam
+           held-out top-1 error in [0, 1] (`Task.error`), m_i 32 bits a weight, s_i `stored_bits`, lambda config.lam
 
 Departures   The paper was not at hand: what it says is known from its abstract, Table 4, Figs 1 and 2, and summaries.
   * Split of the odd number of intervals: not known. "A" gives 2^(b-1) to the negative side; "B" shares them in
@@ -54,9 +54,10 @@ from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError
 from .core.file.coding import filler_count
 from .core.fit.bayes import SEARCHES, minimize
-from .core.graph.build import assemble, check_finite, weight_layers
-from .core.train.finetune import Recipe, check_trainable, train
+from .core.graph.build import assemble, own_copy, weight_layers
+from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
+from .core.train.start import ready
 from .core.train.task import First, Task
 
 DATA = "train"
@@ -76,7 +77,8 @@ class Theta(NamedTuple):
 class Config:
     """search "bayes" or "random" chooses what the budget leaves open; "uniform" takes the budget's density and bits.
 
-    lam              weight of the share of the network's bits that is saved, against the top-1 error in [0, 1]
+    lam              weight of the share of the network's bits that is saved, against the top-1 error in [0, 1], or
+                     against what else the task is judged by (another metric, else the held-out loss) in its own unit
     evaluations      per layer, the first `initial` of them spread out
     held_out_inputs  how many, from the first, the search measures the error on
     index_bits       width of a relative position in the bits that the search counts
@@ -108,10 +110,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: density and bits (2..16), numbers or {layer: number}. search = "uniform" needs both; the other searches
     take at most one, and choose what is left out."""
     run = NullRun() if run is None else run
+    model = own_copy(model)
     spaces = open_choices(model, budget, config.search)
-    check_finite(model)
-    check_trainable(task)
-    model = copy.deepcopy(model)
+    task = ready(model, task, config)
     if config.search == "uniform":
         theta, trace = {name: choices[0] for name, choices in spaces.items()}, {}
     else:
@@ -262,7 +263,7 @@ def search_layer(model: nn.Module, task: Task, name: str, spaces: Mapping[str, l
 
     def evaluate(index: int) -> float:
         set_weight(layer, shadow, space[index], config.split)
-        error = 1 - task.score(model) / 100  # eps(theta)
+        error = task.error(model)  # eps(theta)
         stored = stored_bits(layer.weight, space[index].bits, config.index_bits)  # s_i(theta)
         saved = (32 * shadow.numel() - stored) / total  # c_i(theta)
         objective = error - config.lam * saved

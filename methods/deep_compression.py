@@ -25,7 +25,6 @@ Departures
     some networks).
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,9 +39,10 @@ from .core.budget import Budget
 from .core.errors import BudgetError, ConfigError
 from .core.fit.cluster import INITS, kmeans
 from .core.fit.prune import MaskHooks, apply_masks, keep_count, keep_largest
-from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.build import assemble, own_copy, weight_layers
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
+from .core.train.start import ready
 from .core.train.task import Task
 
 DATA = "train"
@@ -69,13 +69,13 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: density and bits (2..16), each a number or {layer: number}."""
     run = NullRun() if run is None else run
     budget.require("deep_compression", "density", "bits")
-    check_finite(model)
-    model = copy.deepcopy(model)
+    model = own_copy(model)
     layers = weight_layers(model)
     density = budget.per_layer("density", layers)
     bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
     if min(bits.values()) < 2:
         raise BudgetError("deep_compression reserves one code for 0: bits must be 2 or more")
+    task = ready(model, task, config)
     spread = {name: float(layer.weight.detach().std()) for name, layer in layers.items()}
 
     masks, thresholds = prune(model, task, density, config, generator, run)

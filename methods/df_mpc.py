@@ -37,7 +37,7 @@ from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError
 from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.odd_levels import quantize_odd
-from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, fit_scales, read_filters, require_pairs, scale_outputs
 from .core.train.run import Run
 from .core.train.task import Task
@@ -78,8 +78,8 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
              *, run: Run | None = None) -> CompressedModel:
     """Budget: bits of the high-bit layers, a number or {layer: number}; the low-bit ones take Config.low_bits."""
     budget.require("df_mpc", "bits")
-    check_finite(model)
-    given, model = model, copy.deepcopy(model).cpu()
+    given = own_copy(model).cpu()
+    model = copy.deepcopy(given)
     layers = weight_layers(model)
     bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
     pairs = choose_pairs(model, require_pairs(model, "df_mpc"))

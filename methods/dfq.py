@@ -45,7 +45,7 @@ from .core.errors import ConfigError, GraphError
 from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.calibrate import quantizer_of
 from .core.fit.quantize import find_scheme, quantize
-from .core.graph.build import apply, assemble, check_finite, weight_layers
+from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, find_pairs
 from .core.graph.fold import fold_batchnorm, fold_codes
 from .core.graph.graph import Graph, Node, trace
@@ -118,7 +118,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
              *, run: Run | None = None) -> CompressedModel:
     """Budget: bits, a number or {layer: number}."""
     budget.require("dfq", "bits")
-    check_finite(model)
+    model = own_copy(model)
     bits = {name: int(b) for name, b in budget.per_layer("bits", weight_layers(model)).items()}
     fit = find_scheme(config.scheme, bits.values())
     folded, topology = fold_batchnorm(model)

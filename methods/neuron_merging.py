@@ -44,7 +44,7 @@ from .core.artifact import CompressedModel, Topology
 from .core.budget import Budget
 from .core.errors import ConfigError
 from .core.fit.batchnorm import check_mode, needed_data, renew
-from .core.graph.build import assemble, check_finite
+from .core.graph.build import assemble, own_copy
 from .core.graph.channels import (
     Pair,
     changed_widths,
@@ -110,8 +110,8 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
              *, run: Run | None = None) -> CompressedModel:
     """Budget: channel_density, a number or {layer: number} for each prunable layer."""
     budget.require("neuron_merging", "channel_density")
-    check_finite(model)
-    small = copy.deepcopy(model).cpu()
+    model = own_copy(model).cpu()
+    small = copy.deepcopy(model)
     pairs = require_pairs(small, "neuron_merging", (TARGETS[config.target],))
     densities = budget.per_layer("channel_density", [pair.first for pair in pairs])
     filters = {pair: read_weights(small, pair) for pair in pairs}

@@ -18,7 +18,6 @@ Departures  There is no single paper. Every conv and linear layer is pruned, the
             channel: the codes are those that folding first would give, and training keeps its batch norm.
 """
 
-import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,11 +29,12 @@ from .core.errors import ConfigError
 from .core.fit.calibrate import calibrate, check_calibration
 from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_local
 from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
-from .core.graph.build import apply, assemble, check_finite, weight_layers
+from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.fold import fold_codes
 from .core.graph.graph import trace
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
+from .core.train.start import ready
 from .core.train.task import Task
 
 DATA = "train"
@@ -65,13 +65,13 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: density and bits, each a number or {layer: number} (global scope takes one density)."""
     run = NullRun() if run is None else run
     budget.require("prune_then_quantize", "density", "bits")
-    check_finite(model)
+    model = own_copy(model)
     trace(model)  # a network that cannot be folded is refused before any training
-    model = copy.deepcopy(model)
     layers = {name: layer.weight for name, layer in weight_layers(model).items()}
     bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
     fit = find_scheme(config.scheme, bits.values())
     masks = choose_masks(layers, budget, config.scope)
+    task = ready(model, task, config)
     apply_masks(model, masks)
     if config.retrain is not None:
         train(model, task, config.retrain, generator, hooks=MaskHooks(masks), run=run.stage("retrain"))

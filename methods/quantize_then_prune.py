@@ -16,7 +16,6 @@ Symbols    rho = 1 - budget.density;  s, z, q = grid.scale, grid.zero, codes
 Departures  There is no single paper. The ranking is per layer. Grids are those of the dense weights throughout.
 """
 
-import copy
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,10 +26,11 @@ from .core.budget import Budget
 from .core.fit.calibrate import calibrate, check_calibration
 from .core.fit.prune import keep_count
 from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
-from .core.graph.build import apply, assemble, check_finite, weight_layers
+from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.fold import fold_batchnorm, fold_codes
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
+from .core.train.start import ready
 from .core.train.task import Task
 
 DATA = "train"
@@ -56,9 +56,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: density and bits, each a number or {layer: number}."""
     run = NullRun() if run is None else run
     budget.require("quantize_then_prune", "density", "bits")
-    check_finite(model)
+    model = own_copy(model)
     fit = find_scheme(config.scheme)
-    model = copy.deepcopy(model)
     layers = weight_layers(model)
     density = budget.per_layer("density", layers)
     bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
@@ -68,6 +67,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     _, seen, _ = fold_codes(model, dense)  # saliency is that of the folded network: it is what runs
     masks = {name: keep_salient(tensor, float_folded.get_submodule(name).weight,
                                 keep_count(tensor.codes.numel(), density[name])) for name, tensor in seen.items()}
+    task = ready(model, task, config)
     if config.aware is not None:
         quantizers = {name: FakeQuantize(bits[name], masks[name], config.scheme, grids[name]) for name in layers}
         with QuantizationAware(model, quantizers) as hooks:

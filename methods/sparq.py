@@ -36,7 +36,6 @@ Departures (from the authors' code where the paper is silent; numbers in parenth
 """
 
 import contextlib
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -50,7 +49,7 @@ from .core.errors import BudgetError, CompressError, ConfigError, GraphError
 from .core.fit.calibrate import BATCH, calibrate, check_calibration, quantizer_of
 from .core.fit.norms import following
 from .core.fit.windows import OPTIONS, find_window, keep_24, windowed_sum
-from .core.graph.build import NORMS, apply, assemble, check_finite, weight_layers
+from .core.graph.build import NORMS, apply, assemble, own_copy, weight_layers
 from .core.graph.graph import Graph, trace
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
@@ -102,8 +101,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: optionally bits of the weights, 2..8, a number (8) or {layer: number}."""
     run = NullRun() if run is None else run
     budget.require("sparq", optional=("bits",))
-    check_finite(model)
-    model = task.placed(copy.deepcopy(model)).eval()
+    model = task.placed(own_copy(model)).eval()
     graph, window = trace(model), config.window()
     chosen = quantized_layers(graph)
     bits = weight_bits(budget, config, list(weight_layers(model)), chosen)

@@ -53,7 +53,7 @@ from .core.errors import BudgetError, ConfigError
 from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.grids import ODD, check_grid, on_grid
 from .core.fit.merging import least_squares, least_squares_nonneg, merge_pairs
-from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import (
     Filters,
     Pair,
@@ -117,8 +117,8 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
         raise BudgetError("udfc needs the budget field 'channel_density' or 'bits'")
     if config.joint and (budget.bits is None or not config.reconstruct):
         raise ConfigError("joint = True needs the budget field 'bits' and reconstruct = True")
-    check_finite(model)
-    small = copy.deepcopy(model).cpu()
+    model = own_copy(model).cpu()
+    small = copy.deepcopy(model)
     pairs = require_pairs(small, "udfc")
     bits = None if budget.bits is None else budget.per_layer("bits", weight_layers(small))
     kept = {}

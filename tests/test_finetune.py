@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.core.errors import CompressError, ConfigError, TrainingDiverged
-from methods.core.train.finetune import CHECK_EVERY, SCHEDULES, Hooks, Recipe, _smoothed, decay_groups, train
+from methods.core.train.finetune import CHECK_EVERY, SCHEDULES, Hooks, Recipe, decay_groups, train
+from methods.core.train.loss import smoothed
 from methods.core.train.task import Task
 
 STEPS = 4  # batches in an epoch of the tiny task
@@ -109,7 +110,7 @@ def test_the_generator_is_the_only_randomness(tiny):
 def test_label_smoothing_is_that_of_torch(tiny, smoothing):
     outputs = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     targets = torch.arange(9) % 5
-    ours = _smoothed(tiny.task(), outputs, targets, smoothing)
+    ours = smoothed(tiny.task().loss, smoothing)(outputs, targets, None)
     wanted = F.cross_entropy(outputs, targets, label_smoothing=smoothing)
     assert torch.allclose(ours, wanted, rtol=1e-6)
     assert torch.allclose(*(torch.autograd.grad(loss, outputs)[0] for loss in (ours, wanted)), atol=1e-7)

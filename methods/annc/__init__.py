@@ -34,7 +34,6 @@ Departures   Equations and settings are those of the authors' code; of the paper
   * Fine-tuning uses the quantized weights in both passes (theirs multiplies by the float ones backward).
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,9 +47,10 @@ from ..core.artifact import Codebook, CompressedModel, CompressedTensor
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.project import SortedValues, boundaries, nearest
-from ..core.graph.build import assemble, check_finite, weight_layers
+from ..core.graph.build import assemble, own_copy, weight_layers
 from ..core.train.finetune import Hooks, Recipe, check_trained, train
 from ..core.train.run import NullRun, Run
+from ..core.train.start import ready
 from ..core.train.task import Task
 from .knapsack import choose_options, keep_worthiest
 
@@ -104,11 +104,10 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: data_ratio, (bits of the kept codes) / (32 x number of conv and linear weights)."""
     run = NullRun() if run is None else run
     budget.require("annc", "data_ratio")
-    check_finite(model)
-    model = copy.deepcopy(model)
+    model = own_copy(model)
     layers, traces = weight_layers(model), []
     limits = find_limits([layer.weight.numel() for layer in layers.values()], budget.data_ratio, config)
-    task.placed(model)
+    task = ready(task.placed(model), task, config)
     for i, limit in enumerate(limits, 1):
         hooks = JointHooks(model, limit, config)
         train(model, task, config.recipe, generator, hooks=hooks, run=run.stage(f"joint {i}"))

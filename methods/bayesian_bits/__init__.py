@@ -50,9 +50,10 @@ from ..core.artifact import MAX_BITS, ActivationQuantizer, Affine, CompressedMod
 from ..core.budget import Budget
 from ..core.errors import ConfigError
 from ..core.fit.calibrate import calibrate, check_calibration
-from ..core.graph.build import apply, assemble, check_finite
+from ..core.graph.build import apply, assemble, own_copy
 from ..core.train.finetune import Hooks, Recipe, train
 from ..core.train.run import NullRun, Run
+from ..core.train.start import ready
 from ..core.train.task import First, Task
 from .gated import WIDTHS, log_open_probability, step_size, to_codes
 from .network import LEAST_RANGE, GatedNetwork, fix_gates, survey
@@ -122,9 +123,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: none; Config.mu decides how small the result gets."""
     run = NullRun() if run is None else run
     budget.require("bayesian_bits")
-    check_finite(model)
-    skeleton = copy.deepcopy(model).cpu()
-    model = task.placed(copy.deepcopy(model)).eval()
+    skeleton = own_copy(model).cpu()
+    model = task.placed(copy.deepcopy(skeleton)).eval()
+    task = ready(model, task, config)
     inputs = task.calibration_inputs(config.range_inputs).to(task.device)
     points, wiring = survey(model, inputs, prune=config.prune, residual=config.residual, bits=config.bits)
     small = config.subset > 0 and task.train is not None

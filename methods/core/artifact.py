@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .errors import CompressError
 
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (  # of what stays as it is, in `rest`
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool)}
 MAX_BITS = 16  # wider codes are not integers any kernel runs: such a tensor stays float, in `rest`
 
 

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..artifact import MAX_BITS, ActivationQuantizer, CompressedModel, Topology, Window
+from ..artifact import DTYPES, MAX_BITS, ActivationQuantizer, CompressedModel, Topology, Window
 from ..errors import CompressError, FormatError
-from .rest import DTYPES
 from .streams import Reader, varint
 
 MAGIC = b"\x8aJCM"

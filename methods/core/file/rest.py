@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..artifact import DTYPES
 from ..errors import FormatError
 from . import coding
 from .streams import Reader, decode_stream, encode_stream
 
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (
-    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
-    torch.uint8, torch.bool)}
 SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 RAW, LZMA, PLANES, STREAMS = range(4)  # PLANES is LZMA of all first bytes, all second bytes, …: read, not written
 PLANE = 4  # bytes of a float32

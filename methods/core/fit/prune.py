@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError
-from ..train.finetune import Hooks
+from ..train.hooks import Hooks
 
 
 def keep_count(n: int, density: float) -> int:

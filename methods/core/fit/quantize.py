@@ -8,7 +8,7 @@ from torch.nn.utils import parametrize
 
 from ..artifact import Affine, CompressedTensor
 from ..errors import ConfigError
-from ..train.finetune import Hooks
+from ..train.hooks import Hooks
 
 EPS = torch.finfo(torch.float32).eps  # least scale: an all-zero channel gets it instead of 0
 

@@ -1,13 +1,13 @@
 """Between a module and a compressed model: collecting what stays float, and rebuilding the module."""
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from ..artifact import CompressedModel, CompressedTensor, Topology
+from ..artifact import DTYPES, CompressedModel, CompressedTensor, Topology
 from ..errors import CompressError
+from .wrapped import copy_inside
 
 COUNTER = "num_batches_tracked"  # counts training batches; evaluation never reads it
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -18,11 +18,33 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
 
 
+def own_copy(model: nn.Module) -> nn.Module:
+    """What a method works on: a checked deep copy of the network, without wrappers (torch.compile, DataParallel).
+
+    CompressError as of `copy_inside` and `check_finite`; `model` is left as it is.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> own_copy(torch.nn.DataParallel(layer)).weight is layer.weight
+    False
+    """
+    model = copy_inside(model)
+    check_finite(model)
+    return model
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without what modules add through `get_extra_state`: that stays with the skeleton."""
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
 def check_finite(model: nn.Module) -> None:
     """Raise CompressError naming the first tensor of `model` that holds NaN or infinity.
 
-    Also where the weight of a conv or linear is not a float32 parameter of its own, or a module has two names.
+    Also where the weight of a conv or linear is not a float32 parameter of its own, a module has two names, or a
+    tensor is of a kind that no file holds.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CompressError("a TorchScript module has no layers to compress: give the network it was made from")
     owners: dict[nn.Parameter, str] = {}
     for name, layer in weight_layers(model).items():
         if not isinstance(layer.weight, nn.Parameter):
@@ -38,7 +60,10 @@ def check_finite(model: nn.Module) -> None:
         if module in names and module.state_dict():
             raise CompressError(f"{names[module]} and {name} are one module: give each a copy of its own")
         names.setdefault(module, name)
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors_of(model).items():
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES or tensor.layout != torch.strided:
+            what = "sparse" if tensor.layout != torch.strided else str(tensor.dtype).removeprefix("torch.")
+            raise CompressError(f"{name} is {what}: a file holds dense tensors of {', '.join(DTYPES)}")
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CompressError(f"{name} holds NaN or infinite values: the network cannot be compressed")
 
@@ -46,7 +71,7 @@ def check_finite(model: nn.Module) -> None:
 def assemble(model: nn.Module, weights: Mapping[str, CompressedTensor], **fields) -> CompressedModel:
     """A CompressedModel of `weights` (any subset of the layers) and all else that `model` holds, as float."""
     taken = {f"{layer}.weight" for layer in weights}
-    rest = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in model.state_dict().items()
+    rest = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors_of(model).items()
             if name not in taken and not name.endswith(COUNTER)}
     return CompressedModel(dict(weights), rest, **fields)
 
@@ -56,10 +81,10 @@ def apply(compressed: CompressedModel, skeleton: nn.Module) -> nn.Module:
 
     Raises CompressError where names or shapes of the two do not fit.
     """
-    model = copy.deepcopy(skeleton).cpu()
+    model = copy_inside(skeleton).cpu()
     _fold(model, compressed.topology)
     _resize(model, compressed.topology)
-    want, have = model.state_dict(), compressed.state_dict()
+    want, have = tensors_of(model), compressed.state_dict()
     missing = [name for name in want if name not in have and not name.endswith(COUNTER)]
     unknown = [name for name in have if name not in want]
     wrong = [name for name in have if name in want and have[name].shape != want[name].shape]

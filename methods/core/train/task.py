@@ -4,97 +4,68 @@ No task holds a test set.
 """
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CompressError, ConfigError
+from .loaders import Batch, Batches, First, LoaderBatches, Unpack, describe, fixed_order, map_tensors, read_batch
+from .loss import Loss
+from .metric import TOP1, Metric, evaluate, top1
 
-Batch = tuple[Tensor, Tensor]
-
-
-class Batches(Protocol):
-    """A data set in batches (inputs [N, ...] float32, targets [N])."""
-
-    def __len__(self) -> int:
-        """Batches per epoch."""
-
-    def epoch(self, generator: torch.Generator | None) -> Iterator[Batch]:
-        """One pass; shuffled and augmented with `generator`, or in fixed order and plain if it is None."""
-
-
-class LoaderBatches:
-    """A user's DataLoader (or any sized iterable of batches) as `Batches`; its own shuffling applies."""
-
-    def __init__(self, loader: Iterable[Batch]):
-        self.loader = loader
-
-    def __len__(self):
-        return len(self.loader)
-
-    def epoch(self, generator):
-        yield from self.loader
-
-
-class First:
-    """The first `examples` of a data set, or its first `n` batches, plain; read once: no shuffling changes them."""
-
-    def __init__(self, batches: Batches, *, examples: int = sys.maxsize, n: int = sys.maxsize):
-        self.kept: list[Batch] = []
-        with _fixed_order():
-            for inputs, targets in batches.epoch(None):
-                self.kept.append((inputs[:examples], targets[:examples]))
-                examples -= len(targets)
-                if examples <= 0 or len(self.kept) >= n:
-                    break
-
-    def __len__(self):
-        return len(self.kept)
-
-    def epoch(self, generator):
-        yield from self.kept
+__all__ = ["Batch", "Batches", "First", "LoaderBatches", "Metric", "Task", "read_batch", "top1"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Data and loss for a method.
+    """Data, loss and measure for a method.
 
     train          batches to train on, or None where the method may only calibrate
     held_out       batches for choices (sensitivity, rates); never trained on
-    loss           (outputs, targets) -> scalar
+    loss           (outputs, targets) -> scalar, or (outputs, targets, inputs) -> scalar
     device         where batches and model live while training and scoring
     autocast       torch.bfloat16 to train under autocast, or None for float32
     channels_last  train 4-d tensors in channels_last memory
     calibration    the training inputs for methods that may only calibrate: plain and in order from epoch(None), as in
                    training from epoch(generator) where they can be; None: `train`
+    metric         what choices are judged by and training reports; top-1 where outputs and targets are a
+                   classification; where it does not apply, or is None, choices take the loss on held-out batches
     """
 
     train: Batches | None
     held_out: Batches
-    loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+    loss: Callable[..., Tensor] = F.cross_entropy
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     autocast: torch.dtype | None = None
     channels_last: bool = False
     calibration: Batches | None = None
+    metric: Metric | None = TOP1
 
     def __post_init__(self):
         object.__setattr__(self, "device", torch.device(self.device))
+        object.__setattr__(self, "loss", Loss.of(self.loss))
+        if self.metric is not None and not isinstance(self.metric, Metric):
+            raise ConfigError(f"metric = {self.metric!r}: needed is Metric(function, name, higher_is_better) or None")
 
     @classmethod
-    def from_loader(cls, train: Iterable[Batch], held_out: Iterable[Batch],
-                    calibration: Iterable[Batch] | None = None, **fields) -> "Task":
-        """A task from data loaders that yield (inputs, targets); `calibration` without augmentation."""
-        plain = None if calibration is None else LoaderBatches(calibration)
-        return cls(LoaderBatches(train), LoaderBatches(held_out), calibration=plain, **fields)
+    def from_loader(cls, train: Iterable, held_out: Iterable, calibration: Iterable | None = None, *,
+                    unpack: Unpack | None = None, steps: int | None = None, **fields) -> "Task":
+        """A task from data loaders that yield (inputs, targets); `calibration` without augmentation.
+
+        unpack  from what the loaders yield to (inputs, targets): lambda batch: (batch["image"], batch["label"])
+        steps   batches of one pass over a loader without a length
+        """
+        plain = None if calibration is None else LoaderBatches(calibration, unpack, steps)
+        return cls(LoaderBatches(train, unpack, steps), LoaderBatches(held_out, unpack, steps), calibration=plain,
+                   **fields)
 
     def calibration_inputs(self, n: int) -> Tensor:
         """`n` training inputs without augmentation, in fixed order (fewer if the set is smaller)."""
-        with _fixed_order():
+        with fixed_order():
             return _first_inputs(self.calibration if self.calibration is not None else self.train, n, None)
 
     def training_inputs(self, n: int, generator: torch.Generator) -> Tensor:
@@ -103,7 +74,7 @@ class Task:
         What batch norm is estimated on. Plain where the task only has a loader that yields plain ones.
         """
         seed = int(torch.randint(2**62, (), generator=generator))
-        with _fixed_order(seed):
+        with fixed_order(seed):
             source = self.train if self.train is not None else self.calibration
             return _first_inputs(source, n, torch.Generator().manual_seed(seed))
 
@@ -113,10 +84,11 @@ class Task:
         return model.to(self.device, memory_format=layout)
 
     def placed_batch(self, batch: Batch) -> Batch:
-        inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
-        if self.channels_last and inputs.ndim == 4:
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-        return inputs, targets
+        inputs, targets = (map_tensors(lambda x: x.to(self.device, non_blocking=True), part) for part in batch)
+        return map_tensors(self._formatted, inputs), targets
+
+    def _formatted(self, x: Tensor) -> Tensor:
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
 
     def precision(self) -> contextlib.AbstractContextManager:
         """The autocast context for forward passes while training."""
@@ -124,10 +96,21 @@ class Task:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
+    def metric_of(self, outputs: Any, targets: Any) -> Metric | None:
+        """The metric, if it applies to these."""
+        return self.metric if self.metric is not None and self.metric.applies(outputs, targets) else None
+
     def score(self, model: nn.Module) -> float:
-        """Top-1 on the held-out batches, in percent, in float32."""
-        with _fixed_order():
-            return top1(model, (self.placed_batch(batch) for batch in self.held_out.epoch(None)))
+        """The metric on the held-out batches, in float32; top-1 in percent. CompressError where there is none."""
+        with fixed_order():
+            return evaluate(model, map(self.placed_batch, self.held_out.epoch(None)), self.metric_of)[1]
+
+    def error(self, model: nn.Module) -> float:
+        """What choices minimise: the top-1 error in [0, 1], another metric such that lower is better, or the loss."""
+        with fixed_order():
+            metric, score = evaluate(model, map(self.placed_batch, self.held_out.epoch(None)), self.metric_of,
+                                     self.loss)
+        return score if metric is None else metric.error(score)
 
 
 def _first_inputs(source: Batches | None, n: int, generator: torch.Generator | None) -> Tensor:
@@ -138,6 +121,8 @@ def _first_inputs(source: Batches | None, n: int, generator: torch.Generator | N
         raise ConfigError(f"calibration inputs = {n}: at least 1 is needed")
     found, count = [], 0
     for inputs, _ in source.epoch(generator):
+        if not isinstance(inputs, Tensor):
+            raise ConfigError(f"calibration needs a network of one input tensor, not {describe(inputs)}")
         found.append(inputs[:n - count])
         count += len(found[-1])
         if count >= n:
@@ -145,25 +130,3 @@ def _first_inputs(source: Batches | None, n: int, generator: torch.Generator | N
     if count == 0:
         raise CompressError("there is nothing to calibrate on: the data set is empty")
     return torch.cat(found)
-
-
-@contextlib.contextmanager
-def _fixed_order(seed: int = 0):
-    """torch's global generator (CPU) seeded inside, restored outside: a user's DataLoader shuffles with it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
-
-
-@torch.no_grad()
-def top1(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Percent of targets that are the arg-max of the model's outputs, in eval mode (restored afterwards)."""
-    was_training, right, seen = model.training, 0, 0
-    model.eval()
-    for inputs, targets in batches:
-        right += int((model(inputs).argmax(1) == targets).sum())
-        seen += len(targets)
-    model.train(was_training)
-    if seen == 0:
-        raise CompressError("there is nothing to score: the data set is empty")
-    return 100.0 * right / seen
