@@ -154,7 +154,7 @@ def test_what_train_saves_is_plain(tiny, tmp_path):
     train(tiny.model(), tiny.task(), Recipe(epochs=2, lr=0.02, ema=0.9), torch.Generator().manual_seed(0), run=run,
           hooks=Counting())
     state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["state"]
-    assert len(state["history"]) == 2 and state["hooks"]["list"] == [1, 2.0, None]
+    assert len(state["history"]) == 2 and state["hooks"][0]["list"] == [1, 2.0, None]
     assert state["model"].keys() == tiny.model().state_dict().keys()
 
 

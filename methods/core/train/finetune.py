@@ -54,7 +54,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     saved = run.load()
     if saved is not None:
         history = saved["history"]
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(saved["model"], strict=False)  # a module's own extra state is not saved
         average.load(saved["average"])
         for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -64,7 +64,8 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
         history.append(_epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, average, run))
         check_trained(model.state_dict(), f"epoch {epoch + 1} of {recipe.epochs}", recipe.lr)
         hooks.after_epoch(model, epoch)
-        run.save({"history": history, "model": model.state_dict(), "average": average.values, "hooks": hooks.state(),
+        tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        run.save({"history": history, "model": tensors, "average": average.values, "hooks": hooks.state(),
                   "optimizers": [o.state_dict() for o in optimizers], "generator": generator.get_state()})
     average.write(model)
     model.eval()

@@ -87,10 +87,10 @@ class HookList(Hooks):
             hook.after_epoch(model, epoch)
 
     def state(self):
-        return {"hooks": [hook.state() for hook in self.hooks]}
+        return [hook.state() for hook in self.hooks]
 
     def restore(self, state):
-        for hook, saved in zip(self.hooks, state["hooks"], strict=True):
+        for hook, saved in zip(self.hooks, state, strict=True):
             hook.restore(saved)
 
 
