@@ -10,13 +10,14 @@ from torch import nn
 
 from methods.core.errors import ConfigError
 from methods.core.train.finetune import Recipe, train
-from methods.core.train.run import Run
 from methods.core.train.task import Task, top1
 
-from .checkpoints import digest_of, load_into, read_checkpoint, read_provenance, write_checkpoint
+from .checkpoints import digest_of, load_into, read_checkpoint, read_provenance, rounded, write_checkpoint
 from .data import Dataset, make_task, test_batches
 from .networks import build, check_fits, find
-from .rows import RESULTS, ROOT, provenance
+from .provenance import joined, provenance
+from .rows import RESULTS, ROOT
+from .runs import DiskRun
 from .settings import build as build_settings
 from .settings import plain, read_toml
 
@@ -59,6 +60,11 @@ class Baseline:
     source: str
     provenance: Mapping[str, Any]
 
+    def described(self) -> dict[str, Any]:
+        """As a row says it: a foreign checkpoint has no commit."""
+        return {"digest": self.digest, "source": self.source,
+                **{key: self.provenance[key] for key in ("commit", "dirty", "mixed") if key in self.provenance}}
+
 
 def find_setup(task: str, network: str, recipes: Path = RECIPES) -> Setup:
     """The setup of paper_configs/baselines.toml for a task and network, else [TASK.default], else its [default]."""
@@ -90,8 +96,8 @@ def load_baseline(dataset: Dataset, network: str, checkpoint: Path) -> Baseline:
     return Baseline(model.eval(), digest_of(checkpoint), source, read_provenance(checkpoint))
 
 
-def train_baseline(dataset: Dataset, network: str, setup: Setup, seed: int, device: torch.device, out: Path, run: Run,
-                   *, half: bool = True, log_test: bool = True) -> Baseline:
+def train_baseline(dataset: Dataset, network: str, setup: Setup, seed: int, device: torch.device, out: Path,
+                   run: DiskRun, *, half: bool = True, log_test: bool = True) -> Baseline:
     """Train from scratch, write `out` (float16 weights if `half`) and return what the file holds.
 
     The scores in the provenance are those of the stored, rounded network: held-out, and test, read once, after
@@ -102,14 +108,14 @@ def train_baseline(dataset: Dataset, network: str, setup: Setup, seed: int, devi
     model = build(network, dataset.classes, dataset.image_shape[2], seed)
     task = setup.task(dataset, network, device)
     history = train(model, task, setup.recipe, generator, run=run)
+    state = rounded(model.state_dict(), half)
+    model.load_state_dict(state)
     facts: dict[str, Any] = {"task": dataset.name, "network": network, "setup": plain(setup), "seed": seed,
-                             "data": dataset.digest, "log": history, **provenance()}
-    write_checkpoint(out, model.state_dict(), facts, half=half)
-    stored = load_baseline(dataset, network, out)
-    facts["held_out_top1"] = task.score(task.placed(stored.model))
+                             "data": dataset.digest, "log": history, **provenance(), **joined(run.origins)}
+    facts["held_out_top1"] = task.score(task.placed(model))
     if log_test:
-        facts["test_top1"] = test_top1(stored.model, dataset, network, device)
-    write_checkpoint(out, stored.model.state_dict(), facts, half=half)
+        facts["test_top1"] = test_top1(model, dataset, network, device)
+    write_checkpoint(out, state, facts, half=half)
     return load_baseline(dataset, network, out)
 
 

@@ -1,11 +1,9 @@
 """Trained weights in and out of files: state dicts, without ever running code that a file carries."""
 
-import contextlib
 import hashlib
 import json
-import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.core.errors import ConfigError
+from methods.core.file.container import write_file
 from methods.core.graph.build import COUNTER
 
 NESTED = ("state_dict", "model", "net")  # where training scripts keep the state dict
@@ -81,8 +80,14 @@ def write_checkpoint(path: str | Path, state: Mapping[str, Tensor], provenance: 
     except (TypeError, ValueError) as error:
         raise ConfigError(f"provenance of {path} takes JSON values only: {_first_line(error)}") from error
     stored = {name: _stored(name, tensor, half) for name, tensor in state.items()}
-    with replacing(path) as temporary:
-        temporary.write_bytes(safetensors.torch.save(stored, header))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, safetensors.torch.save(stored, header))
+
+
+def rounded(state: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
+    """`state` as `write_checkpoint` stores it and `read_checkpoint` reads it."""
+    stored = {name: _stored(name, tensor, half) for name, tensor in state.items()}
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in stored.items()}
 
 
 def read_provenance(path: str | Path) -> dict[str, object]:
@@ -94,7 +99,7 @@ def read_provenance(path: str | Path) -> dict[str, object]:
         with safetensors.safe_open(path, framework="pt") as opened:
             header = opened.metadata()
         return json.loads(header[PROVENANCE]) if header is not None and PROVENANCE in header else {}
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise ConfigError(f"checkpoint {path} has no readable provenance: {_first_line(error)}") from error
 
 
@@ -102,18 +107,6 @@ def digest_of(path: str | Path) -> str:
     """The first 16 hex digits of the file's sha256."""
     with _existing(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that becomes `path` if the block succeeds, and else vanishes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_torch(path: Path) -> object:

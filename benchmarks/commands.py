@@ -1,110 +1,76 @@
 """What the commands of the harness do; the command line itself is in `__main__`."""
 
 import dataclasses
-import functools
-import os
 import re
 import shlex
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from methods.core.errors import CompressError, ConfigError
 from methods.core.file import container
 
-from .baselines import (
-    Baseline,
-    find_setup,
-    load_baseline,
-    shipped_path,
-    shorter,
-    test_top1,
-    train_baseline,
-)
+from .baselines import find_setup, shipped_path, shorter
 from .checkpoints import read_provenance
 from .data import Dataset, open_dataset
-from .jobs import Job, Place, all_tables, file_name, prepare, read_table, run_job, slug
+from .execute import Place
+from .jobs import Job, Table, all_tables, file_name, prepare, read_table
 from .networks import network_names
 from .report import against_paper, plots, readme, scores, table
 from .report.page import page, searches
-from .rows import RESULTS, ROOT, read_rows
-from .runs import DiskRun, Screen, run_key
+from .rows import RESULTS, ROOT, Row, read_rows, slug, tables
+from .runs import Screen, clean_up
 from .settings import from_assignments, plain
+from .specs import Session, Spec, check_results, device_of, is_trained, run_one, trained
 
 NETWORK_OF = {"digits": "resnet18w16", "mnist": "lenet5_caffe", "cifar10": "resnet18"}  # what compare runs by default
 PLACES = ("--data-dir", "--results")
 
 
-def place_of(options: Namespace, screen: Screen) -> Place:
-    device = _device(options.device)
-    options.results.mkdir(parents=True, exist_ok=True)
-    if not os.access(options.results, os.W_OK):
-        raise ConfigError(f"--results {options.results}: this folder cannot be written")
-    return Place(options.results, options.results / "runs", device, screen, options.resume)
+def prepared(options: Namespace, screen: Screen) -> Session:
+    """A session whose results folder can be written and holds no leftovers."""
+    device_of(options.device)
+    check_results(options.results)
+    done = {row["job"] for folder in tables(options.results) for row in read_rows(folder, lambda line: None)}
+    clean_up(options.results, done - {None}, screen)
+    return Session(screen)
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        if device.type in ("cpu", "cuda"):
-            torch.zeros((), device=device)
-            return device
-    except (RuntimeError, AssertionError):  # no such name; no such device; not compiled with CUDA
-        pass
-    raise ConfigError(f"--device {name}: there is no such device here; allowed are cpu and, with a GPU build of "
-                      "torch and a GPU, cuda")
+def spec_of(job: Job, table: str, order: int, options: Namespace, data: str | None = None) -> Spec:
+    """The row of a job under the options of the command line."""
+    seed = job.seed if options.seed is None else options.seed
+    return Spec(dataclasses.replace(job, seed=seed), table, order, job.task if data is None else data,
+                str(options.results), _text(options.data_dir), options.device, _text(options.checkpoint),
+                options.epochs, options.resume)
 
 
-def get_baseline(dataset: Dataset, network: str, options: Namespace, place: Place) -> Baseline:
-    """--checkpoint if given, else (without --epochs) the checkpoint the project ships, else one trained now.
-
-    What was trained by an earlier command from the same recipe, data and seed is taken instead of training again.
-    """
-    if options.checkpoint is not None:
-        if options.epochs is not None:
-            raise ConfigError(f"--epochs {options.epochs} trains a baseline, --checkpoint gives one: choose")
-        return load_baseline(dataset, network, options.checkpoint)
-    shipped = shipped_path(dataset.name, network)
-    if shipped.exists() and options.epochs is None:
-        if read_provenance(shipped).get("data") == dataset.digest:
-            return load_baseline(dataset, network, shipped)
-        place.screen.say(f"baseline: {shipped.name} has seen other pictures than these splits hold: training one")
-    return trained(dataset, network, options, place)
-
-
-def trained(dataset: Dataset, network: str, options: Namespace, place: Place, out: Path | None = None) -> Baseline:
-    """A baseline trained in this run, by paper_configs/baselines.toml; without `out`, kept for later commands."""
-    setup = shorter(find_setup(dataset.name, network), options.epochs)
-    seed = 0 if options.seed is None else options.seed
-    facts = {"setup": plain(setup), "data": dataset.digest, "network": network, "seed": seed}
-    key = run_key(facts)
-    if out is None:
-        out = place.states / "baselines" / f"{slug(dataset.name)}_{network}_{key}.safetensors"
-        if out.exists():
-            place.screen.say(f"baseline: {out}, trained by an earlier command")
-            return load_baseline(dataset, network, out)
-    run = DiskRun(place.states / key, f"train {network}", place.screen, resume=place.resume)
-    baseline = train_baseline(dataset, network, setup, seed, place.device, out, run)
-    run.forget()
-    return baseline
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def train(options: Namespace, console: Console) -> None:
     dataset = open_dataset(options.task, options.data_dir)
+    network, seed = options.network, 0 if options.seed is None else options.seed
     if options.checkpoint is not None:
         raise ConfigError(f"--checkpoint {options.checkpoint}: train starts from nothing; leave it out")
-    shipped = options.results / "baselines" / shipped_path(dataset.name, options.network).name
-    if options.out is None and shipped.exists():
+    setup = shorter(find_setup(dataset.name, network), options.epochs)
+    shipped = options.results / "baselines" / shipped_path(dataset.name, network).name
+    if options.out is None and shipped.exists() and not options.resume:
         raise ConfigError(f"{shipped} is there already, and rows start from it: to replace it, give it as --out")
     out = options.out if options.out is not None else shipped
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--out {out}: written are only .safetensors")
+    if out.suffix != ".safetensors" or out.is_dir():
+        raise ConfigError(f"--out {out}: written are only .safetensors" + " files" * out.is_dir())
+    facts = {"network": network, "seed": seed, "setup": plain(setup)}
+    if options.resume and out.exists() and not is_trained(out, facts):
+        raise ConfigError(f"{out} is there already, from another training: to replace it, leave out --resume")
     out.parent.mkdir(parents=True, exist_ok=True)  # a mistake should show before hours of training
     with Screen() as screen:
-        baseline = trained(dataset, options.network, options, place_of(options, screen), out)
+        prepared(options, screen)
+        place = Place(options.results, device_of(options.device), screen, options.resume)
+        baseline = trained(dataset, network, setup, seed, place, out)
     facts = baseline.provenance
     console.print(f"{out}: held-out {facts['held_out_top1']:.2f} %, test {facts['test_top1']:.2f} %, "
                   f"digest {baseline.digest}", soft_wrap=True)
@@ -113,19 +79,23 @@ def train(options: Namespace, console: Console) -> None:
 def compare(options: Namespace, console: Console) -> None:
     dataset = open_dataset(options.task, options.data_dir)
     network = network_for(dataset, options)
-    jobs = comparison(options, dataset.name, network)
-    for job in jobs:
-        prepare(job)  # a mistake in the last job should not wait for the first
-    with Screen() as screen:
-        place = place_of(options, screen)
-        baseline = get_baseline(dataset, network, options, place)
-        top = test_top1(baseline.model, dataset, network, place.device)
-        rows = [run_job(job, dataset, baseline, top, place, f"compare_{slug(dataset.name)}") for job in jobs]
-    title = f"{network} on {dataset.name}: float32 baseline {top:.2f} %"
-    console.print(table.terminal(table.listed(rows), title, console.width))
     name = f"compare_{slug(dataset.name)}"
-    rows = table.latest(read_rows(place.results / "rows" / f"{name}.jsonl"))  # of earlier commands, too
+    specs = [spec_of(job, name, order, options, options.task)
+             for order, job in comparison(options, dataset.name, network)]
+    rows = run_all(specs, options)
+    title = f"{network} on {dataset.name}: float32 baseline {rows[0]['baseline_top1']:.2f} %"
+    console.print(table.terminal(table.listed(rows), title, console.width))
+    rows = read_rows(options.results / "rows" / name, say)  # of earlier commands, too
     console.print(f"report: {write_reports(rows, name, title_of(rows), options)}", soft_wrap=True)
+
+
+def run_all(specs: Sequence[Spec], options: Namespace) -> list[Row]:
+    """The rows, one after the other; a mistake in the last one should not wait for the first."""
+    for spec in specs:
+        prepare(spec.job)
+    with Screen() as screen:
+        session = prepared(options, screen)
+        return [run_one(plain(spec), session) for spec in specs]
 
 
 def network_for(dataset: Dataset, options: Namespace) -> str:
@@ -135,21 +105,20 @@ def network_for(dataset: Dataset, options: Namespace) -> str:
     return options.network if options.network is not None else NETWORK_OF[dataset.name]
 
 
-def comparison(options: Namespace, task: str, network: str) -> list[Job]:
-    """The [[compare]] entries of all methods for a task, seeds and network as asked for."""
+def comparison(options: Namespace, task: str, network: str) -> list[tuple[int, Job]]:
+    """The [[compare]] entries of all methods for a task, with their positions; network as asked for."""
     known = list(dict.fromkeys(entry.method for entry in all_tables()))
     unknown = [name for name in options.methods if name not in known]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}; there are: {', '.join(known)}")
-    jobs = [dataclasses.replace(job, network=network, task=task, seed=_seed(job, options))
-            for entry in all_tables() for job in entry.compare
-            if job.task == (task if task in NETWORK_OF else "folder")
-            if not options.methods or entry.method in options.methods]
+    every = [dataclasses.replace(job, network=network, task=task) for entry in all_tables() for job in entry.compare
+             if job.task == (task if task in NETWORK_OF else "folder")]
+    jobs = [(order, job) for order, job in enumerate(every) if not options.methods or job.method in options.methods]
     if not jobs:
         raise ConfigError(f"no paper_configs file has a [[compare]] entry for the task {task!r}"
                           + (f" and {', '.join(options.methods)}" if options.methods else ""))
-    files = [file_name(job) for job in jobs]
-    twice = [job.name for job, file in zip(jobs, files, strict=True) if files.count(file) > 1]
+    files = [file_name(job) for _, job in jobs]
+    twice = [job.name for (_, job), file in zip(jobs, files, strict=True) if files.count(file) > 1]
     if twice:
         raise ConfigError(f"two [[compare]] entries for the task {task!r} are called {twice[0]!r}")
     return jobs
@@ -157,47 +126,50 @@ def comparison(options: Namespace, task: str, network: str) -> list[Job]:
 
 def reproduce(options: Namespace, console: Console) -> None:
     entry = read_table(options.config)
-    jobs = [job for job in entry.rows if not options.row or job.name in options.row]
-    unknown = sorted(set(options.row) - {job.name for job in entry.rows})
-    if unknown or not jobs:
-        raise ConfigError(f"{options.config.name} has no row {(unknown or ['at all'])[0]!r}; "
-                          f"there are: {', '.join(job.name for job in entry.rows)}")
-    for job in jobs:
-        prepare(job)
-    data = functools.cache(lambda task: open_dataset(task, options.data_dir))
-    with Screen() as screen:
-        place = place_of(options, screen)
-
-        @functools.cache
-        def start(task: str, network: str) -> tuple[Baseline, float]:
-            baseline = get_baseline(data(task), network, options, place)
-            return baseline, test_top1(baseline.model, data(task), network, place.device)
-
-        rows = [run_job(dataclasses.replace(job, seed=_seed(job, options)), data(job.task),
-                        *start(job.task, job.network), place, entry.name) for job in jobs]
+    rows = run_all([spec_of(job, entry.name, order, options) for order, job in chosen(entry, options)], options)
     console.print(against_paper.terminal(rows, entry.title))
-    console.print(f"rows: {place.results / 'rows' / (entry.name + '.jsonl')}", soft_wrap=True)
+    console.print(f"rows: {options.results / 'rows' / entry.name}", soft_wrap=True)
+
+
+def chosen(entry: Table, options: Namespace) -> list[tuple[int, Job]]:
+    """The rows that --row and --network ask for, with their positions."""
+    for option, values, there in (("--row", options.row, {job.name for job in entry.rows}),
+                                  ("--network", options.network, {job.network for job in entry.rows})):
+        unknown = sorted(set(values) - there)
+        if unknown:
+            raise ConfigError(f"{option}: {entry.name}.toml has no row {'of ' * (option != '--row')}{unknown[0]!r}; "
+                              f"there are: {', '.join(sorted(there))}")
+    jobs = [(order, job) for order, job in enumerate(entry.rows) if not options.row or job.name in options.row
+            if not options.network or job.network in options.network]
+    if not jobs:
+        raise ConfigError(f"{entry.name}.toml has no such row; there are: "
+                          + ", ".join(f"{job.name} ({job.network})" for job in entry.rows))
+    return jobs
 
 
 def report(options: Namespace, console: Console) -> None:
-    """Tables, plots and page from rows that are already there; of equal ones the last row counts."""
-    folder = options.results / "rows"
-    path = options.rows if options.rows is not None else folder / f"{options.name}.jsonl"
-    paths = sorted(folder.glob("*.jsonl")) if options.all else [path]
-    rows_of = {path.stem: table.latest(read_rows(path)) for path in paths}
-    empty = [path for path in paths if not rows_of[path.stem]]
-    if empty or not paths:
-        raise ConfigError(f"{(empty or [folder])[0]} holds no rows")
-    for path in paths:
+    """Tables, plots and page from rows that are already there."""
+    folder = options.rows if options.rows is not None else options.results / "rows" / options.name
+    folders = tables(options.results) if options.all else [folder]
+    rows_of = {folder.name: read_rows(folder, say) for folder in folders}
+    empty = [folder for folder in folders if not rows_of[folder.name]]
+    if empty or not folders:
+        raise ConfigError(f"{(empty or [options.results / 'rows'])[0]} holds no rows")
+    for folder in folders:
         try:
-            _report(rows_of[path.stem], path.stem, options, console)
+            _report(rows_of[folder.name], folder.name, options, console)
         except CompressError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CompressError(f"{path}: a row holds values that no report can show ({error!r})") from error
+            raise CompressError(f"{folder}: a row holds values that no report can show ({error!r})") from error
     if options.all and options.results.resolve() == RESULTS:
         trained = [read_provenance(path) for path in sorted((RESULTS / "baselines").glob("*.safetensors"))]
         readme.refresh(ROOT / "README.md", rows_of | {"shipped": trained})
+
+
+def say(line: str) -> None:
+    """A line on stderr."""
+    sys.stderr.write(line + "\n")
 
 
 def _report(rows: Sequence[dict], name: str, options: Namespace, console: Console) -> None:
@@ -246,18 +218,10 @@ def compress(options: Namespace, console: Console) -> None:
         raise ConfigError(f"--rows-name {options.rows_name!r}: allowed are letters, digits, _, - and .")
     name = options.name if options.name is not None else " ".join([options.method, *options.budget, *options.set])
     job = Job(name, options.method, options.task, "", from_assignments(options.budget), from_assignments(options.set),
-              0 if options.seed is None else options.seed, options.index_bits)
+              index_bits=options.index_bits)
     prepare(job)
     dataset = open_dataset(options.task, options.data_dir)
     job = dataclasses.replace(job, task=dataset.name, network=network_for(dataset, options))
-    with Screen() as screen:
-        place = place_of(options, screen)
-        baseline = get_baseline(dataset, job.network, options, place)
-        top = test_top1(baseline.model, dataset, job.network, place.device)
-        row = run_job(job, dataset, baseline, top, place, options.rows_name)
+    (row,) = run_all([spec_of(job, options.rows_name, 0, options, options.task)], options)
     console.print(table.terminal(table.listed([row]), f"{job.network} on {dataset.name}", console.width))
-    console.print(f"file: {place.results / 'models' / row['file']}", soft_wrap=True)
-
-
-def _seed(job: Job, options: Namespace) -> int:
-    return job.seed if options.seed is None else options.seed
+    console.print(f"file: {options.results / 'models' / row['file']}", soft_wrap=True)

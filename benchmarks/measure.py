@@ -21,6 +21,7 @@ from methods.engine.fast import FastNetwork
 from methods.engine.layers import layer_costs, layer_macs, totals
 
 from .accounting import IndexBits, account, huffman_total, index_widths, stored_entries, tensor_bits
+from .chance import pack
 
 RANGE_METHOD, RANGE_INPUTS, RANGE_BITS = "minmax", 1024, 8  # for methods that leave activations in float
 COUNTED_INPUTS = 32  # test inputs on which zero activations are counted for the cost models
@@ -36,12 +37,13 @@ def with_ranges(compressed: CompressedModel, skeleton: nn.Module, task: Task) ->
 
 def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple[int, ...], *,
             index_bits: IndexBits = 5, float_policy: tuple[str, ...] = (),
-            scores: dict[str, float] | None = None) -> dict:
+            scores: dict[str, Tensor] | None = None, held_out: Iterable[Batch] | None = None) -> dict:
     """Everything a row says about the file at `path`, as JSON values. `test` is iterated once.
 
     shape       of one input [C, H, W];  index_bits of the papers' accountings and of the paper-mode bytes, one
                 width, {layer: width} or "auto"
-    scores      {digest of decoded tensors: top1_float} on this very test set, looked up and added to
+    scores      {digest of decoded tensors: which inputs are right in float} on this very test set, looked up, added to
+    held_out    batches for `held_out_top1`, in integer arithmetic;  `right`: see `chance.pack`
     """
     compressed = decode(path)
     index_bits = index_widths(compressed, index_bits)
@@ -50,15 +52,17 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     batches = iter(test)
     first = next(batches)
     scores, decoded = {} if scores is None else scores, digest_of_state(module)
-    found = score([integer] if decoded in scores else [integer, module], itertools.chain([first], batches))
-    scores.setdefault(decoded, found[-1])
+    found = right_of([integer] if decoded in scores else [integer, module], itertools.chain([first], batches))
+    right = {"float": scores.setdefault(decoded, found[-1]), "integer": found[0]}
+    chosen = {} if held_out is None else {"held_out_top1": top1_of(right_of([integer], held_out)[0])}
     hardware = hardware_costs(compressed, skeleton, shape, integer.exact, first[0][:COUNTED_INPUTS])
     dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
     dense_bytes = 4 * sum(t.numel() for t in skeleton.state_dict().values() if t.is_floating_point())
     costs, dense_macs = layer_costs(compressed, skeleton, shape), sum(layer_macs(skeleton, shape).values())
     size = inspect(path)
     return {
-        "top1_float": scores[decoded], "top1_integer": found[0],
+        **{f"top1_{kind}": top1_of(answers) for kind, answers in right.items()}, **chosen,
+        "right": {kind: pack(answers) for kind, answers in right.items()},
         "bytes": size["bytes"], "bytes_split": size["split"], "float32_bytes": dense_bytes,
         "size_ratio": size["bytes"] / dense_bytes,
         "paper_mode_bytes": len(to_bytes(compressed, mode="paper", index_bits=index_bits)[0]),
@@ -92,14 +96,18 @@ def digest_of_state(module: nn.Module) -> str:
 
 
 @torch.no_grad()
-def score(networks: list, batches: Iterable[Batch]) -> list[float]:
-    """Top-1 in percent of several networks over one pass of the same batches."""
-    right, seen = [0] * len(networks), 0
+def right_of(networks: list, batches: Iterable[Batch]) -> list[Tensor]:
+    """Of each network which inputs it has right, bool [n] on the CPU, over one pass of the same batches."""
+    found: list[list[Tensor]] = [[] for _ in networks]
     for inputs, targets in batches:
-        seen += len(targets)
-        for i, network in enumerate(networks):
-            right[i] += int((network(inputs).argmax(1) == targets).sum())
-    return [100.0 * r / max(seen, 1) for r in right]
+        for right, network in zip(found, networks, strict=True):
+            right.append((network(inputs).argmax(1) == targets).cpu())
+    return [torch.cat(right) if right else torch.zeros(0, dtype=torch.bool) for right in found]
+
+
+def top1_of(right: Tensor) -> float:
+    """Percent of true values."""
+    return 100.0 * int(right.sum()) / max(len(right), 1)
 
 
 def layer_table(compressed: CompressedModel, costs: Mapping, index_bits: Mapping[str, int]) -> dict[str, dict]:

@@ -3,11 +3,12 @@
 import hashlib
 import io
 import json
+import os
 import pickle
 import shutil
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from methods.core.errors import CompressError
 from methods.core.file.container import write_file
 
+from .locks import is_free
+from .provenance import Origin, origin
+
 QUIET_SECONDS = 30.0  # between progress lines where the output is no terminal
+STATES = ("state.pt", "before.pt")  # the last one, and the one before it
+DIGEST = 32  # bytes before the state
+DAY = 86_400
+STALE_PART, STALE_STATE = 3_600, 30 * DAY  # seconds
 
 
 class Screen:
@@ -59,52 +67,103 @@ class Screen:
 
 @dataclass
 class Clock:
-    """Seconds that a computation took; `earlier` are those before its last interruption."""
+    """Seconds that a computation took, of the processor and on the wall; `earlier` are those before it was cut off."""
 
-    earlier: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
+    earlier: tuple[float, float] = (0.0, 0.0)
+    started: tuple[float, float] = field(default_factory=lambda: _now())
 
-    def seconds(self) -> float:
-        return self.earlier + time.perf_counter() - self.started
+    def seconds(self) -> tuple[float, float]:
+        parts = zip(self.earlier, _now(), self.started, strict=True)
+        cpu, wall = (before + now - start for before, now, start in parts)
+        return cpu, wall
+
+
+def _now() -> tuple[float, float]:
+    return time.process_time(), time.perf_counter()
 
 
 class DiskRun:
-    """A `Run` whose states are files under `folder` and whose reports go to `screen`."""
+    """A `Run` whose states are files under `folder` and whose reports go to `screen`.
 
-    def __init__(self, folder: Path, label: str, screen: Screen, *, resume: bool, clock: Clock | None = None):
+    A state carries a digest, and the one before it is kept: a bad one is said, and the one before goes on.
+    `clock` and `origins` (the code that worked on it, see `provenance`) are shared by all stages.
+    """
+
+    def __init__(self, folder: Path, label: str, screen: Screen, *, resume: bool, clock: Clock | None = None,
+                 origins: list[Origin] | None = None):
         if not resume and folder.exists():
             shutil.rmtree(folder)
         self.folder, self.label, self.screen = folder, label, screen
         self.clock = Clock() if clock is None else clock
+        self.origins = [origin()] if origins is None else origins
 
     def report(self, step, total, **metrics):
         self.screen.update(self.label, step, total, metrics)
 
     def save(self, state):
         written = io.BytesIO()
-        torch.save({"state": state, "seconds": self.clock.seconds()}, written)
+        torch.save({"state": state, "seconds": self.clock.seconds(), "origins": self.origins}, written)
+        data = written.getvalue()
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_file(self.folder / "state.pt", written.getbuffer())
+        last, before = (self.folder / name for name in STATES)
+        if last.exists():
+            os.replace(last, before)
+        write_file(last, hashlib.sha256(data).digest() + data)
 
     def load(self):
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return None
-        try:
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-            state, seconds = saved["state"], saved["seconds"]
-        except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
-            raise CompressError(f"the saved state {path} is damaged: start again without --resume") from None
-        self.clock.earlier = max(self.clock.earlier, seconds)
-        return state
+        paths = [path for path in (self.folder / name for name in STATES) if path.exists()]
+        for path in paths:
+            try:
+                saved = _read_state(path)
+            except CompressError as error:
+                self.screen.say(f"{self.label}: {error}")
+                continue
+            self.clock.earlier = max(self.clock.earlier, saved["seconds"])
+            earlier = [tuple(one) for one in saved["origins"]]
+            self.origins[:] = dict.fromkeys([*earlier, *self.origins])
+            return saved["state"]
+        if paths:
+            self.screen.say(f"{self.label}: no saved state is whole: this part starts again")
+        return None
 
     def stage(self, name):
         return DiskRun(self.folder / name.replace("/", "_"), f"{self.label}: {name}", self.screen, resume=True,
-                       clock=self.clock)
+                       clock=self.clock, origins=self.origins)
 
     def forget(self) -> None:
         """The computation is over: its states are no longer needed."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    if hashlib.sha256(data[DIGEST:]).digest() != data[:DIGEST]:
+        raise CompressError(f"the saved state {path} is damaged")
+    try:
+        saved = torch.load(io.BytesIO(data[DIGEST:]), weights_only=True, map_location="cpu")
+        return {key: saved[key] for key in ("state", "seconds", "origins")}
+    except (RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        raise CompressError(f"the saved state {path} is of another version") from None
+
+
+def clean_up(results: Path, jobs_done: Collection[str], screen: Screen) -> None:
+    """Remove what cut-off processes left: parts of files, states of rows that are there, and states long forgotten."""
+    now = time.time()
+    for path in results.rglob(".*.tmp"):
+        if now - path.stat().st_mtime > STALE_PART:
+            path.unlink(missing_ok=True)
+    for path in (results / "runs").glob("*.lock"):
+        if is_free(path):
+            path.unlink(missing_ok=True)
+    for folder in (path for path in (results / "runs").glob("*") if path.is_dir() and path.name != "baselines"):
+        if not is_free(folder.with_suffix(".lock")):
+            continue
+        files = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
+        old = now - max(files, default=folder.stat().st_mtime) > STALE_STATE
+        if old:
+            screen.say(f"removed: {folder}, not continued for {STALE_STATE // DAY} days")
+        if old or folder.name in jobs_done:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_key(facts: Mapping[str, Any]) -> str:

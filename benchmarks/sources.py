@@ -1,6 +1,7 @@
 """Where pictures come from: scikit-learn, .npz files, folders. All return arrays; `data.py` splits them."""
 
 import http.client
+import io
 import os
 import zipfile
 import zlib
@@ -9,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from methods.core.errors import ConfigError
+from methods.core.errors import CompressError, ConfigError
+from methods.core.file.container import write_file
 
 from . import _torchvision
-from .checkpoints import replacing
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels int64 [N]
 Scaling = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std) on the 0..1 scale, per channel or for all
@@ -107,9 +108,11 @@ def read_published(name: str, directory: Path) -> Source:
 def _download(name: str, path: Path) -> None:
     try:
         arrays = _torchvision.download(name, path.parent)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
-    except (OSError, RuntimeError, EOFError, ImportError, http.client.HTTPException) as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        packed = io.BytesIO()
+        np.savez(packed, **arrays)
+        write_file(path, packed.getbuffer())
+    except (OSError, RuntimeError, EOFError, ImportError, CompressError, http.client.HTTPException) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"there is no {path}, and the download failed ({reason}): put a {path.name} with "
                           f"{', '.join(KEYS)} there or name its folder in ${DATA_VARIABLE}, or allow network "

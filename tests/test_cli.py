@@ -8,13 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from benchmarks import baselines, commands, jobs, rows, sources
+from benchmarks import baselines, commands, execute, jobs, sources, specs
 from benchmarks.__main__ import main
 from benchmarks.baselines import shorter
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.data import open_dataset
 from benchmarks.networks import build
-from benchmarks.rows import read_rows
+from benchmarks.rows import read_row, read_rows
 from methods.core.file import container
 
 TABLE = """
@@ -80,8 +80,12 @@ START = " --network resnet18w2 --checkpoint {here}/start.safetensors"
 def made(run, place):
     """The file and the rows of one finished `compress`."""
     assert run(QUICK + " --budget density=0.5 bits=8")[0] == 0
-    path = place / "results" / "models" / "own" / "prune-then-quantize-density-0-5-bits-8-resnet18w2.jc"
-    return path, place / "results" / "rows" / "own.jsonl"
+    (path,) = (place / "results" / "models" / "own").glob("prune-then-quantize-density-0-5-bits-8-resnet18w2-*.jc")
+    return path, place / "results" / "rows" / "own"
+
+
+def rows_of(place, table):
+    return read_rows(place / "results" / "rows" / table, print)
 
 
 MISTAKES = [
@@ -96,7 +100,7 @@ MISTAKES = [
     ("compare --epochs -1", "epochs=-1"),
     ("compare --epochs 1 --checkpoint {here}/start.safetensors", "--epochs 1 trains a baseline, --checkpoint gives"),
     ("compare --results {here}/quick.toml/x", "quick.toml.*Not a directory"),
-    ("compare --results {here}/quick.toml", "quick.toml.*File exists"),
+    ("compare --results {here}/quick.toml", "quick.toml is there and is no folder"),
     (QUICK + " --budget density", "'density' is not KEY=VALUE"),
     (QUICK + " --budget density=lots bits=8", "budget density = 'lots': needed is a number or a table"),
     (QUICK + " --budget density=1.5 bits=8", r"budget density = 1.5: allowed is a number in \(0, 1\]"),
@@ -116,9 +120,10 @@ MISTAKES = [
     ("reproduce {here}/absent.toml", "cannot read the configuration .*absent.toml: No such file"),
     ("reproduce {here}/start.safetensors", "start.safetensors is not valid TOML"),
     ("reproduce {here}/quick.toml --row third", "quick.toml has no row 'third'; there are: first, second"),
-    ("report nothing", "cannot read the rows .*nothing.jsonl: No such file"),
-    ("report --rows {here}/start.safetensors", "start.safetensors, line 1, is not a row"),
-    ("report --rows {here}/quick.toml", "quick.toml, line 2, is not a row"),
+    ("reproduce {here}/quick.toml --network lenet300", "quick.toml has no row of 'lenet300'; there are: resnet18w2"),
+    ("report nothing", "there are no rows .*nothing"),
+    ("report --rows {here}/start.safetensors", "there are no rows .*start.safetensors: it is no folder"),
+    ("report --rows {here}", "somewhere with .* holds no rows"),
     ("inspect {here}/absent.jc", "absent.jc.*no such file"),
     ("inspect {here}/quick.toml", "quick.toml: not a compressed model"),
     ("inspect {here}", "cannot be read: Is a directory"),
@@ -186,17 +191,23 @@ def full(*_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("module, name", [(container, "fsync"), (rows, "write"), (rows, "fsync")],
-                         ids=["model", "row", "row flush"])
-def test_a_full_disk_loses_nothing(run, place, made, monkeypatch, module, name):
-    file, rows_path = made
-    before = rows_path.read_bytes()
-    monkeypatch.setattr(module.os, name, full)
+@pytest.mark.parametrize("part", ["model", "row"])
+def test_a_full_disk_loses_nothing(run, place, made, monkeypatch, part):
+    file, folder = made
+    (path,) = folder.iterdir()
+    before, writes = path.read_bytes(), []
+
+    def late(*given, whole=container.os.fsync):
+        writes.append(1)
+        return full() if part == "model" or len(writes) > 1 else whole(*given)
+
+    monkeypatch.setattr(container.os, "fsync", late)
     code, _, err = run(QUICK + " --budget density=0.25 bits=8 --name second")
     monkeypatch.undo()
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 1 and len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in err
-    assert rows_path.read_bytes() == before and file.exists() and not list(place.rglob("*.tmp"))
+    assert list(folder.iterdir()) == [path] and path.read_bytes() == before
+    assert file.exists() and not list(place.rglob("*.tmp"))
 
 
 def test_a_report_is_replaced_whole_or_not_at_all(run, place, made, monkeypatch):
@@ -221,8 +232,8 @@ def test_decoding_onto_a_full_disk(run, place, made, monkeypatch):
 
 
 def test_compress_inspect_measure_decode(run, place, made):
-    file, rows_path = made
-    (row,) = read_rows(rows_path)
+    file, _ = made
+    (row,) = rows_of(place, "own")
     words = "{here}/" + str(file.relative_to(place))
     code, out, _ = run(f"inspect {words}")
     assert code == 0 and f'"bytes": {file.stat().st_size}' in out
@@ -240,15 +251,17 @@ def test_compress_inspect_measure_decode(run, place, made):
 
 
 def test_a_file_of_another_row_is_not_taken_for_finished(run, place, made):
-    """Under one name the last row counts; with --resume the first is made again, since its file is gone."""
-    file, rows_path = made
-    first = file.read_bytes()
+    """Under one name the last row counts; with --resume the first is made again, since its place is taken."""
+    file, folder = made
     words = QUICK + " --name one --budget density=0.5 bits="
-    path = file.with_name("one-resnet18w2.jc")
     for bits in (8, 4, 8):
         assert run(f"{words}{bits} --resume")[0] == 0
-    assert path.read_bytes() == first and len(read_rows(rows_path)) == 4
-    assert run(f"{words}8 --resume")[0] == 0 and len(read_rows(rows_path)) == 4
+    (row,) = [row for row in rows_of(place, "own") if row["name"] == "one"]
+    path = place / "results" / "models" / row["file"]
+    assert path.read_bytes() == file.read_bytes() and row["budget"]["bits"] == 8
+    assert {read_row(one)["budget"]["bits"] for one in (folder / "superseded").iterdir()} == {8, 4}
+    before = path.stat().st_mtime_ns
+    assert run(f"{words}8 --resume")[0] == 0 and path.stat().st_mtime_ns == before
 
 
 def test_training_does_not_replace_a_baseline_unasked(run, place):
@@ -256,6 +269,55 @@ def test_training_does_not_replace_a_baseline_unasked(run, place):
     assert run(words)[0] == 0
     code, _, err = run(words)
     assert code == 1 and "digits_resnet18w2.safetensors is there already" in err and "--out" in err
+
+
+@pytest.mark.parametrize("cut", ["before it", "in the middle", "after it"])
+def test_a_training_cut_at_its_one_write_can_be_continued(run, place, monkeypatch, cut):
+    """There is no checkpoint without scores; and to continue what is finished is success."""
+    words = "train --task digits --network resnet18w2 --epochs 1 --results {here}/results"
+    path = place / "results" / "baselines" / "digits_resnet18w2.safetensors"
+
+    def breaking(out, data, whole=container.write_file):
+        if cut == "after it":
+            whole(out, data)
+        elif cut == "in the middle":
+            out.with_name(".x.tmp").write_bytes(data[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.checkpoints.write_file", breaking)
+    assert run(words)[0] == 130 and path.exists() == (cut == "after it")
+    monkeypatch.undo()
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = run(words + " --resume")
+    assert code == 0 and "held-out" in out and baselines.read_provenance(path).keys() >= {"held_out_top1", "test_top1"}
+    before = path.read_bytes()
+    assert run(words + " --resume")[0] == 0 and path.read_bytes() == before
+    code, _, err = run(words + " --resume --seed 1")
+    assert code == 1 and "is there already, from another training" in err
+
+
+def test_a_torn_row_stops_nothing(run, place, made):
+    _, folder = made
+    (path,) = folder.iterdir()
+    path.write_bytes(path.read_bytes()[:500])
+    assert run(QUICK + " --budget density=0.25 bits=8 --name second")[0] == 0
+    code, out, err = run("report own")
+    assert code == 0 and "second" in out and f"set aside: {path} is not a row" in err
+    assert run(QUICK + " --budget density=0.5 bits=8 --resume")[0] == 0 and len(rows_of(place, "own")) == 2
+
+
+@pytest.mark.parametrize("name", ["rows", "models", "reports", "runs"])
+def test_a_file_in_place_of_a_folder_is_refused_before_the_work(run, place, name):
+    (place / "results").mkdir()
+    (place / "results" / name).write_text("")
+    code, out, err = run(QUICK + " --budget density=0.5 bits=8")
+    assert code == 1 and len(err.splitlines()) == 1 and f"{name} is there and is no folder" in err
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_refused_before_the_work(run, place):
+    (place / "x.safetensors").mkdir()
+    code, _, err = run("train --task digits --network resnet18w2 --out {here}/x.safetensors")
+    assert code == 1 and "x.safetensors: written are only .safetensors files" in err
 
 
 def test_a_report_keeps_the_rows_of_earlier_commands(run, place):
@@ -269,7 +331,7 @@ def test_compare_from_training_to_report(run, place):
     code, out, err = run("compare --task digits --network resnet18w2 --epochs 1")
     assert code == 0 and "Traceback" not in err
     assert "8 bits, ünï" in out and "float32 baseline" in out and "4 bits" in out
-    made = read_rows(place / "results" / "rows" / "compare_digits.jsonl")
+    made = rows_of(place, "compare_digits")
     assert [row["name"] for row in made] == ["8 bits, ünï", "4 bits"]
     assert made[0]["setup"] == {"batch_size": 64, "augment": "digits", "autocast": False}
     page = (place / "results" / "reports" / "compare_digits.html").read_text(encoding="utf-8")
@@ -282,9 +344,9 @@ def test_compare_from_training_to_report(run, place):
 
 def test_an_interrupted_compare_goes_on_where_it_was(run, place, monkeypatch):
     """The baseline and the first row are done when it breaks off: neither is made again."""
-    whole, trainings = jobs.store_and_measure, []
-    monkeypatch.setattr(commands, "train_baseline",
-                        lambda *given, _f=commands.train_baseline, **more: trainings.append(1) or _f(*given, **more))
+    whole, trainings = execute.store_and_measure, []
+    monkeypatch.setattr(specs, "train_baseline",
+                        lambda *given, _f=specs.train_baseline, **more: trainings.append(1) or _f(*given, **more))
     counted = []
 
     def breaking(*given):
@@ -293,16 +355,16 @@ def test_an_interrupted_compare_goes_on_where_it_was(run, place, monkeypatch):
             raise KeyboardInterrupt
         return whole(*given)
 
-    monkeypatch.setattr(jobs, "store_and_measure", breaking)
+    monkeypatch.setattr(execute, "store_and_measure", breaking)
     words = "compare --task digits --network resnet18w2 --epochs 1"
     code, _, err = run(words)
     assert code == 130 and err.splitlines()[-1] == "interrupted; the same command with --resume continues"
-    rows_path = place / "results" / "rows" / "compare_digits.jsonl"
-    (first,) = read_rows(rows_path)
+    (first,) = rows_of(place, "compare_digits")
     code, out, _ = run(words + " --resume")
-    assert code == 0 and read_rows(rows_path)[0] == first and len(read_rows(rows_path)) == 2
+    made = rows_of(place, "compare_digits")
+    assert code == 0 and made[0] == first and len(made) == 2
     assert len(counted) == 3 and len(trainings) == 1 and "8 bits, ünï" in out
-    assert run(words + " --resume")[0] == 0 and len(read_rows(rows_path)) == 2 and len(counted) == 3
+    assert run(words + " --resume")[0] == 0 and rows_of(place, "compare_digits") == made and len(counted) == 3
 
 
 def test_a_shipped_baseline_is_taken_only_for_the_data_it_was_trained_on(run, place, monkeypatch):
@@ -313,19 +375,21 @@ def test_a_shipped_baseline_is_taken_only_for_the_data_it_was_trained_on(run, pl
     code, _, err = run(words)
     assert code == 0 and "train" not in err
     write_checkpoint(shipped, state, {"data": "other"})
-    monkeypatch.setattr(commands, "shorter", lambda setup, epochs: shorter(setup, 1))
+    monkeypatch.setattr(specs, "shorter", lambda setup, epochs: shorter(setup, 1))
     code, _, err = run(words)
     assert code == 0 and "digits_resnet18w2.safetensors has seen other pictures" in err and "train resnet18w2" in err
-    sources_of = [row["checkpoint"]["source"] for row in read_rows(place / "results" / "rows" / "compare_digits.jsonl")]
-    assert sources_of[0] == shipped.name and sources_of[-1] != shipped.name
+    sources_of = [row["checkpoint"]["source"] for row in rows_of(place, "compare_digits")]
+    assert len(sources_of) == 4 and sources_of.count(shipped.name) == 2
 
 
 def test_reproduce_prints_ours_beside_the_paper(run, place):
     code, out, _ = run("reproduce {here}/quick.toml --checkpoint {here}/start.safetensors --row first")
     assert code == 0 and "error_float" in out and "1.5" in out and "cost.density" in out
     code, out, _ = run("reproduce {here}/quick.toml --checkpoint {here}/start.safetensors")
-    names = [row["name"] for row in read_rows(place / "results" / "rows" / "quick.jsonl")]
-    assert code == 0 and names == ["first", "first", "second"]
+    names = [row["name"] for row in rows_of(place, "quick")]
+    assert code == 0 and names == ["first", "second"]
+    assert run("reproduce {here}/quick.toml --checkpoint {here}/start.safetensors --network resnet18w2 --row second "
+               "--resume")[0] == 0
     assert run("report quick")[0] == 0
     assert "| first | error_float | 1.5 |" in (place / "results" / "reports" / "quick.md").read_text(encoding="utf-8")
 
@@ -341,9 +405,9 @@ def test_report_of_all_rows_fills_the_readme(run, place, made, monkeypatch):
     filled = (place / "README.md").read_text(encoding="utf-8")
     assert "| prune_then_quantize density=0.5 bits=8 |" in filled and "| first | error_float | 1.5 |" in filled
     assert {path.stem for path in (place / "results" / "reports").glob("*.html")} == {"own", "quick"}
-    (place / "results" / "rows" / "empty.jsonl").write_text("")
+    (place / "results" / "rows" / "empty").mkdir()
     code, _, err = run("report --all")
-    assert code == 1 and "empty.jsonl holds no rows" in err
+    assert code == 1 and "empty holds no rows" in err
 
 
 def test_train_writes_a_checkpoint_that_compress_takes(run, place):
@@ -354,4 +418,4 @@ def test_train_writes_a_checkpoint_that_compress_takes(run, place):
     assert code == 0 and "held-out" in out and torch.equal(torch.random.get_rng_state(), before)
     assert run("compress prune_then_quantize --network resnet18w2 --checkpoint {here}/new/net.safetensors "
                "--budget density=0.5 bits=8 --seed 3")[0] == 0
-    assert read_rows(place / "results" / "rows" / "own.jsonl")[0]["seed"] == 3
+    assert rows_of(place, "own")[0]["seed"] == 3

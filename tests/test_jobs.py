@@ -1,17 +1,20 @@
 """Jobs: what a paper_configs file may say, what a method gets to see, and rows that are not made twice."""
 
+import dataclasses
 import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import jobs, measure
+from benchmarks import execute, jobs, measure
 from benchmarks.baselines import Baseline, Setup, find_setup
+from benchmarks.chance import unpack
 from benchmarks.data import open_dataset
-from benchmarks.jobs import CONFIGS, Job, Place, all_tables, file_name, module_lines, prepare, read_table, run_job, slug
+from benchmarks.execute import Place, Start, module_lines, run_job
+from benchmarks.jobs import CONFIGS, Job, all_tables, file_name, prepare, read_table
 from benchmarks.networks import build
-from benchmarks.rows import read_rows
+from benchmarks.rows import read_rows, slug
 from benchmarks.settings import build as build_settings
 from methods import find_method, method_names
 from methods.core.budget import Budget
@@ -120,7 +123,7 @@ def test_mistakes_in_jobs(changes, error, message):
 def test_names_of_files():
     assert slug("4-bit, 10 % [Ünïcode]") == "4-bit-10-ünïcode" and slug("../../etc") == "etc"
     job = Job("faithful", "m", "mnist", "lenet300")
-    names = {file_name(job), file_name(jobs.replace(job, seed=1)), file_name(jobs.replace(job, network="lenet5_bb"))}
+    names = {file_name(dataclasses.replace(job, **change)) for change in ({}, {"seed": 1}, {"network": "lenet5_bb"})}
     assert len(names) == 3 and "faithful-lenet300" in names
 
 
@@ -138,9 +141,9 @@ def test_a_method_sees_what_its_data_says(digits, kind):
     setup = Setup(Recipe(epochs=1, lr=0.1), augment="digits")
     if kind == "test":
         with pytest.raises(ConfigError, match="method.DATA = 'test': allowed are train, none, calibration"):
-            jobs.task_for(method, None, setup, digits, "resnet18w2", CPU)
+            execute.task_for(method, None, setup, digits, "resnet18w2", CPU)
         return
-    task = jobs.task_for(method, None, setup, digits, "resnet18w2", CPU)
+    task = execute.task_for(method, None, setup, digits, "resnet18w2", CPU)
     assert (task is None) == (kind == "none")
     if task is not None:
         assert (task.train is None) == (kind == "calibration")
@@ -184,8 +187,8 @@ def test_lines_of_code(tmp_path, monkeypatch):
 
 
 def test_knobs_of_a_budget():
-    assert jobs.knobs_of(Budget()) == 0
-    assert jobs.knobs_of(Budget(density={"a": 0.5, "b": 0.1}, bits=4)) == 3
+    assert execute.knobs_of(Budget()) == 0
+    assert execute.knobs_of(Budget(density={"a": 0.5, "b": 0.1}, bits=4)) == 3
 
 
 # --- a row -------------------------------------------------------------------------------------------------
@@ -212,14 +215,32 @@ def job(**changes):
 @pytest.fixture
 def run(digits, tmp_path):
     """run(job, resume) -> (row, lines said); with rows and models under tmp_path."""
-    baseline, scores = Baseline(build("resnet18w2", 10, 1).eval(), "digest", "source", {}), {}
+    scores = {}
 
-    def run(one, resume=False, start=baseline):
+    def run(one, resume=False, seed=0, provenance=None):
         screen = Screen()
-        place = Place(tmp_path, tmp_path / "runs", CPU, screen, resume, scores)
-        return run_job(one, digits, start, 50.0, place, "own"), screen.lines
+        name = f"{seed}" * 16
+        baseline = Baseline(build("resnet18w2", 10, 1, seed=seed).eval(), name, "source", provenance or {})
+        place = Place(tmp_path, CPU, screen, resume, scores)
+        return run_job(one, digits, Start(baseline, torch.arange(360) % 2 == 0, 50.0), place, "own"), screen.lines
 
     return run
+
+
+def rows_in(folder):
+    return read_rows(folder / "rows" / "own", print)
+
+
+def test_a_row_knows_chance(run):
+    """Standard error, held-out top-1, and the pairs of the baseline, which has every second picture right."""
+    row, _ = run(job())
+    for kind in ("float", "integer"):
+        right, pairs, share = unpack(row["right"][kind], 360), row["against_baseline"][kind], row[f"top1_{kind}"] / 100
+        assert int(right.sum()) == round(3.6 * row[f"top1_{kind}"])
+        assert row["standard_error"][kind] == pytest.approx(100 * (share * (1 - share) / 360) ** 0.5)
+        assert pairs["change"] == pytest.approx(row[f"top1_{kind}"] - 50) and pairs["low"] < pairs["high"]
+        assert (pairs["lost"], pairs["gained"]) == (int((~right[::2]).sum()), int(right[1::2].sum()))
+    assert row["baseline_top1"] == 50 and row["n_test"] == 360 and 0 <= row["held_out_top1"] <= 100
 
 
 def test_a_row_describes_its_file(run, tmp_path):
@@ -229,17 +250,18 @@ def test_a_row_describes_its_file(run, tmp_path):
     kept = sum(tensor.kept for tensor in decode(path).weights.values())
     assert row["cost"]["kept_weights"] == kept and row["cost"]["density"] == kept / row["dense_weights"]
     assert row["dense_macs"] == row["cost"]["macs"] and row["ranges_by"] == "method"
-    assert read_rows(tmp_path / "rows" / "own.jsonl") == [row]
+    assert rows_in(tmp_path) == [row] and row["file_digest"] == execute.digest_of(path)
     assert row["config"]["scope"] == "local" and row["budget"]["bits"] == 8
     assert not list((tmp_path / "runs").rglob("*.pt"))
 
 
 def test_the_same_weights_are_scored_once(run, monkeypatch):
-    counted, whole = [], measure.score
-    monkeypatch.setattr(measure, "score", lambda networks, _: counted.append(len(networks)) or whole(networks, _))
+    counted, whole = [], measure.right_of
+    monkeypatch.setattr(measure, "right_of", lambda networks, _: counted.append(len(networks)) or whole(networks, _))
     rows = [run(job(config={"activation_bits": bits}))[0] for bits in (8, 4)]
     rows.append(run(job(budget={"density": 0.4, "bits": 8}))[0])
-    assert counted == [2, 1, 2] and rows[0]["top1_float"] == rows[1]["top1_float"]
+    assert counted[::2] == [2, 1, 2] and counted[1::2] == [1, 1, 1]  # test, then held out
+    assert rows[0]["top1_float"] == rows[1]["top1_float"]
 
 
 def test_widths_of_the_index_by_layer(run):
@@ -252,20 +274,60 @@ def test_widths_of_the_index_by_layer(run):
 def test_resume_does_not_repeat_a_finished_job(run, tmp_path):
     first, _ = run(job())
     again, lines = run(job(paper={"error_float": 2.0}, note="other"), resume=True)
-    assert {**first, "paper": {"error_float": 2.0}, "note": "other"} == again and "in" in lines[0]
-    rows = tmp_path / "rows" / "own.jsonl"
-    assert len(read_rows(rows)) == 1
-    run(job(budget={"density": 0.4, "bits": 8}), resume=True)
-    run(job(seed=1), resume=True)
-    assert len(read_rows(rows)) == 3
-    run(job())  # without --resume it is asked for again
-    assert len(read_rows(rows)) == 4
+    assert first.changed(paper={"error_float": 2.0}, note="other") == again and "in" in lines[0]
+    assert rows_in(tmp_path) == [first]
+    other, _ = run(job(budget={"density": 0.4, "bits": 8}), resume=True)
+    seeded, _ = run(job(seed=1), resume=True)
+    assert rows_in(tmp_path) == [other, seeded]  # one of another budget takes the place of the first
+    assert len(list((tmp_path / "rows" / "own" / "superseded").iterdir())) == 1
+    path = tmp_path / "models" / seeded["file"]
+    path.write_bytes(b"other bytes")
+    assert run(job(seed=1), resume=True)[0]["file_digest"] == seeded["file_digest"] == execute.digest_of(path)
 
 
-def test_another_baseline_is_another_job(run, tmp_path):
-    run(job())
-    run(job(), resume=True, start=Baseline(build("resnet18w2", 10, 1, seed=1).eval(), "other", "source", {}))
-    assert len(read_rows(tmp_path / "rows" / "own.jsonl")) == 2
+def test_another_baseline_is_another_row(run, tmp_path):
+    """Its file, too: two commands at once cannot measure each other's."""
+    one, two = run(job())[0], run(job(), seed=1)[0]
+    assert len(rows_in(tmp_path)) == 2 and one["file"] != two["file"] and one["file_digest"] != two["file_digest"]
+    assert all(execute.is_of(tmp_path / "models" / row["file"], row) for row in (one, two))
+
+
+def test_what_is_measured_is_what_this_run_wrote(run, tmp_path, monkeypatch):
+    """Another process writes the same row while this one measures: each row has its own bytes until the end."""
+    whole, inner = execute.measure, []
+
+    def meanwhile(path, *given, **more):
+        monkeypatch.setattr(execute, "measure", whole)
+        inner.append(run(job(budget={"density": 0.1, "bits": 8}))[0])
+        return whole(path, *given, **more)
+
+    monkeypatch.setattr(execute, "measure", meanwhile)
+    outer = run(job())[0]
+    assert outer["file"] == inner[0]["file"] and outer["file_digest"] != inner[0]["file_digest"]
+    assert outer["cost"]["density"] > 0.4 and inner[0]["cost"]["density"] < 0.2
+    assert rows_in(tmp_path) == [outer] and execute.is_of(tmp_path / "models" / outer["file"], outer)
+
+
+def test_a_row_goes_on_from_the_states_of_another_commit(run, monkeypatch):
+    config = {"retrain": {"epochs": 1, "lr": 0.01}, "aware": {"epochs": 1, "lr": 0.01}}
+    method, whole = jobs.find_method("prune_then_quantize"), jobs.find_method("prune_then_quantize").compress
+
+    def cut(model, task, budget, config, generator, *, run=None):
+        whole(model, task, budget, config, generator, run=run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("benchmarks.runs.origin", lambda: ("first", True))
+    monkeypatch.setattr(method, "compress", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(job(config=config))
+    monkeypatch.setattr(method, "compress", whole)
+    for module in ("runs", "execute"):
+        monkeypatch.setattr(f"benchmarks.{module}.origin", lambda: ("second", False))
+    row, _ = run(job(config=config), resume=True)
+    assert (row["commit"], row["dirty"], row["mixed"]) == ("second", True, True) and not row.clean
+    assert row["made_by"] == [["first", True], ["second", False]]
+    assert run(job(config=config))[0].clean
+    assert not run(job(config=config), provenance={"commit": "x", "dirty": True})[0].clean
 
 
 def test_an_unknown_float_layer_is_refused_before_any_work(run, tmp_path):
@@ -287,7 +349,7 @@ def test_a_damaged_file_is_never_measured(run, monkeypatch, tmp_path):
         encode(compressed, path, **options)
         path.write_bytes(path.read_bytes()[:-1])
 
-    monkeypatch.setattr(jobs, "encode", damaging)
+    monkeypatch.setattr(execute, "encode", damaging)
     with pytest.raises(ValueError, match="checksum"):
         run(job())
-    assert not (tmp_path / "rows").exists()
+    assert not (tmp_path / "rows").exists() and not [path for path in tmp_path.rglob("*") if path.is_file()]

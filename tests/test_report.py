@@ -25,7 +25,7 @@ def row(name, method="m", top1=90.0, size=1000, **more):
             "bytes_split": {"codes": size - 10, "header": 10}, "cost": cost, "paper": {},
             "accounting": {"bits": {}, "ratios": {"data_only": 12.5, "prune_quantize_huffman": 9.0}},
             "layers": {"conv1": dict(LAYER), "fc": {**LAYER, "index_bits": 5, "levels": 15}}, "paper_mode_bytes": 900,
-            "difficulty": {"data": "train", "knobs": 3, "lines": 60, "seconds": 1.25}, "notes": {},
+            "difficulty": {"data": "train", "knobs": 3, "lines": 60, "cpu_seconds": 1.25}, "notes": {},
             "checkpoint": {"digest": "d", "source": "s"}, **more}
 
 
@@ -93,7 +93,7 @@ def test_columns_stand_along_three_axes():
 def test_cells():
     shown = dict(zip([c.header for c in table.COLUMNS], table.cells(row("a", size=1_234_567)), strict=True))
     assert shown["file"] == "1.23 MB" and shown["top-1 float"] == "90.25" and shown["density"] == "0.5"
-    assert shown["BOPs"] == "16 K" and shown["seconds"] == "1.2" and shown["smaller"] == "0.0x"
+    assert shown["BOPs"] == "16 K" and shown["CPU seconds"] == "1.2" and shown["smaller"] == "0.0x"
 
 
 @pytest.mark.parametrize("n, text", [(0, "0 B"), (0.4, "0.4 B"), (999, "999 B"), (999.6, "1 KB"), (1000, "1 KB"),
@@ -109,12 +109,6 @@ def test_baseline_is_dense_float32():
     assert base["top1_float"] == 95.5 and base["bytes"] == 4000 and base["cost"]["density"] == 1
     assert base["cost"]["macs"] == 700 and base["cost"]["bops"] == base["cost"]["sparse_bops"] == 700 * 1024
     assert "—" in table.cells(base) and "None" not in "".join(table.cells(base))
-
-
-def test_the_last_of_equal_rows_counts():
-    rows = [row("a", top1=1), row("b"), row("a", top1=2), row("a", network="other"), row("a", seed=1)]
-    assert [(r["name"], r["network"], r["seed"], r["top1_integer"]) for r in table.latest(rows)] == [
-        ("a", "net", 0, 2), ("b", "net", 0, 90), ("a", "other", 0, 90), ("a", "net", 1, 90)]
 
 
 def test_rows_stand_under_their_own_baseline():

@@ -1,167 +1,174 @@
-"""Result rows: whole or not at all, whatever the disk does and whoever else writes."""
+"""Result rows: one file each, whole or not at all, whatever the disk does and whoever else writes."""
 
 import errno
 import json
 import multiprocessing
 import os
-import resource
-import signal
 import subprocess
 
 import pytest
 
-from benchmarks import rows
-from benchmarks.rows import REPORTED, append_row, provenance, read_rows
+from benchmarks import provenance as origins
+from benchmarks.provenance import joined, provenance
+from benchmarks.rows import FORM, RESULTS, SUPERSEDED, Row, finished, read_row, read_rows, stem, tables, write_row
 from methods.core.errors import CompressError
+from methods.core.file import container
+
+EXAMPLES = {int: 3, str: "x", (int, float): 1.5, (str, type(None)): "key", (int, float, type(None)): None}
+
+
+def filled(form):
+    return {key: filled(part) if isinstance(part, dict) else EXAMPLES[part] for key, part in form.items()}
 
 
 def row(name, **more):
-    return {**dict.fromkeys(REPORTED), "name": name, **more}
+    return Row({**filled(FORM), "schema": 2, "name": name, "checkpoint": {"digest": "0123456789abcdef", "source": "s"},
+                **more})
 
 
-def test_append_and_read(tmp_path):
-    path = tmp_path / "new" / "ünï.jsonl"
-    written = [row("a", layers={"z": 1, "a": [0.1, None]}), row("é\u2028 \x85\n"), row("c" * 100_000)]
+def silent(line):
+    raise AssertionError(line)
+
+
+def test_write_and_read(tmp_path):
+    written = [row("a", order=2, layers={"z": 1, "a": [0.1, None]}), row("é\u2028 \x85\n", order=0),
+               row("c" * 100, order=1, note="\x1b[31m")]
     for one in written:
-        append_row(path, one)
-    assert read_rows(path) == written
-    assert list(read_rows(path)[0]["layers"]) == ["z", "a"]  # in the order of the network
-    assert len(path.read_bytes().splitlines()) == 3
+        path = write_row(tmp_path / "new", one)
+        assert read_row(path) == one and path.stem == one.stem
+    found = read_rows(tmp_path / "new", silent)
+    assert found == [written[1], written[2], written[0]]  # by their order, not by name
+    assert list(found[2]["layers"]) == ["z", "a"]  # in the order of the network
+    with pytest.raises(TypeError):
+        found[0]["name"] = "other"
 
 
-def test_an_open_last_line_is_closed_first(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(row("a")))
-    append_row(path, row("b"))
-    assert [one["name"] for one in read_rows(path)] == ["a", "b"]
+def test_names_of_files():
+    assert row("4-bit, 10 %", network="Net", seed=3).stem == "4-bit-10-net-seed3-01234567"
+    names = {stem("a", "n", 0, "1" * 16), stem("a", "n", 0, "2" * 16), stem("a", "n", 1, "1" * 16),
+             stem("a", "m", 0, "1" * 16), stem("b", "n", 0, "1" * 16)}
+    assert len(names) == 5
 
 
-def test_lines_of_another_program(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("\n" + json.dumps(row("ä\u2028"), ensure_ascii=False) + "\n\n  \n", encoding="utf-8")
-    assert [one["name"] for one in read_rows(path)] == ["ä\u2028"]
+def test_a_row_of_another_job_is_kept_aside(tmp_path):
+    for job, top1 in (("one", 1), ("one", 2), ("two", 3), ("three", 4)):
+        path = write_row(tmp_path, row("a", job=job, top1_float=top1))
+    assert read_row(path)["top1_float"] == 4 and len(list(tmp_path.glob("*.json"))) == 1
+    aside = {one["job"]: one["top1_float"] for one in map(read_row, (tmp_path / SUPERSEDED).iterdir())}
+    assert aside == {"one": 2, "two": 3} and [one["job"] for one in read_rows(tmp_path, silent)] == ["three"]
 
 
-@pytest.mark.parametrize("line, fault", [(b"{", "line 2, is not a row"), (b"3", "it is no JSON object"),
-                                         (b'"\xff"', "line 2, is not a row"), (b'{"name": "b"}', "it lacks .*bytes"),
-                                         (b'{"name": "half', "line 2, is not a row")])
-def test_malformed_lines_are_named(tmp_path, line, fault):
-    path = tmp_path / "rows.jsonl"
-    append_row(path, row("a"))
-    with open(path, "ab") as file:
-        file.write(line + b"\n")
-    with pytest.raises(CompressError, match=fault) as caught:
-        read_rows(path)
-    assert "rows.jsonl" in str(caught.value) and "\n" not in str(caught.value)
+def test_finished(tmp_path):
+    one = row("a", job="key")
+    assert finished(tmp_path, one.stem, "key") is None
+    path = write_row(tmp_path, one)
+    assert finished(tmp_path, one.stem, "key") == one and finished(tmp_path, one.stem, "other") is None
+    path.write_bytes(path.read_bytes()[:200])
+    assert finished(tmp_path, one.stem, "key") is None
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(CompressError, match="cannot read the rows .*absent.jsonl: No such file"):
-        read_rows(tmp_path / "absent.jsonl")
+TORN = [b"{", b"3", b'"\xff"', b'{"name": "b"}', b"", b"[" * 100_000, b'{"schema": ' + b"9" * 5000 + b"}"]
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"x"])
+@pytest.mark.parametrize("data", TORN, ids=[repr(data[:8]) for data in TORN])
+def test_what_is_no_row_is_said_and_does_not_stop_the_others(tmp_path, data):
+    write_row(tmp_path, row("b"))
+    torn = tmp_path / f"{row('a').stem}.json"
+    torn.write_bytes(data)
+    said = []
+    assert [one["name"] for one in read_rows(tmp_path, said.append)] == ["b"]
+    assert len(said) == 1 and torn.name in said[0] and "\n" not in said[0] and len(said[0]) < 1000
+    assert torn.read_bytes() == data
+    write_row(tmp_path, row("a"))  # and is kept where its row is made again
+    assert [path.read_bytes() for path in (tmp_path / SUPERSEDED).iterdir()] == [data]
+
+
+@pytest.mark.parametrize("change, fault", [
+    ({"schema": 1}, "schema 1; read here is 2"), ({"bytes": "3"}, "has bytes = '3'"), ({"bytes": True}, "bytes = True"),
+    ({"cost": 3}, "has cost = 3, no table"), ({"cost": {}}, "lacks cost.bops, cost.density"),
+    ({"top1_float": float("nan")}, "top1_float = nan"), ({"x": {"deep": [10**400]}}, "x.deep = a number beyond"),
+    ({"note": "a\ud800"}, "half a letter .* in note"), ({"checkpoint": {"digest": 3, "source": "s"}}, "digest = 3"),
+])
+def test_faults_are_named(change, fault):
+    with pytest.raises(CompressError, match=f"not a row: it .*{fault}"):
+        row("a", **change)
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("absent", "file"):
+        with pytest.raises(CompressError, match=f"there are no rows .*{name}"):
+            read_rows(tmp_path / name, silent)
+    with pytest.raises(CompressError, match="cannot be written|File exists"):
+        write_row(tmp_path / "file", row("a"))
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"x"])
 def test_what_is_not_json_is_refused_before_writing(tmp_path, value):
-    path = tmp_path / "rows.jsonl"
-    append_row(path, row("a"))
+    path = write_row(tmp_path, row("a"))
     before = path.read_bytes()
     with pytest.raises(CompressError, match="not JSON"):
-        append_row(path, row("b", note=value))
+        write_row(tmp_path, row("a", note=value))
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("open_line", [False, True])
-@pytest.mark.parametrize("written", [0, 1, 50, None])
-def test_a_full_disk_leaves_earlier_rows(tmp_path, monkeypatch, written, open_line):
-    """`written` bytes reach the file before the disk is full; None: all, but the flush fails."""
-    path = tmp_path / "rows.jsonl"
-    append_row(path, row("a"))
-    if open_line:
-        path.write_bytes(path.read_bytes().rstrip())
-    before, write, calls = path.read_bytes(), os.write, []
+def test_a_full_disk_leaves_the_earlier_row(tmp_path, monkeypatch):
+    path = write_row(tmp_path, row("a", job="one"))
+    before = path.read_bytes()
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def part(descriptor, data):
-        calls.append(data)
-        return write(descriptor, data[:written]) if len(calls) == 1 and written else full()
-
-    monkeypatch.setattr(rows.os, "fsync" if written is None else "write", full if written is None else part)
-    with pytest.raises(CompressError, match="rows.jsonl: No space left on device; earlier rows are intact"):
-        append_row(path, row("b"))
+    monkeypatch.setattr(container.os, "fsync", full)
+    with pytest.raises(CompressError, match="No space left on device"):
+        write_row(tmp_path, row("a", job="two"))
     monkeypatch.undo()
-    assert path.read_bytes() == before
-    append_row(path, row("c"))
-    assert [one["name"] for one in read_rows(path)] == ["a", "c"]
+    assert path.read_bytes() == before and not list(tmp_path.rglob("*.tmp"))
 
 
-def test_an_interruption_leaves_earlier_rows(tmp_path, monkeypatch):
-    path = tmp_path / "rows.jsonl"
-    append_row(path, row("a"))
-    before, write, calls = path.read_bytes(), os.write, []
-
-    def interrupted(descriptor, data):
-        calls.append(data)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return write(descriptor, data[:30])
-
-    monkeypatch.setattr(rows.os, "write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        append_row(path, row("b"))
-    assert path.read_bytes() == before
-
-
-def forked(function, *given):
-    """A process of its own without the seconds that importing torch takes."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=given)
-    process.start()
-    return process
-
-
-def append_under_a_limit(path, size):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-    with pytest.raises(CompressError, match="earlier rows are intact"):
-        append_row(path, row("x" * 5000))
-
-
-def test_a_real_limit_leaves_earlier_rows(tmp_path):
-    """The system itself cuts the write after the first bytes of the row."""
-    path = tmp_path / "rows.jsonl"
-    append_row(path, row("a"))
-    before = path.read_bytes()
-    process = forked(append_under_a_limit, path, len(before) + 1000)
-    process.join()
-    assert process.exitcode == 0 and path.read_bytes() == before
-
-
-def append_many(path, writer, count):
-    whole = os.write
-    rows.os.write = lambda descriptor, data: whole(descriptor, data[:7000])  # a slow disk takes a row in parts
+def write_many(folder, writer, count):
     for i in range(count):
-        append_row(path, row(f"{writer}-{i}", note="x" * 20_000))
+        write_row(folder, row(f"{writer}-{i}", notes={"x": "x" * 20_000}))
+        write_row(folder, row("shared", job="key", bytes=writer))
 
 
-def test_processes_append_at_once(tmp_path):
-    path, count = tmp_path / "rows.jsonl", 20
-    processes = [forked(append_many, path, writer, count) for writer in range(3)]
+def test_processes_write_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")  # without the seconds that importing torch takes
+    processes = [context.Process(target=write_many, args=(tmp_path, writer, 10)) for writer in range(3)]
+    for process in processes:
+        process.start()
     for process in processes:
         process.join()
-    names = [one["name"] for one in read_rows(path)]
-    for i in range(3):  # each one's rows in its own order
-        assert [name for name in names if name.startswith(f"{i}-")] == [f"{i}-{j}" for j in range(count)]
-    assert len(names) == 3 * count
+    names = {one["name"] for one in read_rows(tmp_path, silent)}
+    assert names == {f"{writer}-{i}" for writer in range(3) for i in range(10)} | {"shared"}
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(CompressError, match="could not be appended"):
-        append_row(tmp_path / "file" / "rows.jsonl", row("a"))
+def test_committed_rows_are_rows():
+    folders = tables(RESULTS)
+    rows = [(path, read_row(path)) for folder in folders for path in folder.rglob("*.json")]
+    assert len(rows) >= 100 and all(one["table"] == path.relative_to(RESULTS / "rows").parts[0] for path, one in rows)
+    assert all(path.stem == one.stem for path, one in rows if path.parent.name != SUPERSEDED)
+    assert all(one.clean for _, one in rows)
 
 
 # --- provenance --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts, dirty, mixed, clean", [
+    ([("a", False)], False, False, True), ([("a", False), ("a", False)], False, False, True),
+    ([("a", True), ("a", False)], True, True, False), ([("a", False), ("b", False)], False, True, False),
+    ([(None, None)], None, False, False), ([("a", False), (None, None)], None, True, False),
+    ([("a", True), (None, None)], True, True, False), ([("a", True)], True, False, False)])
+def test_all_code_that_worked_on_a_row_counts(parts, dirty, mixed, clean):
+    said = joined(parts)
+    assert (said["dirty"], said["mixed"], said["commit"]) == (dirty, mixed, parts[-1][0])
+    assert row("a", **said).clean is clean
+
+
+def test_a_dirty_baseline_makes_no_clean_row():
+    start = {"digest": "0" * 16, "source": "s", "dirty": True}
+    assert not row("a", **joined([("a", False)]), checkpoint=start).clean
+    assert row("a", **joined([("a", False)]), checkpoint={**start, "dirty": False}).clean
 
 
 @pytest.fixture
@@ -174,7 +181,7 @@ def repository(tmp_path, monkeypatch):
     (tmp_path / "code.py").write_text("1")
     git("add", "code.py")
     git("commit", "-qm", "first")
-    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setattr(origins, "ROOT", tmp_path)
     return tmp_path, git
 
 
@@ -182,7 +189,7 @@ def test_commit_and_dirty_flag(repository):
     folder, git = repository
     assert provenance()["commit"] == git("rev-parse", "HEAD") and provenance()["dirty"] is False
     (folder / "results").mkdir()
-    (folder / "results" / "rows.jsonl").write_text("{}")
+    (folder / "results" / "row.json").write_text("{}")
     assert provenance()["dirty"] is False  # what a run writes does not make the next run dirty
     (folder / "new.py").write_text("")
     assert provenance()["dirty"] is True
@@ -194,7 +201,7 @@ def test_a_changed_file_is_dirty(repository):
 
 
 def test_without_git_the_environment_speaks(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "ROOT", tmp_path)
+    monkeypatch.setattr(origins, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     monkeypatch.delenv("JOINTCOMPRESS_COMMIT", raising=False)
     assert (provenance()["commit"], provenance()["dirty"]) == (None, None)

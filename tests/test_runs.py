@@ -1,6 +1,8 @@
 """Runs on disk: states survive an interruption, resume to the bytes of an uninterrupted run, and say little."""
 
 import io
+import multiprocessing
+import os
 import re
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import runs
+from benchmarks.locks import is_free, locked
 from benchmarks.runs import Clock, DiskRun, Screen, run_key
 from methods import deep_compression, prune_then_quantize
 from methods.core.budget import Budget
@@ -22,8 +25,19 @@ SHORT = Recipe(epochs=1, lr=0.02)
 class Silent:
     """A screen that shows nothing."""
 
+    said: list = []
+
     def update(self, label, step, total, metrics):
         pass
+
+    def say(self, line):
+        self.said.append(line)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said(monkeypatch):
+    monkeypatch.setattr(Silent, "said", [])
+    monkeypatch.setattr(runs, "origin", lambda: ("commit", False))
 
 
 def disk(folder, resume=True, **fields):
@@ -64,7 +78,7 @@ def test_save_load_forget(tmp_path):
     state = disk(tmp_path).load()
     assert state["count"] == 2 and torch.equal(state["w"], torch.arange(3.0))
     assert state["nested"] == {"a": [None, "b", (1, 2.5)]}
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["state.pt"]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"state.pt", "before.pt"}
     run.forget()
     assert disk(tmp_path).load() is None and not (tmp_path / "run").exists()
     run.forget()  # nothing is there: not an error
@@ -89,15 +103,70 @@ def test_stages_have_states_of_their_own(tmp_path):
     assert again.stage("retrain").label == "label: retrain"
 
 
-@pytest.mark.parametrize("content", [b"", b"PK\3\4 cut", b"\x80\x02garbage", None])
-def test_a_damaged_state_is_named(tmp_path, content):
+def flips(size):
+    """Bits all over a state: of its digest, its head, its middle, its end."""
+    return [*range(0, 256, 31), *range(256, 8 * size, size // 3 * 8 + 5), 8 * size - 1]
+
+
+def test_a_flipped_bit_is_never_resumed(tmp_path):
+    """The state before it goes on; where that is bad too, nothing does, and it is said."""
     run = disk(tmp_path)
-    run.save({"a": torch.zeros(100)})
+    run.save({"n": 1, "w": torch.arange(50.0)})
+    run.save({"n": 2, "w": torch.arange(50.0)})
     path = tmp_path / "run" / "state.pt"
-    path.write_bytes(path.read_bytes()[:300] if content is None else content)
-    with pytest.raises(CompressError, match="state.pt is damaged: start again without --resume") as caught:
-        run.load()
-    assert "\n" not in str(caught.value)
+    whole = path.read_bytes()
+    for bit in flips(len(whole)):
+        data = bytearray(whole)
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        assert disk(tmp_path).load()["n"] == 1 and "state.pt is damaged" in Silent.said.pop(), bit
+    for content in (b"", whole[:300], b"garbage"):
+        path.write_bytes(content)
+        assert disk(tmp_path).load()["n"] == 1
+    (tmp_path / "run" / "before.pt").write_bytes(b"x")
+    assert disk(tmp_path).load() is None and "this part starts again" in Silent.said[-1]
+    assert not any("\n" in line for line in Silent.said)
+
+
+def test_a_cut_between_the_two_files_goes_on_from_the_one_before(tmp_path, monkeypatch):
+    run = disk(tmp_path)
+    run.save({"n": 1})
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "write_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.save({"n": 2})
+    monkeypatch.undo()
+    assert disk(tmp_path).load() == {"n": 1}
+
+
+def test_a_state_of_another_version_is_refused(tmp_path):
+    run = disk(tmp_path)
+    run.save({"n": 1})
+    buffer = io.BytesIO()
+    torch.save({"state": {}}, buffer)
+    path = tmp_path / "run" / "state.pt"
+    path.write_bytes(runs.hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue())
+    assert disk(tmp_path).load() is None and "of another version" in Silent.said[0]
+
+
+def test_states_say_which_code_made_them(tmp_path, monkeypatch):
+    """A state of uncommitted code, gone on with after a checkout, does not pass as clean; all stages know it."""
+    monkeypatch.setattr(runs, "origin", lambda: ("old", True))
+    disk(tmp_path).stage("a").save({})
+    monkeypatch.setattr(runs, "origin", lambda: ("new", False))
+    again = disk(tmp_path)
+    assert again.origins == [("new", False)]
+    again.stage("b").load()
+    assert again.origins == [("new", False)]
+    again.stage("a").load()
+    assert again.origins == [("old", True), ("new", False)]
+    again.stage("b").save({})
+    third = disk(tmp_path)
+    third.stage("b").load()
+    assert third.origins == [("old", True), ("new", False)]
 
 
 def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
@@ -115,20 +184,75 @@ def test_a_full_disk_keeps_the_last_state(tmp_path, monkeypatch):
 
 
 def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(runs.time, "perf_counter", lambda: now[0])
-    run = disk(tmp_path, clock=Clock(started=now[0]))
-    now[0] += 30
+    now = [100.0, 900.0]
+    monkeypatch.setattr(runs, "_now", lambda: tuple(now))
+
+    def later(cpu, wall):
+        now[:] = [now[0] + cpu, now[1] + wall]
+
+    run = disk(tmp_path, clock=Clock())
+    later(30, 40)
     run.stage("a").save({})
-    now[0] += 1000  # lost with the interruption: nothing was saved
-    again = disk(tmp_path, clock=Clock(started=now[0]))
+    later(1000, 2000)  # lost with the interruption: nothing was saved
+    again = disk(tmp_path, clock=Clock())
     again.stage("a").load()
-    now[0] += 12
-    assert again.clock.seconds() == 42
+    later(12, 13)
+    assert again.clock.seconds() == (42, 53)
     again.stage("b").save({})
-    third = disk(tmp_path, clock=Clock(started=now[0]))
+    third = disk(tmp_path, clock=Clock())
     assert third.stage("a").load() == third.stage("b").load() == {}
-    assert third.clock.seconds() == 42
+    assert third.clock.seconds() == (42, 53)
+
+
+def test_leftovers_are_removed(tmp_path, monkeypatch):
+    """Parts of files and states of finished rows go; what is young, locked or not ours stays."""
+    states = tmp_path / "runs"
+    for name in ("done", "cut", "old", "locked"):
+        disk(states / name).save({})
+        (states / f"{name}.lock").write_text("")
+    for path in (tmp_path / ".part.tmp", states / ".young.tmp", tmp_path / "own.tmp"):
+        path.write_text("x")
+    month = runs.time.time() - 31 * 86_400
+    os.utime(tmp_path / ".part.tmp", (month, month))
+    os.utime(tmp_path / "own.tmp", (month, month))
+    os.utime(states / "old" / "run" / "state.pt", (month, month))
+    with locked(states / "locked.lock"):
+        runs.clean_up(tmp_path, {"done", "locked"}, Silent())
+        assert {path.name for path in states.iterdir()} == {"cut", "locked", "locked.lock", ".young.tmp"}
+    assert (tmp_path / "own.tmp").exists() and not (tmp_path / ".part.tmp").exists()
+    assert len(Silent.said) == 1 and "old, not continued for 30 days" in Silent.said[0]
+
+
+# --- locks -------------------------------------------------------------------------------------------------
+
+
+def hold(path, started, release, order):
+    with locked(path):
+        started.set()
+        release.wait(30)
+        order.put("first")
+
+
+def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
+    context, path = multiprocessing.get_context("fork"), tmp_path / "deep" / "a.lock"
+    for killed in (False, True):
+        started, release, order, waited = context.Event(), context.Event(), context.Queue(), []
+        process = context.Process(target=hold, args=(path, started, release, order))
+        process.start()
+        assert started.wait(30) and not is_free(path)
+
+        def waiting(seen=waited, end=release, kill=killed, held_by=process):
+            seen.append(1)
+            held_by.kill() if kill else end.set()
+
+        with locked(path, waiting) as had_to_wait:
+            assert had_to_wait and waited == [1]
+            if not killed:
+                assert order.get(timeout=30) == "first"
+        process.join()
+        assert not path.exists() and is_free(path)
+        with locked(path) as had_to_wait:
+            assert not had_to_wait
 
 
 def test_keys_depend_on_all_facts_and_not_on_their_order():
@@ -153,7 +277,8 @@ def test_what_train_saves_is_plain(tiny, tmp_path):
     run = disk(tmp_path)
     train(tiny.model(), tiny.task(), Recipe(epochs=2, lr=0.02, ema=0.9), torch.Generator().manual_seed(0), run=run,
           hooks=Counting())
-    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["state"]
+    data = (tmp_path / "run" / "state.pt").read_bytes()[runs.DIGEST:]
+    state = torch.load(io.BytesIO(data), weights_only=True)["state"]
     assert len(state["history"]) == 2 and state["hooks"][0]["list"] == [1, 2.0, None]
     assert state["model"].keys() == tiny.model().state_dict().keys()
 

@@ -15,7 +15,7 @@ from .table import COLUMNS, cells, listed
 
 Row = Mapping[str, Any]
 FACTS = ("note", "file", "task", "network", "seed", "budget", "config", "setup", "checkpoint", "data", "integer",
-         "ranges_by", "commit", "dirty", "device", "threads", "torch", "numpy", "python", "cpu", "gpu")
+         "ranges_by", "commit", "dirty", "mixed", "device", "threads", "torch", "numpy", "python", "cpu", "gpu")
 STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#1a1a1a;background:#fff}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:1em 0;display:block;overflow-x:auto}

@@ -61,14 +61,9 @@ COLUMNS = (
     Column(DIFFICULTY, "data", lambda r: r["difficulty"]["data"], str, "what the method has to see"),
     Column(DIFFICULTY, "knobs", lambda r: r["difficulty"]["knobs"], str, "settings of budget and configuration"),
     Column(DIFFICULTY, "lines", lambda r: r["difficulty"]["lines"], str, "lines of code of the method's module"),
-    Column(DIFFICULTY, "seconds", lambda r: r["difficulty"]["seconds"], "{:.1f}".format,
-           "to compress, on the machine of the row"),
+    Column(DIFFICULTY, "CPU seconds", lambda r: r["difficulty"]["cpu_seconds"], "{:.1f}".format,
+           "of all cores, to compress, on the machine of the row"),
 )
-
-
-def latest(rows: Sequence[Row]) -> list[Row]:
-    """Of rows with one name, task, network and seed the last."""
-    return list({(row["task"], row["network"], row["name"], row["seed"]): row for row in rows}.values())
 
 
 def told_apart(rows: Sequence[Row]) -> list[Row]:
@@ -103,7 +98,7 @@ def baseline_row(row: Row) -> dict[str, Any]:
     full = {**cost, "macs": macs, "density": 1.0, "mean_bits": 32.0, "bops": macs * 1024, "sparse_bops": macs * 1024}
     return {"name": "float32 baseline", "method": "none", "top1_float": row["baseline_top1"], "top1_integer": None,
             "bytes": row["float32_bytes"], "float32_bytes": row["float32_bytes"], "cost": full,
-            "difficulty": dict.fromkeys(("data", "knobs", "lines", "seconds"))}
+            "difficulty": dict.fromkeys(("data", "knobs", "lines", "cpu_seconds"))}
 
 
 def terminal(rows: Sequence[Row], title: str, width: int) -> Group:

@@ -1,0 +1,216 @@
+"""Running a job: the method, the file, and everything a row says about that very file."""
+
+import ast
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods import data_of
+from methods.core.artifact import CompressedModel
+from methods.core.budget import Budget
+from methods.core.errors import ConfigError
+from methods.core.file.storage import encode, load
+from methods.core.graph.build import weight_layers
+from methods.core.train.task import Task
+
+from .baselines import Baseline, Setup, find_setup, skeleton
+from .chance import paired, standard_error, unpack
+from .checkpoints import digest_of
+from .data import Dataset, test_batches
+from .jobs import Job, prepare
+from .locks import locked
+from .measure import measure, reestimate_batchnorm, right_of, top1_of, with_ranges
+from .networks import find
+from .provenance import joined, origin, surroundings
+from .rows import SCHEMA, Row, finished, stem, write_row
+from .runs import DiskRun, Screen, run_key
+from .settings import build, count_knobs, merge, plain
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where jobs run and where their results go.
+
+    scores  {digest of decoded tensors: which test inputs are right}, of networks measured before
+    """
+
+    results: Path
+    device: torch.device
+    screen: Screen
+    resume: bool = False
+    scores: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def states(self) -> Path:
+        return self.results / "runs"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The network a job starts from, which test inputs it has right (bool [n]), and its held-out top-1."""
+
+    baseline: Baseline
+    right: Tensor
+    held_out_top1: float
+
+    @property
+    def top1(self) -> float:
+        return top1_of(self.right)
+
+
+def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, order: int = 0) -> Row:
+    """Compress, encode, decode, measure, write the row and return it.
+
+    Where `place.resume` is set and the row of this very job is there already with its file, that row is returned; and
+    so it is where another process was at work on this job, and has finished it.
+    """
+    method, budget, config = prepare(job)
+    network = skeleton(dataset, job.network)
+    check_layers(job, list(weight_layers(network)))
+    setup = setup_of(job, dataset)
+    key, folder = job_key(job, dataset, setup, start.baseline), place.results / "rows" / table
+
+    def waiting() -> None:
+        place.screen.say(f"{job.name}: another process is at work on it: waiting for its row")
+
+    with locked(place.states / f"{key}.lock", waiting) as waited:
+        done = finished(folder, stem(job.name, job.network, job.seed, start.baseline.digest), key)
+        if done is not None and (place.resume or waited) and is_of(place.results / "models" / done["file"], done):
+            place.screen.say(f"{job.name}: its row is in {folder} already, from commit {done.get('commit')}")
+            return done.changed(paper=plain(job.paper), note=job.note, order=order)
+        task = task_for(method, config, setup, dataset, job.network, place.device)
+        run = DiskRun(place.states / key, job.name, place.screen, resume=place.resume or waited)
+        generator = torch.Generator().manual_seed(job.seed)
+        compressed = method.compress(start.baseline.model, task, budget, config, generator, run=run)
+        cpu, wall = run.clock.seconds()
+        given = described(job, setup, dataset, start.baseline) | {
+            "table": table, "order": order, "job": key, "budget": plain(budget), "config": plain(config),
+            "notes": plain(compressed.notes), "device": place.device.type,
+            "difficulty": {"data": data_of(method, config), "knobs": count_knobs(config) + knobs_of(budget),
+                           "lines": module_lines(method), "cpu_seconds": cpu, "wall_seconds": wall}}
+        row = store(given, compressed, job, network, dataset, setup, start, place, run)
+        run.forget()
+        return row
+
+
+def setup_of(job: Job, dataset: Dataset) -> Setup:
+    """The baseline's setup with the job's changes."""
+    setup = find_setup(dataset.name, job.network)
+    return build(Setup, merge(plain(setup), job.setup), "setup ")
+
+
+def job_key(job: Job, dataset: Dataset, setup: Setup, baseline: Baseline) -> str:
+    """Of all that determines the file: not what is printed beside it."""
+    return run_key({"job": plain(replace(job, paper={}, note="")), "setup": _batches(setup),
+                    "checkpoint": baseline.digest, "data": dataset.digest})
+
+
+def _batches(setup: Setup) -> dict[str, Any]:
+    return {key: value for key, value in plain(setup).items() if key != "recipe"}  # that one is the baseline's
+
+
+def described(job: Job, setup: Setup, dataset: Dataset, baseline: Baseline) -> dict[str, Any]:
+    """What went in, as a row says it."""
+    return {"schema": SCHEMA, "name": job.name, "method": job.method, "task": job.task, "network": job.network,
+            "seed": job.seed, "setup": _batches(setup), "note": job.note, "paper": plain(job.paper),
+            "data": dataset.digest, "checkpoint": baseline.described()}
+
+
+def store(given: Mapping[str, Any], compressed: CompressedModel, job: Job, network: nn.Module, dataset: Dataset,
+          setup: Setup, start: Start, place: Place, run: DiskRun) -> Row:
+    """Write the file under a name of its own, measure it, and only then give file and row their names, together."""
+    name = stem(job.name, job.network, job.seed, start.baseline.digest)
+    path = place.results / "models" / given["table"] / f"{name}.jc"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        scores = place.scores.setdefault((dataset.digest, job.network), {})
+        measured = store_and_measure(compressed, own, job, network, dataset, setup, start, scores)
+        row = Row({**measured, **given, "file": f"{path.parent.name}/{path.name}",
+                   **joined([*run.origins, origin()]), **surroundings()})
+        with locked(place.states / f"{given['table']}-{name}.lock"):
+            os.replace(own, path)
+            write_row(place.results / "rows" / given["table"], row)
+    finally:
+        own.unlink(missing_ok=True)
+    return row
+
+
+def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network: nn.Module, dataset: Dataset,
+                      setup: Setup, start: Start, scores: dict[str, Tensor]) -> dict:
+    """Write the file (with the harness's activation ranges where the method has none), then measure the file."""
+    scaling = find(job.network).scaling
+    calibration = setup.task(dataset, job.network, torch.device("cpu"))
+    encode(with_ranges(compressed, network, calibration), path, mode="best")
+    height, width, channels = dataset.image_shape
+    test = test_batches(dataset, batch_size=250, device=torch.device("cpu"), scaling=scaling)
+    row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
+                  float_policy=job.float_policy, scores=scores, held_out=calibration.held_out.epoch(None))
+    if job.bn_reestimation:
+        inputs = calibration.training_inputs(job.bn_reestimation, torch.Generator().manual_seed(job.seed))
+        model = reestimate_batchnorm(load(path, network), inputs)
+        row |= {"bn_reestimation": job.bn_reestimation,
+                "top1_float_bn_reestimated": top1_of(right_of([model], test.epoch(None))[0])}
+    return {**row, **beside(start, row["right"]), "file_digest": digest_of(path)}
+
+
+def beside(start: Start, right: Mapping[str, str]) -> dict[str, Any]:
+    """What chance and the baseline say of the packed answers {arithmetic: text}."""
+    n = len(start.right)
+    answers = {kind: unpack(text, n) for kind, text in right.items()}
+    return {"baseline_top1": start.top1, "baseline_held_out_top1": start.held_out_top1, "n_test": n,
+            "standard_error": {kind: standard_error(top1_of(found), n) for kind, found in answers.items()},
+            "against_baseline": {kind: asdict(paired(start.right, found)) for kind, found in answers.items()}}
+
+
+def task_for(method: Any, config: Any, setup: Setup, dataset: Dataset, network: str, device: torch.device
+             ) -> Task | None:
+    """What the method is allowed to see: by its DATA, or as its configuration needs."""
+    views = {"train": lambda task: task, "none": lambda task: None,
+             "calibration": lambda task: replace(task, train=None)}
+    data = data_of(method, config)
+    if data not in views:
+        raise ConfigError(f"{method.__name__}.DATA = {data!r}: allowed are {', '.join(views)}")
+    return views[data](setup.task(dataset, network, device))
+
+
+def check_layers(job: Job, layers: list[str]) -> None:
+    """ConfigError where the job names a layer that its network lacks, or leaves one out that needs an index width."""
+    unknown = sorted(set(job.float_policy) - set(layers))
+    if unknown:
+        raise ConfigError(f"float_policy names {unknown[0]!r}; {job.network} has: {', '.join(layers)}")
+    if isinstance(job.index_bits, Mapping) and set(job.index_bits) != set(layers):
+        raise ConfigError(f"index_bits names {', '.join(job.index_bits)}; {job.network} has: {', '.join(layers)}")
+
+
+def is_of(path: Path, row: Mapping[str, Any]) -> bool:
+    """Whether the file at `path` is the one that `row` was measured from."""
+    return path.is_file() and digest_of(path) == row["file_digest"]
+
+
+def knobs_of(budget: Budget) -> int:
+    """Budget fields that are set; a {layer: value} counts each layer."""
+    return sum(count_knobs(value) for value in vars(budget).values() if value is not None)
+
+
+def module_lines(method: Any) -> int:
+    """Lines of code that only this method uses: of its module, or of all in its package."""
+    path = Path(method.__file__)
+    return sum(lines_of_code(file.read_text()) for file in
+               (sorted(path.parent.glob("*.py")) if path.name == "__init__.py" else [path]))
+
+
+def lines_of_code(source: str) -> int:
+    """Lines of a Python source that are neither blank, nor comment, nor docstring."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docs = [node.body[0] for node in ast.walk(ast.parse(source)) if isinstance(node, documented)
+            and ast.get_docstring(node) is not None]
+    inside = {line for doc in docs for line in range(doc.lineno, doc.end_lineno + 1)}
+    return sum(1 for number, line in enumerate(source.splitlines(), 1)
+               if number not in inside and line.strip() and not line.strip().startswith("#"))
