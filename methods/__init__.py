@@ -27,6 +27,7 @@ from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError, FormatError, GraphError, TrainingDiverged
 from .core.file.storage import decode, encode, inspect, load
 from .core.graph.build import apply
+from .core.graph.shrink import shrink
 from .core.train.finetune import Recipe
 from .core.train.task import Task
 
@@ -34,7 +35,7 @@ __all__ = [
     "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressedModel",
     "CompressedTensor", "ConfigError", "FormatError", "GraphError", "Levels", "Recipe", "Task", "Topology",
     "TrainingDiverged", "Window", "apply", "data_of", "decode", "encode", "find_method", "inspect", "load",
-    "method_names",
+    "method_names", "shrink",
 ]
 
 ROOMS = ("core", "engine")

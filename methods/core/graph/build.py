@@ -117,9 +117,9 @@ def _resize(model: nn.Module, topology: Topology) -> None:
     for name, (out, into) in topology.widths.items():
         module = _module(model, name)
         shape: dict[str, tuple[int, ...]] = {}
-        if isinstance(module, nn.Conv2d) and module.groups == 1:
-            module.out_channels, module.in_channels = out, into
-            shape = {"weight": (out, into, *module.kernel_size), "bias": (out,)}
+        if isinstance(module, nn.Conv2d):
+            _resize_conv(name, module, out, into)
+            shape = {"weight": (out, into // module.groups, *module.kernel_size), "bias": (out,)}
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = out, into
             shape = {"weight": (out, into), "bias": (out,)}
@@ -127,10 +127,22 @@ def _resize(model: nn.Module, topology: Topology) -> None:
             module.num_features = out
             shape = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (out,))
         else:
-            raise CompressError(f"{name} is no layer whose width can change (conv without groups, linear, batch norm)")
+            raise CompressError(f"{name} is no layer whose width can change (conv, linear, batch norm)")
         for key, size in shape.items():
             if isinstance(getattr(module, key), Tensor):
                 _replace(module, key, torch.empty(size))
+
+
+def _resize_conv(name: str, conv: nn.Conv2d, out: int, into: int) -> None:
+    """Widths of a conv; one with groups loses whole groups."""
+    group_out, group_in = conv.out_channels // conv.groups, conv.in_channels // conv.groups
+    if conv.groups > 1:
+        groups = into // group_in
+        if groups < 1 or (groups * group_out, groups * group_in) != (out, into):
+            raise CompressError(f"{name} cannot have {out} outputs and {into} inputs: its groups have {group_out} "
+                                f"and {group_in}")
+        conv.groups = groups
+    conv.out_channels, conv.in_channels = out, into
 
 
 def _replace(module: nn.Module, key: str, value: Tensor) -> None:
