@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .accumulate import accumulate, largest_partial_sum
 
 INT32, BITS = 1 << 31, 8
+SHAPES = 3  # of inputs, for which the weights are kept in order
 REPETITIONS = 3  # of an input, at most
 SIGNIFICAND = 24  # of float32
 SMALLEST = 2.0**-100  # factors far from the subnormal numbers
@@ -42,20 +43,17 @@ class Int8Layer:
         self.channels, self.kernel = len(integers), integers.shape[2:]
         integers, self.again = in_bytes(integers, getattr(module, "groups", 1))
         self.factor, self.no_zeros = factor.contiguous(), torch.zeros(len(factor), dtype=torch.int32)
-        self.integers = weight = integers.to(torch.int8).contiguous()
+        self.integers = integers.to(torch.int8).contiguous()
         self.geometry = None if isinstance(module, nn.Linear) else _geometry(module)
         self.adds_codes = self.geometry is not None
-        if self.geometry is None:
-            self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
-        else:
-            self.weight = torch.ops.onednn.qconv_prepack(weight, self.factor, 1.0, zero, *self.geometry)
+        self.packed: dict[tuple[int, ...], Tensor] = {}  # {shape of the input: weights in the order it is computed in}
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """In `dtype` float32, or rounded half to even and saturated in uint8 or int8; 4-d outputs channels_last."""
         x = self._repeated(x)
         if not self._is_safe(x):
             return saturated(self._scaled(x), dtype)
-        given = (x, 1.0, self.zero, self.weight, self.factor, self.no_zeros)
+        given = (x, 1.0, self.zero, self._pack(x), self.factor, self.no_zeros)
         if self.geometry is None:
             return torch.ops.onednn.qlinear_pointwise(*given, self.offset, 1.0, 0, dtype, "none", [], "")
         return torch.ops.onednn.qconv2d_pointwise(*given, self.offset, *self.geometry, 1.0, 0, dtype, "none", [], "")
@@ -75,7 +73,7 @@ class Int8Layer:
         if not self._is_safe(x):
             return codes.copy_(saturated(self._scaled(x) + codes.float() * factor, torch.uint8))
         return torch.ops.onednn.qconv2d_pointwise.binary(
-            x, 1.0, self.zero, self.weight, self.factor, self.no_zeros, codes, self.offset, *self.geometry, 1.0, 0,
+            x, 1.0, self.zero, self._pack(x), self.factor, self.no_zeros, codes, self.offset, *self.geometry, 1.0, 0,
             torch.uint8, factor, 0, "sum", 1.0, None, [], "")
 
     def add_float(self, y: Tensor, x: Tensor) -> Tensor:
@@ -84,8 +82,19 @@ class Int8Layer:
         if not self._is_safe(x):
             return y.add_(self._scaled(x))
         return torch.ops.onednn.qconv2d_pointwise.binary(
-            x, 1.0, self.zero, self.weight, self.factor, self.no_zeros, y, self.offset, *self.geometry, 1.0, 0,
+            x, 1.0, self.zero, self._pack(x), self.factor, self.no_zeros, y, self.offset, *self.geometry, 1.0, 0,
             torch.float32, 1.0, 0, "sum", 1.0, None, [], "")
+
+    def _pack(self, x: Tensor) -> Tensor:
+        """The weights in oneDNN's order for inputs of this shape: in another it reorders them in every call."""
+        shape = tuple(x.shape)
+        if shape not in self.packed:
+            if len(self.packed) == SHAPES:
+                self.packed.pop(next(iter(self.packed)))
+            self.packed[shape] = torch.ops.onednn.qlinear_prepack(self.integers, list(shape)) \
+                if self.geometry is None else torch.ops.onednn.qconv_prepack(
+                    self.integers, self.factor, 1.0, self.zero, *self.geometry, list(shape))
+        return self.packed[shape]
 
     def _repeated(self, x: Tensor) -> Tensor:
         """`x` with the inputs that are read again behind each group's own."""
