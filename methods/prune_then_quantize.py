@@ -9,13 +9,15 @@ Algorithm
     retrain with M_l applied after every step                                   (optional)
     quantization-aware training, mask after the quantizer                       (optional)
     s_l from the survivors;  q_l = clamp(round(W_l / s_l) + z_l);  q_l = z_l wherever M_l is 0
-    fold batch norm into s_l and the bias;  calibrate activations
+    fold batch norm into s_l and the bias;  round again, layer by layer  (optional);  calibrate activations
 
 Symbols    rho = 1 - budget.density;  s, z, q = grid.scale, grid.zero, codes;  M = mask
 
 Departures  There is no single paper. Every conv and linear layer is pruned, the first and last too: a budget
             that spares them is {layer: density}. Batch norm is folded after quantization, into the scale of each
             channel: the codes are those that folding first would give, and training keeps its batch norm.
+            rounding = "gptq" or "descent" (core/fit) chooses the codes on the same grids by the output error of each
+            layer, with what the pruned weights gave to it handed on to the others, and corrects the biases.
 """
 
 from dataclasses import dataclass, replace
@@ -29,6 +31,7 @@ from .core.errors import ConfigError
 from .core.fit.calibrate import calibrate, check_calibration
 from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_local
 from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
+from .core.fit.rounding import check_rounding, round_again
 from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.fold import fold_codes
 from .core.graph.graph import trace
@@ -42,13 +45,15 @@ DATA = "train"
 
 @dataclass(frozen=True)
 class Config:
-    """scope: rank |w| per layer ("local") or over the network ("global"); scheme: "symmetric" or "asymmetric".
+    """scope: rank |w| per layer ("local") or over the network ("global"); scheme: "symmetric", "mse" or "asymmetric".
 
+    rounding is "nearest", "gptq" or "descent".
     retrain (before quantization) and aware (quantization-aware) are recipes, or None to skip the stage.
     """
 
     scope: str = "local"
     scheme: str = "symmetric"
+    rounding: str = "nearest"
     per_channel: bool = True
     retrain: Recipe | None = None
     aware: Recipe | None = None
@@ -57,6 +62,7 @@ class Config:
     range_method: str = "minmax"
 
     def __post_init__(self):
+        check_rounding(self.rounding)
         check_calibration(self.activation_bits, self.calibration_inputs, self.range_method)
 
 
@@ -84,6 +90,11 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     codes = {name: quantize(layer.weight, fit(layer.weight, bits[name], config.per_channel), bits[name], masks[name])
              for name, layer in weight_layers(model).items()}
     folded, weights, topology = fold_codes(model, codes)
+    if config.rounding != "nearest":
+        inputs = task.calibration_inputs(config.calibration_inputs).cpu()
+        folded, weights, ranges = round_again(folded, weights, config.rounding, inputs, generator,
+                                              bits=config.activation_bits, range_method=config.range_method)
+        return assemble(folded, weights, topology=topology, activations=ranges)
     compressed = assemble(folded, weights, topology=topology)
     ranges = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs),
                        config.activation_bits, config.range_method)

@@ -112,7 +112,7 @@ def test_requantizing_is_idempotent(scheme, pruned):
 
 
 def test_names_and_widths_outside_what_is_allowed():
-    with pytest.raises(ConfigError, match="symmetric, asymmetric"):
+    with pytest.raises(ConfigError, match="symmetric, asymmetric, mse"):
         find_scheme("uniform")
     for call in (lambda: fit_symmetric(torch.ones(2, 2), 1), lambda: find_scheme("symmetric", [8, 1])):
         with pytest.raises(ConfigError, match="at least 2"):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..artifact import MAX_BITS, ActivationQuantizer
 from ..errors import CompressError, ConfigError
-from ..graph.graph import trace
+from ..graph.graph import Graph, Node, trace
 from .ranges import find_observer
 
 BATCH = 128
@@ -20,6 +20,29 @@ def quantizer_of(low: float, high: float, bits: int) -> ActivationQuantizer:
     return ActivationQuantizer(scale, int(min(max(round(-low / scale), 0), top)), bits, signed=False)
 
 
+class EdgeRanges:
+    """What is seen at every edge of `graph` but those where an add takes the accumulators of the conv before it."""
+
+    def __init__(self, graph: Graph, bits: int, method: str):
+        skipped, observer = graph.accumulator_edges(), find_observer(method)
+        self.bits = bits
+        self.observers = {edge: observer(bits) for edge in graph.edges() if edge not in skipped}
+
+    def see(self, node: Node, values: tuple[Tensor, ...], output: Tensor) -> None:
+        """The `see` of `Graph.run`."""
+        for edge, value in zip(node.edges(), values, strict=False):
+            if edge in self.observers:
+                self.observers[edge].update(value.float())
+
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """{edge: quantizer}; CompressError where an activation was not finite."""
+        ranges = {edge: observer.range() for edge, observer in self.observers.items()}
+        broken = [edge for edge, (low, high) in ranges.items() if not (math.isfinite(low) and math.isfinite(high))]
+        if broken:
+            raise CompressError(f"the activations at {broken[0]!r} are not finite: look at the calibration inputs")
+        return {edge: quantizer_of(low, high, self.bits) for edge, (low, high) in ranges.items()}
+
+
 @torch.no_grad()
 def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
               method: str = "minmax") -> dict[str, ActivationQuantizer]:
@@ -28,27 +51,15 @@ def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
     For every edge but those where an add takes the accumulators of the conv before it.
     """
     check_calibration(bits, len(inputs), method)
-    observer = find_observer(method)
     was_training = model.training
     model.eval()
     graph = trace(model)
-    skipped = graph.accumulator_edges()
-    observers = {edge: observer(bits) for edge in graph.edges() if edge not in skipped}
-
-    def see(node, values, output):
-        for edge, value in zip(node.edges(), values, strict=False):
-            if edge in observers:
-                observers[edge].update(value.float())
-
+    ranges = EdgeRanges(graph, bits, method)
     device = next(model.parameters()).device
     for start in range(0, len(inputs), BATCH):
-        graph.run(inputs[start:start + BATCH].to(device), see)
+        graph.run(inputs[start:start + BATCH].to(device), ranges.see)
     model.train(was_training)
-    ranges = {edge: observer.range() for edge, observer in observers.items()}
-    broken = [edge for edge, (low, high) in ranges.items() if not (math.isfinite(low) and math.isfinite(high))]
-    if broken:
-        raise CompressError(f"the activations at {broken[0]!r} are not finite: look at the calibration inputs")
-    return {edge: quantizer_of(low, high, bits) for edge, (low, high) in ranges.items()}
+    return ranges.quantizers()
 
 
 def check_calibration(bits: int, inputs: int, method: str = "minmax") -> None:

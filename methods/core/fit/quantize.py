@@ -40,14 +40,28 @@ def fit_asymmetric(weight: Tensor, bits: int, per_channel: bool = True) -> Affin
     return Affine(scale, zero, signed=False)
 
 
-SCHEMES = {"symmetric": fit_symmetric, "asymmetric": fit_asymmetric}
+def fit_mse(weight: Tensor, bits: int, per_channel: bool = True) -> Affine:
+    """The symmetric grid with the least squared error among `SHARES` of the scale that clips nothing."""
+    widest = fit_symmetric(weight, bits, per_channel)
+    flat = weight.detach().float().cpu().reshape(weight.shape[0] if per_channel else 1, -1)
+    top, start = (1 << bits - 1) - 1, widest.scale.reshape(-1, 1)
+    best, least = start, torch.full_like(start, torch.inf)
+    for share in SHARES:
+        scale = share * start
+        error = (torch.round(flat / scale).clamp(-top, top) * scale - flat).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return Affine(best.reshape(widest.scale.shape).clamp_min(EPS), widest.zero, signed=True)
+
+
+SCHEMES = {"symmetric": fit_symmetric, "asymmetric": fit_asymmetric, "mse": fit_mse}
+SHARES = [i / 50 for i in range(50, 14, -1)]
 
 
 def find_scheme(name: str, bits: Iterable[int] = ()):
     """The fit function of a scheme; ConfigError if there is none, or if one of `bits` is too narrow for it."""
     if name not in SCHEMES:
         raise ConfigError(f"scheme = {name!r}: allowed are {', '.join(SCHEMES)}")
-    for width in bits if name == "symmetric" else ():
+    for width in bits if name != "asymmetric" else ():
         _check_symmetric(width)
     return SCHEMES[name]
 
@@ -60,7 +74,7 @@ def _check_symmetric(bits: int) -> None:
 def to_codes(weight: Tensor, grid: Affine, bits: int) -> Tensor:
     """int32 codes of the nearest grid points: clamp(round(w / s) + z). Symmetric grids never use -2^(bits-1)."""
     scale, zero = _beside(weight, grid)
-    return (torch.round(weight.detach() / scale) + zero).clamp(*_code_range(grid, bits)).to(torch.int32)
+    return (torch.round(weight.detach() / scale) + zero).clamp(*code_range(grid, bits)).to(torch.int32)
 
 
 def _beside(weight: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
@@ -69,7 +83,7 @@ def _beside(weight: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
     return grid.scale.to(weight.device).reshape(shape), grid.zero.to(weight.device).reshape(shape)
 
 
-def _code_range(grid: Affine, bits: int) -> tuple[int, int]:
+def code_range(grid: Affine, bits: int) -> tuple[int, int]:
     low, high = grid.code_range(bits)
     return (low + 1 if grid.signed else low), high
 
@@ -98,7 +112,7 @@ class FakeQuantize(nn.Module):
             grid = self.fit(weight * self.mask, self.bits, self.per_channel) if self.grid is None else self.grid
             scale, zero = _beside(weight, grid)
             steps = torch.round(weight / scale) + zero
-            codes = steps.clamp(*_code_range(grid, self.bits))
+            codes = steps.clamp(*code_range(grid, self.bits))
             near = (codes - zero) * scale
         passed = (weight - weight.detach()) * (steps == codes)  # value 0: what a forward pass sees is `near` itself
         return (near + passed) * self.mask

@@ -1,0 +1,59 @@
+"""What a code costs in an entropy-coded file, and rounding that counts it.
+
+    bits(q) = -log2 of the share of q among the codes of a layer
+    code of w = the q that minimises (w / s - q)^2 + lam bits(q)
+
+At a high rate the error of a uniform grid is D = s^2 / 12 and its rate -log2 s + constant, so that
+dD/dR = -(s^2 / 6) ln 2: a code's bit is worth lam = ln 2 / 6 in units of s^2 (Gish & Pierce 1968).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+LAM = math.log(2) / 6  # price of a bit in units of s^2
+UNSEEN = 0.05  # counted for every code, so that one that does not occur has a finite price
+
+
+def entropy_bits(counts: Tensor) -> float:
+    """Bits of all symbols together under their own zero-order statistics: sum_q n_q log2(n / n_q)."""
+    counts = counts[counts > 0].double()
+    return float((counts * (counts.sum() / counts).log2()).sum())
+
+
+def code_bits(codes: Tensor, low: int, high: int) -> Tensor:
+    """float32 [high - low + 1]: bits(low), ..., bits(high) after the shares in `codes`, which lie in that range."""
+    counts = torch.bincount((codes.reshape(-1) - low).long(), minlength=high - low + 1).double() + UNSEEN
+    return (counts.sum() / counts).log2().float()
+
+
+def magnitude_bits(counts: Tensor) -> Tensor:
+    """bits(|q|) for |q| = 0, 1, ... from their counts; a magnitude above 0 pays one bit more for its sign."""
+    counts = counts.double() + UNSEEN
+    bits = (counts.sum() / counts).log2()
+    bits[1:] += 1
+    return bits.float()
+
+
+def thresholds(bits: Tensor, lam: float) -> Tensor:
+    """[len(bits) - 1] rising: |w| / s below the k-th has a code below k + 1.
+
+    Between k and k + 1: k + 1/2 + lam / 2 (bits(k + 1) - bits(k)), where both cost the same.
+    """
+    edges = torch.arange(len(bits) - 1, device=bits.device) + 0.5 + lam / 2 * bits.diff()
+    return edges.clamp_min(0).cummax(0).values
+
+
+def round_to_rate(scaled: Tensor, lam: float = LAM, rounds: int = 3) -> tuple[Tensor, float]:
+    """(counts of the magnitudes of the codes, bits of all codes) for w / s = `scaled`, rounded with prices.
+
+    The prices follow the codes and the codes the prices, `rounds` times, from rounding to the nearest.
+    """
+    size = scaled.abs().reshape(-1)
+    top = int(size.max().round()) + 2 if len(size) else 2
+    counts = torch.bincount(size.round().long(), minlength=top)
+    for _ in range(rounds):
+        edges = thresholds(magnitude_bits(counts), lam)
+        counts = torch.bincount(torch.bucketize(size, edges, right=True), minlength=top)
+    return counts, entropy_bits(counts) + float(counts[1:].sum())
