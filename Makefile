@@ -6,7 +6,12 @@ export OMP_WAIT_POLICY ?= passive
 export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
-.PHONY: compare test environment clean
+# Rows of these tables; those that are there with their files are not made again, cut ones go on.
+CONFIGS ?= $(filter-out %/baselines.toml %/sparq_tables.toml %/udfc_table2.toml %/udfc_table2_vgg16.toml, \
+	$(wildcard paper_configs/*.toml))
+WORKERS ?= 1
+
+.PHONY: compare test results environment clean
 
 compare: $(VENV)/.installed
 	$(BIN)/python -m benchmarks compare --task digits
@@ -14,6 +19,9 @@ compare: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+results: $(VENV)/.installed
+	$(BIN)/python -m benchmarks sweep $(CONFIGS) --workers $(WORKERS)
 
 environment: $(VENV)/.installed
 

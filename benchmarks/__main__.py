@@ -9,7 +9,7 @@ from rich.console import Console
 
 from methods.core.errors import CompressError
 
-from . import commands, tools
+from . import commands, sweep, tools
 from .rows import RESULTS
 
 EPILOG = "Data: --data-dir, else $JOINTCOMPRESS_DATA, else the user's cache folder. Progress goes to stderr."
@@ -43,6 +43,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("config", type=Path, help="a file of paper_configs")
     sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
     sub.add_argument("--network", nargs="+", default=[], help="only the rows of these networks")
+    sub = command("sweep", sweep.sweep, "the rows of several paper tables at once, or on a cluster", [run])
+    sub.description, sub.formatter_class = sweep.__doc__, argparse.RawDescriptionHelpFormatter
+    sub.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="files of paper_configs")
+    sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
+    sub.add_argument("--network", nargs="+", default=[], help="only the rows of these networks")
+    sub.add_argument("--seeds", type=int, default=1, help="of every row, counted from its own")
+    sub.add_argument("--workers", type=int, default=1, help="processes here; 0: one row after the other (default: 1)")
+    sub.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler, in place of --workers")
+    sub.add_argument("--threads", type=int, help="of each row (default: the cores here over the workers)")
     sub = command("train", commands.train, "train a baseline by paper_configs/baselines.toml", [run])
     sub.add_argument("--task", required=True)
     sub.add_argument("--network", required=True)

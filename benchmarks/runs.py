@@ -31,14 +31,15 @@ STALE_PART, STALE_STATE = 3_600, 30 * DAY  # seconds
 
 
 class Screen:
-    """Progress on stderr: bars with the remaining time on a terminal, else a line now and then."""
+    """Progress on stderr: bars with the remaining time on a terminal, else (or without `bars`) a line now and then."""
 
-    def __init__(self):
+    def __init__(self, bars: bool = True):
         self.console = Console(stderr=True)
+        self.shown = self.console.is_terminal and bars
         self.progress = Progress(
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[metrics]}"),
-            console=self.console, disable=not self.console.is_terminal)
+            console=self.console, disable=not self.shown)
         self.bars: dict[str, int] = {}
         self.last = 0.0
 
@@ -55,7 +56,7 @@ class Screen:
 
     def update(self, label: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        if self.console.is_terminal:
+        if self.shown:
             if label not in self.bars:
                 self.bars[label] = self.progress.add_task(label, total=total, metrics="")
             self.progress.update(self.bars[label], completed=step, total=total, metrics=text)
