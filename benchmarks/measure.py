@@ -58,7 +58,8 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     hardware = hardware_costs(compressed, skeleton, shape, integer.exact, first[0][:COUNTED_INPUTS])
     dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
     dense_bytes = 4 * sum(t.numel() for t in skeleton.state_dict().values() if t.is_floating_point())
-    costs, dense_macs = layer_costs(compressed, skeleton, shape), sum(layer_macs(skeleton, shape).values())
+    costs = layer_costs(compressed, skeleton, shape, integer.float_nodes)
+    dense_macs = sum(layer_macs(skeleton, shape).values())
     size = inspect(path)
     return {
         **{f"top1_{kind}": top1_of(answers) for kind, answers in right.items()}, **chosen,

@@ -1,5 +1,7 @@
 """Costs: multiply-accumulates against torch's own counter and the definition, bit operations by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,10 @@ from methods.core.artifact import (
     CompressedTensor,
     Topology,
 )
+from methods.core.fit.windows import find_window
 from methods.core.graph.build import assemble, weight_layers
+from methods.engine.costs import hardware_costs
+from methods.engine.exact import IntegerNetwork
 from methods.engine.layers import LayerCost, layer_costs, layer_macs, totals
 
 ONE = Affine(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32))
@@ -86,6 +91,25 @@ def test_bit_operations_by_hand(small):
     assert found["bops"] == first * 64 + second * 8 * 4 + last * 1024  # the codebook multiplies 8 bits
     assert found["sparse_bops"] == pytest.approx(first * 32 + second * 32 + last * 1024 * 2 / 3)
     assert found["bops_float_activations"] == 32 * (8 * first + 8 * second + 32 * last)
+
+
+def test_windows_and_layers_in_float_are_counted():
+    """A 4-bit window halves the operand of 8-bit codes; what runs in float multiplies 32 x 32, in every count."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1, bias=False), nn.ReLU(), nn.Conv2d(4, 4, 1, bias=False), nn.Flatten(),
+                          nn.Linear(36, 3, bias=False)).eval()
+    weights = {name: CompressedTensor.of(torch.ones(layer.weight.shape, dtype=torch.int32), ONE, 8)
+               for name, layer in weight_layers(model).items()}
+    plain = assemble(model, weights, activations=dict.fromkeys(weights, ActivationQuantizer(1.0)))
+    windowed = dataclasses.replace(plain, windows={"2": find_window("5opt")})
+    first, second, last = 8 * 9, 16 * 9, 108
+    for compressed, in_float, wanted in (
+            (plain, (), 64 * (first + second + last)), (windowed, (), 64 * (first + last) + 32 * second),
+            (windowed, ("0",), 1024 * first + 32 * second + 64 * last),
+            (windowed, ("2",), 64 * (first + last) + 1024 * second)):
+        assert totals(layer_costs(compressed, model, (2, 3, 3), in_float), 8 + 16 + 108)["bops"] == wanted
+        network = IntegerNetwork(compressed, model, in_float)
+        assert hardware_costs(compressed, model, (2, 3, 3), network, torch.rand(1, 2, 3, 3))["total"][
+            "bb_bops"] == wanted
 
 
 def test_density_and_mean_bits_by_hand(small):

@@ -100,7 +100,9 @@ def test_by_hand():
     operands = {"0": Operands(4, 16, 0.75), "2": Operands(2, 3, 0.5)}
     assert bayesian_bits(graph, layer_shapes(graph, sizes), operands, feeders(model)) == {
         "0": 36 * 4 * 8 * 0.75, "2": 72 * 2 * 3 * 0.5 * 0.75}
-    assert activation_width(graph, "0", 16) == 8 and activation_width(graph, "2", 3) == 3
+    assert activation_width(graph, "0", operands["0"]) == 8 and activation_width(graph, "2", operands["2"]) == 3
+    in_float = {"0": Operands(32, 32, 0.75, in_float=True), "2": operands["2"]}
+    assert bayesian_bits(graph, layer_shapes(graph, sizes), in_float, {})["0"] == 36 * 32 * 32 * 0.75
     depthwise = nn.Sequential(nn.Conv2d(1, 4, 1, bias=False), nn.Conv2d(4, 4, 1, groups=4, bias=False))
     graph, sizes = sizes_of(depthwise, (1, 3, 3))
     operands = {"0": Operands(4, 8, 0.5), "1": Operands(2, 3, 0.5)}

@@ -1,16 +1,18 @@
-"""What running a network costs: multiply-accumulates and bit operations, per layer and in total."""
+"""What running a network costs: multiply-accumulates and bit operations, per layer and in total.
 
+The widths of the operands are those of `widths`; the pruned and the accumulator-counting forms of the literature, on
+the same widths, are in `costs/bops`.
+"""
+
+from collections.abc import Collection
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from ..core.artifact import CompressedModel
 from ..core.graph.build import apply
-from ..core.graph.graph import trace
-from .weights import operand_bits
-
-FLOAT_BITS = 32
+from .costs.shapes import shapes_of
+from .widths import FLOAT_BITS, operand_widths
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class LayerCost:
     macs             C_out H_out W_out (C_in / groups) K_h K_w; linear: in x out
     density          kept fraction of the weights
     weight_bits      of a stored code; 32 where the weight is not stored as codes
-    operand_bits     of what a multiplier takes for it (see `kernels.weights.operand_bits`)
-    activation_bits  of the input; 32 where no quantizer is stored
+    operand_bits     of what a multiplier takes for it, and
+    activation_bits  of what it takes of the input (see `widths`)
     """
 
     macs: int
@@ -46,32 +48,24 @@ class LayerCost:
         return self.macs * self.operand_bits * FLOAT_BITS
 
 
-@torch.no_grad()
 def layer_macs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
     """{layer: multiply-accumulates} of every conv and linear for one input of `shape` [C, H, W]."""
-    macs: dict[str, int] = {}
-
-    def see(node, inputs, output):
-        if node.op in ("conv", "linear"):
-            macs[node.name] = output.numel() * node.module.weight[0].numel()
-
-    model.eval()
-    device = next(model.parameters()).device
-    trace(model).run(torch.zeros(1, *shape, device=device), see)
-    return macs
+    return {name: layer.macs for name, layer in shapes_of(model, shape).items()}
 
 
-def layer_costs(compressed: CompressedModel, skeleton: nn.Module, shape: tuple[int, ...]) -> dict[str, LayerCost]:
-    """{layer: LayerCost} of a compressed model, from what is stored (never from what was asked for)."""
+def layer_costs(compressed: CompressedModel, skeleton: nn.Module, shape: tuple[int, ...],
+                in_float: Collection[str] = ()) -> dict[str, LayerCost]:
+    """{layer: LayerCost} of a compressed model, from what is stored (never from what was asked for).
+
+    in_float  layers that a policy runs in float: they multiply 32 x 32 bits
+    """
     model = apply(compressed, skeleton)
     costs = {}
     for name, macs in layer_macs(model, shape).items():
-        tensor, quantizer = compressed.weights.get(name), compressed.activations.get(name)
-        weight = model.get_submodule(name).weight
+        tensor, weight = compressed.weights.get(name), model.get_submodule(name).weight
         density = tensor.density if tensor is not None else float((weight != 0).float().mean())
-        stored, operand = (FLOAT_BITS, FLOAT_BITS) if tensor is None else (tensor.bits, operand_bits(tensor))
-        costs[name] = LayerCost(macs, weight.numel(), density, stored, operand,
-                                FLOAT_BITS if quantizer is None else quantizer.bits)
+        stored = FLOAT_BITS if tensor is None else tensor.bits
+        costs[name] = LayerCost(macs, weight.numel(), density, stored, *operand_widths(compressed, name, in_float))
     return costs
 
 

@@ -1,4 +1,4 @@
-"""Bit operations in the two forms of the literature.
+"""Bit operations in the two forms of the literature, on the operand widths b_w and b_a of `widths`.
 
 Bayesian Bits (van Baalen et al. 2020), HAQ:   MACs x b_w x b_a x p_out x p_in
 UNIQ / HCM (Baskin et al. 2021):               MACs x (b_w b_a + b_w + b_a + log2((C_in / groups) K_h K_w))
@@ -7,7 +7,7 @@ UNIQ / HCM (Baskin et al. 2021):               MACs x (b_w b_a + b_w + b_a + log
 p_out is the share of a layer's filters that keep a weight; p_in that of the layer which alone feeds it, and 1
 where the input is read by others too or is a residual sum (a channel of a sum is 0 only if every branch prunes
 it). In a ResNet that leaves p_in to the second convolution of a block, as in the official code. A layer with
-groups has p_in = 1. The input of the network counts 8 bits.
+groups has p_in = 1. The input of the network counts 8 bits, except where its reader runs in float.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...core.errors import ConfigError
 from ...core.graph.channels import find_pairs
 from ...core.graph.graph import Graph
-from ..layers import FLOAT_BITS
+from ..widths import FLOAT_BITS
 from .shapes import LayerShape, origin
 
 INPUT_BITS = 8
@@ -33,6 +33,7 @@ class Operands:
     activation_bits: int
     kept_filters: float = 1.0
     density: float = 1.0
+    in_float: bool = False
 
 
 def kept_filters(mask: Tensor) -> float:
@@ -45,9 +46,10 @@ def feeders(model: nn.Module) -> dict[str, str]:
     return {pair.second: pair.first for pair in find_pairs(model, (nn.Conv2d, nn.Linear))}
 
 
-def activation_width(graph: Graph, layer: str, bits: int) -> int:
-    """`bits`, or 8 where the layer reads the input of the network."""
-    return INPUT_BITS if graph.nodes[origin(graph, graph.nodes[layer].inputs[0])].op == "input" else bits
+def activation_width(graph: Graph, layer: str, operands: Operands) -> int:
+    """b_a, or 8 where the layer reads the input of the network, and not in float."""
+    first = graph.nodes[origin(graph, graph.nodes[layer].inputs[0])].op == "input"
+    return INPUT_BITS if first and not operands.in_float else operands.activation_bits
 
 
 def bayesian_bits(graph: Graph, shapes: Mapping[str, LayerShape], operands: Mapping[str, Operands],
@@ -57,7 +59,7 @@ def bayesian_bits(graph: Graph, shapes: Mapping[str, LayerShape], operands: Mapp
     for name, shape in shapes.items():
         mine = operands[name]
         p_in = operands[feeding[name]].kept_filters if name in feeding else 1.0
-        width = activation_width(graph, name, mine.activation_bits)
+        width = activation_width(graph, name, mine)
         bops[name] = shape.macs * mine.weight_bits * width * mine.kept_filters * p_in
     return bops
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...core.errors import ConfigError
-from ..layers import FLOAT_BITS
+from ..widths import FLOAT_BITS
 from .shapes import LayerShape
 
 KIB = 8 * 1024  # bits

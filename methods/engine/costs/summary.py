@@ -1,6 +1,6 @@
 """Every hardware model applied to one compressed model, as JSON values for a row."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
@@ -10,8 +10,7 @@ from ...core.errors import ConfigError
 from ...core.graph.build import apply
 from ...core.graph.graph import Graph
 from ..exact import IntegerNetwork
-from ..layers import FLOAT_BITS
-from ..weights import operand_bits
+from ..widths import FLOAT_BITS, operand_widths, runs_in_float
 from . import bops, energy, formats, skipping, systolic, traffic
 from .shapes import LayerShape, layer_shapes, sizes_of
 
@@ -22,15 +21,16 @@ Part = tuple[dict[str, dict], dict[str, object]]  # {layer: columns}, {column: t
 class _Layer:
     """One stored layer.
 
-    bits     of a code; 32 for float weights
-    width    of the weights as operands (`kernels.weights.operand_bits`); 32 for floats
-    sizes    {format: bits of the tensor};  smallest  the name of the smallest format
+    bits      of a code; 32 for float weights
+    widths    of the operands, weight and activation (see `widths`);  in_float  whether it runs in float
+    sizes     {format: bits of the tensor};  smallest  the name of the smallest format
     """
 
     shape: LayerShape
     mask: Tensor
     bits: int
-    width: int
+    widths: tuple[int, int]
+    in_float: bool
     sizes: dict[str, float]
     smallest: str
     density: float
@@ -54,18 +54,20 @@ def hardware_costs(compressed: CompressedModel, skeleton: nn.Module, input_shape
 
     input_shape      of one input [C, H, W]
     sample           real inputs [N, C, H, W] on which `integer_network` counts effective multiply-accumulates;
-                     those counts ("effective") are sums over the sample
+                     those counts ("effective") are sums over the sample; layers that it runs in float multiply
+                     32 x 32 bits
     array            a square systolic array, like ws32;  batch  inputs over which weights are reused
     sram             bits of the on-chip memory;  lanes  filters that zero-skipping hardware does at a time
     """
     if (integer_network is None) != (sample is None):
         raise ConfigError("effective multiply-accumulates take both: an integer network and a sample of inputs")
     stored, dense = (_traced(model, input_shape) for model in (apply(compressed, skeleton), skeleton))
-    layers = {name: _layer(compressed, stored.model, shape) for name, shape in stored.shapes.items()}
+    in_float = () if integer_network is None else integer_network.float_nodes
+    layers = {name: _layer(compressed, stored.model, shape, in_float) for name, shape in stored.shapes.items()}
     skips = {} if sample is None else skipping.count_network(integer_network, [sample], lanes)
     effective = {name: count.both / len(sample) for name, count in skips.items()}
     parts = [_stored(layers, dense), _cycles(compressed, layers, systolic.array_named(array)),
-             _bops(compressed, stored, layers, dense),
+             _bops(stored, layers, dense),
              _energy(compressed, stored, layers, dense, effective, batch, sram),
              _traffic(compressed, stored, layers, dense, batch), _effective(skips)]
     setting = {"array": array, "batch": batch, "sram_bits": sram, "lanes": lanes,
@@ -83,16 +85,17 @@ def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> _Traced:
     return _Traced(model, graph, sizes, layer_shapes(graph, sizes))
 
 
-def _layer(compressed: CompressedModel, model: nn.Module, shape: LayerShape) -> _Layer:
+def _layer(compressed: CompressedModel, model: nn.Module, shape: LayerShape, in_float: Collection[str]) -> _Layer:
     tensor = compressed.weights.get(shape.name)
     if tensor is None:
         mask = model.get_submodule(shape.name).weight.detach() != 0
-        bits, width, zero_code = FLOAT_BITS, FLOAT_BITS, True
+        bits, zero_code = FLOAT_BITS, True
     else:
         mask, bits, zero_code = tensor.mask, tensor.bits, tensor.grid.has_zero()
-        width = operand_bits(tensor)
     sizes = formats.format_bits(mask, bits, zero_code=zero_code)
-    return _Layer(shape, mask, bits, width, sizes, formats.smallest(sizes), float(mask.double().mean()))
+    return _Layer(shape, mask, bits, operand_widths(compressed, shape.name, in_float),
+                  runs_in_float(compressed, shape.name, in_float), sizes, formats.smallest(sizes),
+                  float(mask.double().mean()))
 
 
 def _stored(layers: Mapping[str, _Layer], dense: _Traced) -> Part:
@@ -125,20 +128,13 @@ def _cycles(compressed: CompressedModel, layers: Mapping[str, _Layer], array: sy
                                                                       "array_accesses": accesses}
 
 
-def operand_width(compressed: CompressedModel, name: str) -> int:
-    """Bits of the activations that the multipliers of layer `name` take: the window's with SPARQ (its solo pairs
-    use both multipliers for one product, so that the bits multiplied per MAC stay 8 x the window's)."""
-    window = compressed.windows.get(name)
-    return traffic.edge_width(compressed.activations, name) if window is None else window.bits
-
-
-def _bops(compressed: CompressedModel, stored: _Traced, layers: Mapping[str, _Layer], dense: _Traced) -> Part:
-    operands = {name: bops.Operands(layer.width, operand_width(compressed, name), bops.kept_filters(layer.mask),
-                                    layer.density) for name, layer in layers.items()}
+def _bops(stored: _Traced, layers: Mapping[str, _Layer], dense: _Traced) -> Part:
+    operands = {name: bops.Operands(*layer.widths, bops.kept_filters(layer.mask), layer.density, layer.in_float)
+                for name, layer in layers.items()}
     pruned = bops.bayesian_bits(stored.graph, stored.shapes, operands, bops.feeders(stored.model))
     rows = {}
     for name, mine in operands.items():
-        shape, width = stored.shapes[name], bops.activation_width(stored.graph, name, mine.activation_bits)
+        shape, width = stored.shapes[name], bops.activation_width(stored.graph, name, mine)
         rows[name] = {"bb_bops": pruned[name], "uniq_bops": bops.uniq(shape, mine.weight_bits, width),
                       "uniq_bops_density": bops.uniq(shape, mine.weight_bits, width, mine.density)}
     total = {key: sum(row[key] for row in rows.values()) for key in ("bb_bops", "uniq_bops", "uniq_bops_density")}
@@ -153,7 +149,7 @@ def _energy(compressed: CompressedModel, stored: _Traced, layers: Mapping[str, _
 
     def load(name: str, macs: float, weights: float) -> energy.Load:
         shape = stored.shapes[name]
-        return energy.Load(macs, layers[name].width, operand_width(compressed, name), weights,
+        return energy.Load(macs, *layers[name].widths, weights,
                            shape.in_elements * traffic.edge_width(ranges, name),
                            shape.out_elements * traffic.output_width(stored.graph, ranges, name))
 

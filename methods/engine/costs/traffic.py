@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from ...core.artifact import ActivationQuantizer
 from ...core.errors import ConfigError
 from ...core.graph.graph import EDGE_OPS, Graph
-from ..layers import FLOAT_BITS
+from ..widths import FLOAT_BITS
 from .shapes import elements, origin
 
 Ranges = Mapping[str, ActivationQuantizer]
