@@ -1,6 +1,7 @@
 """Settings from TOML tables and the command line, into frozen dataclasses; unknown keys are refused."""
 
 import dataclasses
+import functools
 import math
 import tomllib
 import types
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from methods.core.errors import ConfigError
+from methods.core.settings import with_effect
 
 SPELLED = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", tuple: "a list",
            Mapping: "a table", type(None): "\"none\""}
@@ -81,9 +83,12 @@ def plain(value: Any) -> Any:
 
 
 def count_knobs(value: Any) -> int:
-    """Settings a user can turn: fields of a dataclass, nested ones spelled out; a {layer: value} counts each."""
+    """Settings a user can turn: fields of a dataclass, nested ones spelled out; a {layer: value} counts each.
+
+    Fields that do nothing where the others are as they are count nothing.
+    """
     if dataclasses.is_dataclass(value):
-        return sum(count_knobs(getattr(value, field.name)) for field in dataclasses.fields(value))
+        return sum(count_knobs(functools.reduce(getattr, name.split("."), value)) for name in with_effect(value))
     return max(len(value), 1) if isinstance(value, Mapping) else 1
 
 

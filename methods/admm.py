@@ -18,8 +18,11 @@ Symbols    W weights of the model;  Z, U AdmmHooks.z, .u;  m masks;  M = 2^budge
            rho config.rho, quantize_rho;  K prune_iterations, quantize_iterations
 
 Departures   Body and tables of the paper could not be read: the steps are those of its authors' released code.
-  * Settings are the code's for LeNet-5, in epochs. Momentum is Nesterov's and restarts with each ADMM iteration, as the
-    learning rate does; that falls at a half and three quarters of an iteration (the code: once, at a quarter).
+  * LeNet-5 with ReLU after the convolutions is the network of the TensorFlow code, which trains it by Adam with dropout
+    0.5; here it has the recipe of the Caffe code, whose network has no ReLU there, and no dropout.
+  * Settings are the Caffe code's for LeNet-5, in epochs of the 55,000 images that are not held out (theirs: 60,000).
+  * Momentum is Nesterov's and restarts with each ADMM iteration, as the learning rate does; that falls at a half and
+    three quarters of an iteration (the code: once, at a quarter).
   * rho is constant, and one for all layers (the code: ten times as large where ip1 is quantized). Later code of the
     group has other rules, kept as options: rho_growth multiplies rho at every update (and divides U, which is scaled by
     it: the code leaves U alone), and several entries of rho are ADMMs in turn, each from Z = Proj(W), U = 0.
@@ -45,6 +48,7 @@ from .core.errors import ConfigError
 from .core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
 from .core.fit.prune import MaskHooks, apply_masks, keep_count
 from .core.graph.build import assemble, own_copy, weight_layers
+from .core.settings import check_idle
 from .core.train.finetune import Hooks, Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
@@ -97,6 +101,11 @@ class Config:
                               "allowed with grid = 'clusters' are sgd and adam")
         if not 0 < self.fix_fraction <= 1:
             raise ConfigError(f"fix_fraction = {self.fix_fraction}: allowed is (0, 1]")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.grid == "levels" else dict.fromkeys(
+            ("refit", "fix_rounds", "fix_fraction"), "grid = 'clusters' refits always, and trains once after ADMM")
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

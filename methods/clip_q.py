@@ -55,6 +55,7 @@ from .core.errors import BudgetError, CompressError, ConfigError
 from .core.file.coding import filler_count
 from .core.fit.bayes import SEARCHES, minimize
 from .core.graph.build import assemble, own_copy, weight_layers
+from .core.settings import check_idle
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
@@ -64,6 +65,7 @@ DATA = "train"
 P_GRID = tuple(i / 100 for i in range(99))  # searched shares of clipped weights
 BITS_GRID = tuple(range(2, 9))  # searched code widths
 SPLITS = ("A", "B")
+SEARCHING = ("lam", "evaluations", "initial", "held_out_inputs", "index_bits")  # settings of a search
 
 
 class Theta(NamedTuple):
@@ -103,6 +105,11 @@ class Config:
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed is {low}..{high}")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        found = {"bayes": (), "random": ("initial",), "uniform": SEARCHING}[self.search]
+        return dict.fromkeys(found, f"search = {self.search!r}")
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

@@ -21,6 +21,9 @@ Departures
   * Centroid training: recipe not printed. SGD without weight decay at a small learning rate. Biases and batch
     norm, which are not shared, train along.
   * Dropout: the rate of each Dropout follows D_r = D_o sqrt(density) with the density of the layer before it.
+  * Training images: the 55,000 that are not held out; the paper has 60,000.
+  * Neurons that lose all inputs or all outputs: the parent paper lets weight decay take their other weights, or removes
+    these. Here they count and are stored like any other, and a pruned weight never comes back.
   * Conv and fully connected layers are retrained together (the paper freezes one while training the other for
     some networks).
 """
@@ -40,6 +43,7 @@ from .core.errors import BudgetError, ConfigError
 from .core.fit.cluster import INITS, kmeans
 from .core.fit.prune import MaskHooks, apply_masks, keep_count, keep_largest
 from .core.graph.build import assemble, own_copy, weight_layers
+from .core.settings import check_idle
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
@@ -62,6 +66,10 @@ class Config:
             raise ConfigError(f"rounds = {self.rounds}: at least 1 is needed")
         if self.init not in INITS:
             raise ConfigError(f"init = {self.init!r}: allowed are {', '.join(INITS)}")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        return {"tune.weight_decay": "neither centroids nor biases and batch norm are decayed"}
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

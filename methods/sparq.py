@@ -51,6 +51,7 @@ from .core.fit.norms import following
 from .core.fit.windows import OPTIONS, find_window, keep_24, windowed_sum
 from .core.graph.build import NORMS, apply, assemble, own_copy, weight_layers
 from .core.graph.graph import Graph, trace
+from .core.settings import check_idle
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
 
@@ -91,6 +92,10 @@ class Config:
             raise ConfigError(f"excluded_bits = {self.excluded_bits}: allowed is 2..{WIDTH} or none")
         if self.recalibrations not in (0, 1, 2):
             raise ConfigError(f"recalibrations = {self.recalibrations}: allowed are 0, 1, 2")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.windows != "none" else dict.fromkeys(("rounding", "paired"), "windows = 'none'")
 
     def window(self) -> Window | None:
         return None if self.windows == "none" else find_window(self.windows, self.rounding, self.paired, self.sparse24)

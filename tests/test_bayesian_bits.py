@@ -14,6 +14,7 @@ from torch import nn
 from benchmarks import networks
 from benchmarks.jobs import CONFIGS, prepare, read_table
 from benchmarks.networks.resnet import resnet18
+from benchmarks.settings import build
 from methods import bayesian_bits
 from methods.bayesian_bits import Config, Phase, gate_costs, regulariser, relative_bops
 from methods.bayesian_bits.network import GatedNetwork, Point, Wiring, survey
@@ -211,7 +212,8 @@ def test_learning_rates(tiny):
 
 
 def run(tiny, **config):
-    config = Config(**{"recipe": SHORT, "init": (6.0, 6.0, -6.0, -6.0), "range_inputs": 48, **config})
+    gates = {} if "bits" in config else {"init": (6.0, 6.0, -6.0, -6.0)}
+    config = Config(**{"recipe": SHORT, "range_inputs": 48, **gates, **config})
     return bayesian_bits.compress(tiny.model(), tiny.task(), Budget(), config, torch.Generator().manual_seed(0))
 
 
@@ -282,7 +284,89 @@ def test_fast_keeps_the_statistics(tiny):
     assert torch.equal(model.bn1.running_mean, tiny.model().bn1.running_mean)
 
 
+def test_the_gates_optimizer_is_adam_with_its_usual_moments():
+    """phi after five steps on the regulariser alone, by Adam's equations in float64: 0.9, 0.999, 1e-8."""
+    network, config = one_point(0.7, 3), Config(recipe=SHORT, gate_lr=0.8, mu=0.3)
+    phase = Phase(config, second=False)
+    optimizers = phase.optimizers(network, config.recipe)
+    phi = network.phi.detach().double().clone()
+    m, v = torch.zeros_like(phi), torch.zeros_like(phi)
+    for step in range(1, 6):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        phase.loss(network, network.beta.sum() * 0).backward()
+        gradient = network.phi.grad.double()
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        phi = phi - 0.8 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert torch.allclose(network.phi.detach().double(), phi, atol=1e-4) and float(phi.min()) < 3
+
+
+def test_a_range_stays_positive_whatever_its_gradient(tiny):
+    """A step of Adam that would take every range below 0 leaves it at the least range, and the network finite."""
+    out = run(tiny, range_lr=50.0, mu=0.0, recipe=replace(SHORT, epochs=1))
+    steps = [q.scale for q in out.activations.values()] + [float(t.grid.scale) for t in out.weights.values()]
+    assert min(steps) > 0 and all(math.isfinite(step) for step in steps)
+    network = GatedNetwork(*(tiny.model(), *survey(tiny.model(), tiny.Batches(24, 5).inputs)))
+    with torch.no_grad():
+        network.beta.fill_(-3.0)
+    Phase(Config(), second=False).after_step(network, 0.1)
+    assert float(network.beta.detach().min()) > 0
+
+
+def test_what_is_stored_is_of_after_phase_2(tiny):
+    """Ranges that phase 2 moved far: the steps of activations and weights are theirs, not those of before."""
+    before, after = (run(tiny, mu=0.0, bits=(8, 8), prune=False, fixed=fixed, **more)
+                     for fixed, more in ((None, {}), (replace(SHORT, epochs=2), {"fixed_range_lr": 0.2})))
+    moved = [edge for edge in ("conv2", "conv3", "fc")
+             if abs(after.activations[edge].scale / before.activations[edge].scale - 1) > 0.05]
+    assert moved and all(float(after.weights[name].grid.scale) != float(t.grid.scale)
+                         for name, t in before.weights.items())
+
+
+def test_phase_2_has_no_weight_decay_unless_it_is_given():
+    for given, wanted in (({"epochs": 1, "lr": 1e-3}, 0.0), ({"epochs": 1, "lr": 1e-3, "weight_decay": 0.1}, 0.1)):
+        assert build(Config, {"fixed": given}).fixed.weight_decay == wanted
+
+
+def test_from_scratch_the_trained_weights_do_not_matter(tiny):
+    model, other = tiny.model(), tiny.model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(-3.0)
+    config = Config(recipe=SHORT, range_inputs=48, scratch=True, mu=0.0, init=(6.0, 6.0, -6.0, -6.0))
+    one, two, kept = (to_bytes(bayesian_bits.compress(m, tiny.task(), Budget(), c, torch.Generator().manual_seed(3)))[0]
+                      for m, c in ((model, config), (other, config), (other, replace(config, scratch=False))))
+    assert one == two != kept
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+    with pytest.raises(ConfigError, match=r"scratch = True: 1 \(Scaled\) has parameters and no reset"):
+        bayesian_bits.restarted(nn.Sequential(nn.ReLU(), Scaled()), torch.Generator())
+
+
+def test_it_trains_in_float32_unless_told_otherwise(tiny, monkeypatch):
+    """An 8-bit grid has values that bfloat16 does not: under autocast a step of the grid moves by half a step."""
+    seen = []
+    monkeypatch.setattr(bayesian_bits, "train", lambda model, task, *_, **__: seen.append(task.autocast))
+    for autocast in (False, True):
+        task = replace(tiny.task(), autocast=torch.bfloat16)
+        config = Config(recipe=SHORT, range_inputs=48, autocast=autocast)
+        bayesian_bits.compress(tiny.model(), task, Budget(), config, torch.Generator())
+    assert seen == [None, torch.bfloat16]
+    code, step = torch.tensor(0.1) * 203, torch.tensor(0.1)
+    assert abs(float(code.bfloat16()) - float(code)) > 0.3 * float(step)
+
+
 @pytest.mark.parametrize("wrong, message", [
+    ({"fixed_range_lr": 0.3}, "fixed_range_lr = 0.3 does nothing: there is no phase 2"),
+    ({"bits": (8, 8), "dead_gates": False}, "dead_gates = False does nothing: bits are fixed"),
+    ({"learn": "gates", "range_lr": 0.3}, "range_lr = 0.3 does nothing"),
+    ({"learn": "gates", "scratch": True}, "scratch = True with learn = 'gates'"),
     ({"mu": -1.0}, "mu = -1.0"), ({"gate_lr": 0.0}, "gate_lr = 0.0"), ({"hold": 1.5}, "hold = 1.5"),
     ({"recipe": Recipe(3, 0.1)}, "schedule 'cosine'"), ({"bits": (3, 8)}, r"bits = \[3, 8\]"),
     ({"learn": "weights"}, "learn = 'weights'"), ({"learn": "gates", "fixed": SHORT}, "no phase 2"),

@@ -18,7 +18,7 @@ WEIGHTS = torch.tensor([[2.09, -0.98, 1.48, 0.09], [0.05, -0.14, -1.08, 2.12],
 INDEX = torch.tensor([[3, 0, 2, 1], [1, 1, 0, 3], [0, 3, 1, 0], [3, 1, 2, 2]])
 GRADIENT = torch.tensor([[-3, -1, 3, 2], [-1, 1, -2, 12], [-1, 2, 4, 1], [-7, -2, 1, -2]]) / 100
 LAYERS = ("conv1", "conv2", "conv3", "fc")
-SHORT = Config(rounds=2, retrain=Recipe(epochs=1, lr=0.02), tune=Recipe(epochs=2, lr=1e-3, weight_decay=0.0))
+SHORT = Config(rounds=2, retrain=Recipe(epochs=1, lr=0.02), tune=Recipe(epochs=2, lr=1e-3))
 
 
 def seeded(seed=0):

@@ -29,6 +29,8 @@ Departures   Equations and settings are those of the authors' code; of the paper
     networks, are named in the notes; at_least = k keeps the k largest of each layer (not in the paper).
   * Recipe's weight decay (theirs acts on the scale of batch norm too), Nesterov momentum, warm-up in every step.
   * Inputs keep the scaling that the network was trained with; theirs has MNIST at mean 0 and deviation 1.
+  * Training images: the 55,000 that are not held out (theirs: 60,000). Widths are chosen in `bits_epochs` epochs (in
+    theirs, which counts epochs from 0, in one more).
   * The result is the last epoch's; theirs reports the epoch that was best on the test set.
   * mode "prune": weights stay float32 at 32 bits each. mode "quantize": all are kept, on 2^b values without a 0.
   * Fine-tuning uses the quantized weights in both passes (theirs multiplies by the float ones backward).
@@ -48,6 +50,7 @@ from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.project import SortedValues, boundaries, nearest
 from ..core.graph.build import assemble, own_copy, weight_layers
+from ..core.settings import check_idle
 from ..core.train.finetune import Hooks, Recipe, check_trained, train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
@@ -97,6 +100,12 @@ class Config:
             raise ConfigError("finetune trains codebooks: allowed is None with mode 'prune', which has none")
         if self.recipe.ema:
             raise ConfigError(f"recipe.ema = {self.recipe.ema}: an average of projected weights breaks the budget")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        found = {"joint": (), "prune": ("rho", "start_bits", "least_bits", "most_bits", "bits_epochs"),
+                 "quantize": ("fill", "at_least")}[self.mode]
+        return dict.fromkeys(found, f"mode = {self.mode!r}")
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

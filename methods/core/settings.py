@@ -1,0 +1,33 @@
+"""Settings that do nothing where others are as they are: refused when somebody sets them, and never counted as knobs.
+
+A method's Config says which by `idle() -> {setting, or "recipe.setting": why}` and calls `check_idle(self)`.
+"""
+
+import dataclasses
+from typing import Any
+
+from .errors import ConfigError
+
+
+def check_idle(config: Any) -> None:
+    """ConfigError where `config` has another value than the default for a setting that does nothing in it."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, why in config.idle().items():
+        first, _, rest = name.partition(".")
+        value, usual = getattr(config, first), [defaults[first]]
+        if rest and value is not None:  # a recipe written out has the defaults of its class
+            usual = [getattr(recipe, rest) for recipe in (type(value), *usual) if recipe is not None]
+            value = getattr(value, rest)
+        if value not in usual:
+            raise ConfigError(f"{name} = {value!r} does nothing: {why}; leave it out")
+
+
+def with_effect(config: Any) -> list[str]:
+    """The fields of a dataclass, nested ones as "recipe.setting", without the idle ones."""
+    idle = config.idle() if hasattr(config, "idle") else {}
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        nested = with_effect(value) if dataclasses.is_dataclass(value) else []
+        found += [f"{field.name}.{name}" for name in nested] if nested else [field.name]
+    return [name for name in found if name not in idle and name.partition(".")[0] not in idle]
