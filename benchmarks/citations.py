@@ -1,0 +1,44 @@
+"""What to cite: the BibTeX entries of paper_configs/references.bib, one for each method."""
+
+import re
+from pathlib import Path
+
+from methods.core.errors import ConfigError
+
+from .rows import ROOT
+
+REFERENCES = ROOT / "paper_configs" / "references.bib"
+ENTRY = re.compile(r"^@\w+\{(\w+),\n.*?^\}\n", re.MULTILINE | re.DOTALL)
+FIELD = re.compile(r"^\s*(\w+) = \{(.*)\},?$", re.MULTILINE)
+OWN = "jointcompress"
+
+
+def entries(path: Path = REFERENCES) -> dict[str, str]:
+    """{method: its BibTeX entry}."""
+    return {match[1]: match[0] for match in ENTRY.finditer(path.read_text(encoding="utf-8"))}
+
+
+def bibtex(methods: list[str]) -> str:
+    """The entries of `methods`, or of all; ConfigError, listing the names, for one that has none."""
+    known = entries()
+    unknown = [name for name in methods if name not in known]
+    if unknown:
+        raise ConfigError(f"no reference for {unknown[0]!r}; there are: {', '.join(known)}")
+    return "\n".join(known[name] for name in (methods if methods else known))
+
+
+def link(entry: str) -> str | None:
+    """Where the paper of an entry is found: its doi, else arXiv."""
+    fields = dict(FIELD.findall(entry))
+    if "doi" in fields:
+        return f"https://doi.org/{fields['doi']}"
+    return f"https://arxiv.org/abs/{fields['eprint']}" if "eprint" in fields else None
+
+
+def short(entry: str) -> str:
+    """An entry in one line: authors, title, year, without braces."""
+    fields = {key: value.replace("{", "").replace("}", "") for key, value in FIELD.findall(entry)}
+    names = [name.split(",")[0] for name in fields["author"].split(" and ")]
+    who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
+    where = fields["booktitle"] if "booktitle" in fields else fields["journal"]
+    return f"{who}: {fields['title']}. {where}, {fields['year']}"

@@ -1,0 +1,136 @@
+"""Plots of rows: points lost against bytes, bit operations or energy, and where the bytes of a file go."""
+
+import io
+from collections.abc import Callable, Sequence
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from ..report.plots import pareto_front
+from .words import Row, count, look, method_name, points_lost, size
+
+Z95 = 1.959964
+AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = {  # label, cost of a row, of a tick
+    "bytes": ("size of the file", lambda r: r["bytes"], size),
+    "bops": ("bit operations, pruned weights skipped", lambda r: r["cost"]["sparse_bops"], count),
+    "energy": ("energy, share of float32", lambda r: r["hardware"]["energy_ratio_skipping"], lambda v: f"{v:.3g}"),
+}
+PARTS = {"codes": "#0072B2", "positions": "#E69F00", "codebooks": "#009E73", "rest": "#CC79A7",
+         "activations": "#56B4E9", "header": "#999999"}
+
+
+def interval(row: Row) -> float:
+    """Half of the 95 % interval of points lost, from the size of the test set; of the paired change where it is."""
+    change = row.get("change_integer")
+    if isinstance(change, dict) and "low" in change:
+        return (change["high"] - change["low"]) / 2
+    share = row["top1_integer"] / 100
+    return 100 * Z95 * (share * (1 - share) / row.get("n_test", 10_000)) ** 0.5
+
+
+def has_axis(rows: Sequence[Row], axis: str) -> bool:
+    return axis != "energy" or all("energy_ratio_skipping" in row.get("hardware", {}) for row in rows)
+
+
+def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
+    """Points lost (upwards is better) against a cost on a logarithmic axis: a curve for each method through its rows,
+    names on the points, 95 % intervals, and the front that no row beats in both. `rows` start from one baseline."""
+    label, cost, tick = AXES[axis]
+    figure = Figure(figsize=(9.0, 5.0) if wide else (6.4, 4.8), layout="constrained")
+    panel = figure.add_subplot()
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for method in methods:
+        mine = sorted((row for row in rows if row["method"] == method), key=cost)
+        colour, marker = look(method, methods)
+        panel.errorbar([cost(r) for r in mine], [points_lost(r) for r in mine], [interval(r) for r in mine],
+                       color=colour, marker=marker, ms=6, lw=0.8, ls="-" if len(mine) < 6 else "none", elinewidth=0.8,
+                       alpha=0.9, label=method_name(method))
+    front = pareto_front([(cost(r), -points_lost(r)) for r in rows])
+    panel.plot([x for x, _ in front], [-y for _, y in front], color="0.6", lw=4, alpha=0.35, zorder=0,
+               drawstyle="steps-post", label="front: no smaller one loses less")
+    panel.axhline(0, color="0.4", lw=1, ls="--")
+    panel.set(xscale="log", xlabel=f"{label} (log)", ylabel="points of top-1 lost, integer arithmetic")
+    _limits(panel, rows)
+    _ticks(panel, tick)
+    names = [method_name(r["method"]) if len(methods) > 1 else r["name"] for r in rows]
+    figure.draw_without_rendering()
+    _name_points(panel, [(cost(r), points_lost(r), name) for r, name in zip(rows, names, strict=True)])
+    if len(methods) > 1:
+        figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _limits(panel: Axes, rows: Sequence[Row]) -> None:
+    """Lost points grow downwards; a far outlier does not squeeze the others."""
+    lost = sorted(points_lost(r) for r in rows)
+    middle = lost[len(lost) // 2]
+    bottom = max(min(lost[-1], max(4 * middle, lost[0] + 4.0)), lost[0] + 0.5)
+    panel.set_ylim(bottom + 0.08 * (bottom - min(lost[0], 0)) + 0.1, min(lost[0], 0) - 0.25)
+    panel.grid(alpha=0.25)
+
+
+def _ticks(panel: Axes, tick: Callable[[float], str]) -> None:
+    low, high = panel.get_xlim()
+    subs = (1, 1.5, 2, 3, 4, 5, 6, 8) if high < 8 * low else (1, 2, 5) if high < 300 * low else (1,)
+    panel.xaxis.set_major_locator(LogLocator(subs=subs, numticks=20))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    panel.xaxis.set_minor_locator(NullLocator())
+    panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _name_points(panel: Axes, named: list[tuple[float, float, str]]) -> None:
+    """A name at each point, at the first of eight places around it where it covers nothing; else none."""
+    transform, taken, box = panel.transData, [], panel.get_window_extent()
+    dots = [transform.transform((x, y)) for x, y, _ in named]
+    for (x, y, name), (left, bottom) in zip(named, dots, strict=True):
+        width, height = 5.0 * len(name) + 2, 10.0
+        for dx, dy in ((6, 3), (6, -11), (-6 - width, 3), (-6 - width, -11), (-width / 2, 8), (-width / 2, -17),
+                       (6, 12), (-6 - width, 12)):
+            spot = (left + dx, bottom + dy, left + dx + width, bottom + dy + height)
+            inside = box.x0 < spot[0] and spot[2] < box.x1 and box.y0 < spot[1] and spot[3] < box.y1
+            free = not any(_meet(spot, other) for other in taken)
+            clear = not any(spot[0] - 3 < px < spot[2] + 3 and spot[1] - 3 < py < spot[3] + 3 for px, py in dots)
+            if inside and free and clear:
+                panel.annotate(name, (x, y), xytext=(dx * 0.72, dy * 0.72), textcoords="offset points", fontsize=7)
+                taken.append(spot)
+                break
+
+
+def _meet(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def bytes_plot(rows: Sequence[Row]) -> Figure:
+    """Stacked bars: what the bytes of each file are for."""
+    figure = Figure(figsize=(7.2, 0.9 + 0.28 * len(rows)), layout="constrained")
+    panel = figure.add_subplot()
+    for i, row in enumerate(rows):
+        start = 0
+        for part, colour in PARTS.items():
+            length = row["bytes_split"].get(part, 0)
+            panel.barh(i, length, left=start, color=colour, label=part if i == 0 else None)
+            start += length
+    panel.set_yticks(range(len(rows)), [row["name"][:48] for row in rows], fontsize=7)
+    panel.invert_yaxis()
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+    panel.set_xlabel("bytes of the file")
+    figure.legend(loc="outside lower center", ncols=6, fontsize=8, frameon=False)
+    return figure
+
+
+def as_svg(figure: Figure, alt: str) -> str:
+    """The figure as an SVG element with text kept as text and a text alternative; the same bytes every time."""
+    out = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "jointcompress"}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    words = alt.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return text[text.index("<svg"):].replace("<svg ", f'<svg role="img" aria-label="{words}" ', 1)
+
+
+def as_png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=150)
+    return out.getvalue()

@@ -1,0 +1,92 @@
+"""Names and numbers for people: methods, metrics and units as every page and plot shows them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Row = Mapping[str, Any]
+
+METHODS = {
+    "prune_then_quantize": "Prune, then quantize", "quantize_then_prune": "Quantize, then prune",
+    "deep_compression": "Deep Compression", "clip_q": "CLIP-Q", "admm": "ADMM", "annc": "ANNC",
+    "bayesian_bits": "Bayesian Bits", "udfc": "UDFC", "neuron_merging": "Neuron merging", "dfq": "DFQ",
+    "df_mpc": "DF-MPC", "sparq": "SPARQ", "rptq": "RPTQ",
+}
+# Okabe and Ito's colours, told apart by the colour-blind; with the marker, two methods never look alike.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX*<>hp"
+DATA = {"train": "training batches", "calibration": "some inputs, no labels", "none": "no data"}
+
+
+def method_name(method: str) -> str:
+    """The legend name of a method, everywhere the same; a foreign one's module name with spaces."""
+    return METHODS.get(method, method.replace("_", " "))
+
+
+def look(method: str, others: list[str]) -> tuple[str, str]:
+    """(colour, marker) of a method: fixed for those of METHODS, the next free ones for others in their order."""
+    order = [*METHODS, *sorted(set(others) - set(METHODS))]
+    place = order.index(method)
+    return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+
+
+def size(n: float) -> str:
+    """Bytes in units of 1000: 974 KB."""
+    return scaled(n, (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1.0)))
+
+
+def count(n: float) -> str:
+    """A number of operations: 35.5 G."""
+    return scaled(n, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3), ("", 1.0)))
+
+
+def scaled(n: float, units: tuple[tuple[str, float], ...]) -> str:
+    """Three digits in the largest unit that leaves 1 or more once rounded."""
+    unit, factor = next((pair for pair in units if n >= 0.9995 * pair[1]), units[-1])
+    return f"{n / factor:.3g} {unit}".rstrip()
+
+
+def points(value: float) -> str:
+    """Percentage points: two decimals."""
+    return f"{value:.2f}"
+
+
+def times(value: float) -> str:
+    """A ratio: at most two decimals, none from 100 on."""
+    return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def plain(value: float) -> str:
+    """Any other number: whole, or at most two decimals, or three digits where it is small."""
+    if float(value).is_integer() and abs(value) < 1e9:
+        return f"{value:,.0f}"
+    return f"{value:,.2f}" if abs(value) >= 0.1 else f"{value:.3g}"
+
+
+METRICS: dict[str, tuple[str, Callable[[float], str]]] = {  # dotted path in a row: (for people, how to print)
+    "top1_float": ("top-1, float arithmetic, %", points), "top1_integer": ("top-1, integer arithmetic, %", points),
+    "top1_float_bn_reestimated": ("top-1, batch norm re-estimated, %", points),
+    "error_float": ("error, float arithmetic, %", points), "error_integer": ("error, integer arithmetic, %", points),
+    "bytes": ("file", size), "paper_mode_bytes": ("file in Deep Compression's layout", size),
+    "float32_bytes": ("float32 network", size),
+    "cost.density": ("kept weights, share", plain), "cost.kept_weights": ("kept weights", plain),
+    "cost.mean_bits": ("bits of a kept weight", plain), "cost.macs": ("multiply-accumulates", count),
+    "cost.bops": ("bit operations", count), "hardware.bb_bops_percent": ("bit operations, % of 32-bit", plain),
+    "accounting.ratios.data_only": ("smaller, codes of kept weights only", times),
+    "accounting.ratios.data_only_fractional": ("smaller, codes of kept weights at log2(levels)", times),
+    "accounting.ratios.with_index": ("smaller, with positions", times),
+    "accounting.ratios.prune_quantize": ("smaller, P+Q", times),
+    "accounting.ratios.prune_quantize_huffman": ("smaller, P+Q+H", times),
+    "accounting.bits.data_only": ("bits of kept weights", plain),
+}
+
+
+def metric(path: str) -> tuple[str, Callable[[float], str]]:
+    """(name for people, formatter) of a number at a dotted path of a row, or of `LAYER NAME` in a layer."""
+    if path in METRICS:
+        return METRICS[path]
+    return path.replace("accounting.", "").replace(".", ": ").replace("_", " "), plain
+
+
+def points_lost(row: Row) -> float:
+    """Top-1 of the float32 baseline minus that in integer arithmetic."""
+    return row["baseline_top1"] - row["top1_integer"]
