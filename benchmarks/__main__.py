@@ -9,7 +9,7 @@ from rich.console import Console
 
 from methods.core.errors import CompressError
 
-from . import commands, sweep, tools
+from . import commands, elsewhere, sweep, tools
 from .rows import RESULTS
 
 EPILOG = "Data: --data-dir, else $JOINTCOMPRESS_DATA, else the user's cache folder. Progress goes to stderr."
@@ -90,6 +90,26 @@ def _add_tools(command) -> None:
         else:
             sub.add_argument("--inputs", type=int, default=10_000, help="test inputs")
             sub.add_argument("--reference", type=int, default=100, help="of them through the int64 reference too")
+    for name, function, text in (("export", elsewhere.export_file, "a file as an ONNX graph of 8-bit integers"),
+                                 ("bench", elsewhere.bench_file, "CPU time of a file here and in other engines")):
+        sub = command(name, function, text)
+        sub.add_argument("file", type=Path)
+        if name == "export":
+            sub.add_argument("out", type=Path, help="a .onnx file")
+            sub.add_argument("--opset", type=int, default=13, help="13, or 21 for weights of 4 bits")
+            sub.add_argument("--residual", default="float", help="accumulators that an add takes: float or int8")
+            sub.add_argument("--windows", default="refuse", help="SPARQ's bit windows: refuse or drop")
+            sub.add_argument("--inputs", type=int, default=10_000, help="test inputs to compare on")
+        else:
+            sub.add_argument("--batch", type=int, default=64)
+            sub.add_argument("--rounds", type=int, default=7)
+            sub.add_argument("--threads", type=int, default=1)
+        sub.add_argument("--task", required=True)
+        sub.add_argument("--network", required=True)
+        sub.add_argument("--data-dir", type=Path)
+        sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
+    sub = command("cite", tools.cite, "BibTeX of methods")
+    sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
     sub = command("speed", tools.speed, "CPU time of the integer kernels beside float32, and of a training step of "
                   "each method beside a plain one, on random pictures")
     sub.add_argument("--part", choices=("all", "kernels", "training"), default="all")

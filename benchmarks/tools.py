@@ -13,6 +13,7 @@ from methods.engine.fast import FastNetwork
 from methods.engine.verify import verify
 
 from .baselines import skeleton
+from .citations import bibtex
 from .data import open_dataset, test_batches
 from .measure import measure
 from .networks import find
@@ -37,6 +38,10 @@ def verify_file(options: Namespace, console: Console) -> None:
     console.print(f"kernels: {network.backend}", soft_wrap=True)
     found = verify(network, test.epoch(None), options.inputs, options.reference)
     console.print_json(data=dataclasses.asdict(found))
+
+
+def cite(options: Namespace, console: Console) -> None:
+    console.print(bibtex(options.methods), end="", soft_wrap=True, highlight=False)
 
 
 def inspect_file(options: Namespace, console: Console) -> None:

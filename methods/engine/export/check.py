@@ -37,6 +37,17 @@ def onnx_session(path: str | Path, threads: int = 1) -> Callable[[Tensor], Tenso
     return lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
 
 
+def openvino_session(path: str | Path, threads: int = 1) -> Callable[[Tensor], Tensor]:
+    """The network in `path` in OpenVINO on the CPU; ConfigError where that is not installed."""
+    try:
+        import openvino
+    except ImportError:
+        raise ConfigError("OpenVINO is not installed: pip install openvino") from None
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(str(path)), "CPU", {"INFERENCE_NUM_THREADS": threads})
+    return lambda x: torch.from_numpy(compiled(x.numpy())[0])
+
+
 def compare_onnx(path: str | Path, network: Callable[[Tensor], Tensor], batches: Iterable[Batch]) -> Agreement:
     """The file at `path` in ONNX Runtime beside `network` (an IntegerNetwork or FastNetwork)."""
     session, seen, right = onnx_session(path), 0, [0, 0]

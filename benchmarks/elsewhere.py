@@ -1,0 +1,99 @@
+"""A compressed file in other engines: written as ONNX, compared with our integers, timed beside them."""
+
+import dataclasses
+import itertools
+import os
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from methods.core.errors import ConfigError
+from methods.core.file.storage import decode
+from methods.engine import onednn
+from methods.engine.export import compare_onnx, onnx_session, openvino_session, to_onnx
+from methods.engine.fast import FastNetwork
+
+from .baselines import skeleton
+from .data import Dataset, open_dataset, test_batches
+from .networks import find
+from .speed import BASELINE, FAST, as_table, check_positive, in_turn
+
+
+def export_file(options: Namespace, console: Console) -> None:
+    """`export FILE OUT.onnx`: the graph, how each layer is stored, and how far its outputs are from ours."""
+    if options.out.suffix != ".onnx":
+        raise ConfigError(f"{options.out}: written are only .onnx")
+    check_positive({"inputs": options.inputs})
+    dataset, compressed = open_dataset(options.task, options.data_dir), decode(options.file)
+    network, policy = skeleton(dataset, options.network), tuple(options.float_policy)
+    written = to_onnx(compressed, network, options.out, input_shape(dataset), opset=options.opset,
+                      residual=options.residual, windows=options.windows, float_policy=policy)
+    kinds = list(written.layers.values())
+    console.print(f"{options.out}: {written.bytes:,} bytes; weights of "
+                  + ", ".join(f"{kinds.count(kind)} layers as {kind}" for kind in dict.fromkeys(kinds)), soft_wrap=True)
+    inexact = [name for name, kind in written.layers.items() if kind == "float32"]
+    if inexact:
+        console.print(f"float32, because 8 bits do not hold them exactly: {', '.join(inexact)}", soft_wrap=True)
+    ours = FastNetwork(dataclasses.replace(compressed, windows={}), network, policy)
+    batches = pictures(dataset, options.network, 250)
+    found = compare_onnx(options.out, ours, itertools.islice(batches, -(-options.inputs // 250)))
+    console.print(f"{found.inputs:,} test inputs: top-1 {found.top1_ours:.2f} % here, {found.top1_onnx:.2f} % in ONNX "
+                  f"Runtime; the same class for {found.same_argmax:.2f} %; outputs differ by at most "
+                  f"{found.largest_difference:.3g} (the largest is {found.largest_output:.3g})", soft_wrap=True)
+
+
+def bench_file(options: Namespace, console: Console) -> None:
+    """`bench FILE`: CPU time of float32, our integers and the engines that are installed, in one run."""
+    check_positive({"batch": options.batch, "rounds": options.rounds, "threads": options.threads})
+    torch.set_num_threads(options.threads)
+    dataset, compressed = open_dataset(options.task, options.data_dir), decode(options.file)
+    network = skeleton(dataset, options.network)
+    fast = FastNetwork(compressed, network, tuple(options.float_policy))
+    x = next(pictures(dataset, options.network, options.batch))[0]
+    candidates = {BASELINE: channels_last(fast.exact.module, x), FAST: lambda: fast(x)}
+    with tempfile.TemporaryDirectory() as folder:
+        plain = dataclasses.replace(compressed, windows={})
+        for residual in ("float", "int8"):
+            path = Path(folder) / f"{residual}.onnx"
+            to_onnx(plain, network, path, input_shape(dataset), residual=residual,
+                    float_policy=tuple(options.float_policy))
+            candidates |= others(path, residual, x, options.threads)
+        console.print(as_table(in_turn(candidates, options.rounds), len(x)))
+    console.print(f"{options.network}, {options.threads} threads of {os.cpu_count()}; kernels: {fast.backend}; "
+                  f"CPU: {onednn.capability()}", soft_wrap=True)
+    if compressed.windows:
+        console.print("the other engines run plain 8-bit activations: they have no bit windows")
+
+
+def others(path: Path, residual: str, x: Tensor, threads: int) -> dict[str, Callable[[], Tensor]]:
+    """The engines that are installed, each with the file at `path`."""
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name, session in (("ONNX Runtime", onnx_session), ("OpenVINO", openvino_session)):
+        try:
+            run = session(path, threads)
+        except ConfigError:  # not installed
+            continue
+        found[f"{name}, sums in {residual}"] = lambda run=run: run(x)
+    return found
+
+
+def channels_last(module: torch.nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """The float network in the memory format that is fastest on CPUs."""
+    if x.ndim != 4:
+        return lambda: module(x)
+    last, last_x = module.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
+    return lambda: last(last_x)
+
+
+def pictures(dataset: Dataset, network: str, batch: int):
+    return test_batches(dataset, batch_size=batch, device="cpu", scaling=find(network).scaling).epoch(None)
+
+
+def input_shape(dataset: Dataset) -> tuple[int, int, int]:
+    height, width, channels = dataset.image_shape
+    return channels, height, width
