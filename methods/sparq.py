@@ -220,7 +220,7 @@ class QuantizedLayer:
 
 def simulated(graph: Graph, layers: Mapping[str, QuantizedLayer]) -> Graph:
     """`graph` with these layers in place of its own."""
-    return Graph([replace(node, run=layers.get(node.name, node.run)) for node in graph], graph.output)
+    return Graph([replace(node, run=layers.get(node.name, node.run)) for node in graph], graph.output, graph.opaque)
 
 
 def draw(task: Task, config: Config, moving: bool, generator: torch.Generator) -> Tensor:

@@ -184,10 +184,19 @@ def test_settings_are_refused_before_any_training(tiny, settings, error):
             compress(qp, tiny.model(), forbidden(tiny), 0.5, aware=SHORT, **{"bits": 4} | settings)
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x, y):
+        return self.conv(x) + y
+
+
 @BOTH
 def test_networks_that_cannot_be_compressed_are_refused_before_any_training(tiny, method):
     for model, error, message in (
-            (nn.Sequential(nn.Conv2d(3, 4, 1), nn.PReLU()), GraphError, "PReLU"),
+            (Two(), GraphError, "one input tensor here; forward of Two takes x, y"),
             (nn.Sequential(nn.ReLU()), BudgetError, "no Conv2d and no Linear"),
             (nn.Sequential(nn.Conv2d(3, 4, 1)).double(), CompressError, "float64")):
         with pytest.raises(error, match=message):

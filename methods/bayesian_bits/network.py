@@ -17,6 +17,7 @@ from ..core.errors import CompressError
 from ..core.graph.channels import find_pairs
 from ..core.graph.fold import fold_batchnorm
 from ..core.graph.graph import Graph, Node, trace
+from ..core.graph.operations import MOVES, SAME, count_macs
 from .gated import alive, bits_of, gated_quantize, hard_concrete, thresholded
 
 LEAST_RANGE = 1e-6
@@ -68,17 +69,19 @@ def survey(model: nn.Module, inputs: Tensor, *, prune: bool = True, residual: bo
     graph, folded = trace(model), fold_batchnorm(model)[0]
     start = next(iter(graph.nodes))
     pooled, ranges, macs = {}, {}, {}
+    read = {source_of(graph, name, {})[0] for node in graph for name in node.inputs if node.edges()}
 
     def see(node: Node, values: tuple[Tensor, ...], output: Tensor) -> None:
-        ranges[node.name] = find_range(output)
+        if node.name in read:
+            ranges[node.name] = find_range(output)
         if node.op == "avgpool":
             pooled[node.name] = values_per_mean(node, values[0])
         if node.op in ("conv", "linear"):
-            macs[node.name] = output[0].numel() * node.module.weight[0].numel()
+            macs[node.name] = count_macs(node.module, values, output) // len(output)
 
     graph.run(inputs, see)
     if not macs:
-        raise CompressError("the network has no convolution and no linear layer to quantize")
+        raise CompressError(f"the network has no convolution and no linear layer to quantize{graph.why_opaque()}")
     sources = {edge: source_of(graph, name, pooled) for node in graph
                for edge, name in zip(node.edges(), node.inputs, strict=False)}
     largest, last, fixed = max(macs.values()), list(macs)[-1], (None, None) if bits is None else bits
@@ -109,14 +112,15 @@ def values_per_mean(node: Node, x: Tensor) -> int:
     with torch.enable_grad():
         x = torch.zeros_like(x[:1]).requires_grad_()
         y = node.run(x)
-        (share,) = torch.autograd.grad(y[..., y.shape[-2] // 2, y.shape[-1] // 2].sum(), x)
+        middle = y[..., y.shape[-2] // 2, y.shape[-1] // 2] if y.ndim == x.ndim else y.flatten()[:1]
+        (share,) = torch.autograd.grad(middle.sum(), x)
     return round(1 / float(share.max()))
 
 
 def source_of(graph: Graph, name: str, pooled: Mapping[str, int]) -> tuple[str, int]:
     """The node whose values `name` moves or averages, and how many of them one mean takes; `pooled` for each pool."""
     n = 1
-    while graph.nodes[name].op in ("maxpool", "flatten", "identity", "avgpool"):
+    while graph.nodes[name].kind.acts in (MOVES, SAME) or graph.nodes[name].op == "avgpool":
         n *= pooled.get(name, 1)
         name = graph.nodes[name].inputs[0]
     return name, n
@@ -148,7 +152,7 @@ class GatedNetwork(nn.Module):
         self.phi2 = nn.Parameter(torch.full((sum(p.channels for p in points),), PHI2, device=device))
         self.at = {(p.weight, p.name): i for i, p in enumerate(points)}
         graph = trace(model)
-        self.graph = Graph([self._quantized(graph, node) for node in graph], graph.output)
+        self.graph = Graph([self._quantized(graph, node) for node in graph], graph.output, graph.opaque)
         self.drawn: tuple = ()
 
     def _quantized(self, graph: Graph, node: Node) -> Node:

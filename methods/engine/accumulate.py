@@ -32,18 +32,25 @@ def exact_dtype(integers: Tensor, low: int, high: int) -> torch.dtype:
 
 
 def accumulate(layer: nn.Module, x: Tensor, integers: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_k x_k w_k of integers held in float tensors; zero padding; exact if `dtype` is `exact_dtype`'s."""
+    """sum_k x_k w_k of integers held in float tensors; exact if `dtype` is `exact_dtype`'s."""
     weight = integers.to(x.device, dtype)
     if isinstance(layer, nn.Linear):
         return F.linear(x.to(dtype), weight)
-    if layer.padding_mode != "zeros":
-        raise GraphError(f"padding_mode = {layer.padding_mode!r}: the integer kernels pad with zeros")
-    return F.conv2d(x.to(dtype), weight, None, layer.stride, layer.padding, layer.dilation, layer.groups)
+    x, padding = padded(layer, x.to(dtype))
+    return F.conv2d(x, weight, None, layer.stride, padding, layer.dilation, layer.groups)
+
+
+def padded(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, int | tuple[int, ...] | str]:
+    """(input, padding that is left to do): padding with values of the input itself is done here."""
+    if layer.padding_mode == "zeros":
+        return x, layer.padding
+    return F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
 
 
 def accumulate_int64(layer: nn.Module, x: Tensor, integers: Tensor) -> Tensor:
     """The same in int64 arithmetic: slow, and right by definition. The reference of the tests."""
     if isinstance(layer, nn.Linear):
         return x.to(torch.int64) @ integers.to(torch.int64).T
-    return F.conv2d(x.to(torch.int64), integers.to(torch.int64), None, layer.stride, layer.padding, layer.dilation,
+    x, padding = padded(layer, x.double())
+    return F.conv2d(x.to(torch.int64), integers.to(torch.int64), None, layer.stride, padding, layer.dilation,
                     layer.groups)

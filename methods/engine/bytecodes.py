@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..core.artifact import ActivationQuantizer
 from ..core.graph.graph import Node
-from .exact import REAL, Form, Terms
+from .exact import REAL, Form, Terms, code_bounds, on_codes
 from .onednn import Int8Layer
 from .wide import DigitLayer
 
@@ -44,17 +44,18 @@ def in_memory_order(codes: Tensor) -> Tensor:
     return codes.contiguous(memory_format=torch.channels_last) if codes.ndim == 4 else codes.contiguous()
 
 
-def on_bytes(node: Node, form: Form, value):
-    """ReLU, max pool, flatten or nothing, on a value in any form; a ReLU whose zero is the lowest code is nothing."""
-    if node.op == "identity":
-        return value
-    if not is_narrow(form):
-        return value.clamp_min(float(form.zero)) if node.op == "relu" and form != REAL else node.run(value)
-    if node.op == "relu":
-        return value.clamp_min(zero_byte(form)) if zero_byte(form) else value
+def on_bytes(node: Node, form: Form, *values):
+    """A clamp, or what moves or joins values, of values in any form; a clamp to the range of codes is nothing."""
+    if node.op == "identity" or not is_narrow(form):
+        return on_codes(node, form, *values)
+    if node.bounds is not None:
+        low, high = (end - form.code_range[0] for end in code_bounds(node.bounds, form))
+        return values[0] if (low, high) == (0, top_byte(form)) else values[0].clamp(low, high)
     if node.op == "maxpool":
-        return _max_pool(node, value)
-    return node.run(value)
+        return _max_pool(node, values[0])
+    if node.op == "pad":
+        return to_bytes(form, on_codes(node, form, values[0].float() + form.code_range[0]))
+    return in_memory_order(node.run(*values))
 
 
 def _max_pool(node: Node, codes: Tensor) -> Tensor:

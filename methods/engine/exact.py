@@ -11,9 +11,10 @@ that engines which fuse the multiplication with the addition agree with those wh
 
 A conv or linear has one term, its accumulators, with gain scale_in * scale_w * gamma / sqrt(var + eps): a batch
 norm that follows costs nothing. An add has two: codes of its inputs on their own scales, or, for the edge that
-`Graph.accumulator_edges` names, the accumulators of the conv before it, which are never rounded to codes. ReLU,
-max pool and flatten act on codes. What has no codes (a layer excluded by the method or by the caller's policy)
-runs in float and is listed in `float_nodes`, as is a batch norm that follows no conv or linear of its own.
+`Graph.accumulator_edges` names, the accumulators of the conv before it, which are never rounded to codes. Clamps,
+and what moves or joins values, act on codes. What has no codes (a layer excluded by the method or by the caller's
+policy, or whose input has no quantizer) runs in float and is listed in `float_nodes`, as are a batch norm that follows
+no conv or linear of its own, and the operations that the table in `core/graph/operations.py` gives real values.
 """
 
 from collections.abc import Callable
@@ -27,23 +28,31 @@ from ..core.errors import GraphError
 from ..core.fit.windows import is_elementwise
 from ..core.graph.build import apply
 from ..core.graph.fold import norm_ratio
-from ..core.graph.graph import CODE_OPS, EDGE_OPS, Graph, Node, trace
+from ..core.graph.graph import Graph, Node, trace
+from ..core.graph.operations import REAL as NEEDS_REAL
+from ..core.graph.operations import SUMS
 from .accumulate import accumulate, exact_dtype
+from .pooling import has_even_windows, window_size
 from .weights import IntegerWeight, integer_weight
 from .windowed import accumulate_windowed, check_window, windowed_codes
 
 
 @dataclass(frozen=True)
 class Terms:
-    """A value as t0 * gain0 + shift (+ t1 * gain1): integers held in float32, factors in float64 ([C] or [])."""
+    """A value as t0 * gain0 + shift (+ t1 * gain1): integers held in float32, factors in float64 ([C] or []).
+
+    last  the channels are the last dimension (of a linear), not dimension 1
+    """
 
     tensors: tuple[Tensor, ...]
     gains: tuple[Tensor, ...]
     shift: Tensor
+    last: bool = False
 
     def scaled(self, step: float, zero: int) -> Tensor:
         """float32 (t0 * m0 + b) + t1 * m1 in units of `step`, with `zero` added."""
-        t, shape = self.tensors, (1, -1, *[1] * (self.tensors[0].ndim - 2))
+        t = self.tensors
+        shape = (-1,) if self.last else (1, -1, *[1] * (t[0].ndim - 2))
         y = t[0] * _f32(self.gains[0] / step, t[0], shape) + _f32(self.shift / step + zero, t[0], shape)
         return y if len(t) == 1 else y + t[1] * _f32(short(self.gains[1] / step), t[1], shape)
 
@@ -74,7 +83,8 @@ class IntegerLayer:
 
     def read(self, codes: Tensor) -> Tensor:
         """The codes after a window, where that is a function of the codes alone."""
-        if codes.ndim != self.weight.integers.ndim:
+        many = self.node.op == "linear" and self.window is None  # a linear takes any number of rows
+        if codes.ndim != self.weight.integers.ndim and not many:
             raise GraphError(f"{self.node.name} reads inputs of {codes.ndim} dimensions: the integer kernels take "
                              f"{self.weight.integers.ndim} there")
         return windowed_codes(codes, self.window) if self._elementwise() else codes
@@ -107,13 +117,15 @@ class IntegerNetwork:
         unknown = sorted(set(float_policy) - set(compressed.weights))
         if unknown:
             raise GraphError(f"no layers {unknown} to run in float; there are: {', '.join(compressed.weights)}")
-        self.fused = {norm: node.name for node in self.graph if node.op in ("conv", "linear")
+        self.fused = {norm: node.name for node in self.graph.layers()
                       if (norm := self.graph.norm_after(node.name)) is not None}
-        self.layers = {node.name: self._layer(node, compressed) for node in self.graph
-                       if node.name in compressed.weights and node.name not in float_policy}
+        coded = [node for node in self.graph.layers() if node.name in compressed.weights]
+        if coded and not any(node.name in self.ranges for node in coded):
+            raise GraphError(f"the input of {coded[0].name} has no activation quantizer: calibrate the model first")
+        self.layers = {node.name: self._layer(node, compressed) for node in coded
+                       if node.name in self.ranges and node.name not in float_policy}
         self.pending = self._pending()
-        self.float_nodes = [node.name for node in self.graph if node.op == "bn" and node.name not in self.fused
-                            or node.op in EDGE_OPS and not self._is_integer(node)]
+        self.float_nodes = [node.name for node in self.graph if self._is_float(node)]
         self.wanted = {node.name: self._wanted(node.name) for node in self.graph}
         self.see: Callable[[IntegerLayer, Tensor, Tensor], None] | None = None  # (layer, codes in, accumulators)
 
@@ -125,9 +137,7 @@ class IntegerNetwork:
                 if edge in found and all(other in self.ranges for other in node.edges() if other != edge)}
 
     def _layer(self, node: Node, compressed: CompressedModel) -> IntegerLayer:
-        source = self.ranges.get(node.name)
-        if source is None:
-            raise GraphError(f"the input of {node.name} has no activation quantizer: calibrate the model first")
+        source = self.ranges[node.name]
         weight = integer_weight(compressed.weights[node.name])
         low, high = (code - source.zero for code in source.code_range)
         window = compressed.windows.get(node.name)
@@ -149,10 +159,14 @@ class IntegerNetwork:
         shift = (bias - norm.running_mean.double()) * ratio
         return ratio, shift + norm.bias.detach().double() if norm.affine else shift
 
-    def _is_integer(self, node: Node) -> bool:
+    def _is_float(self, node: Node) -> bool:
+        if node.kind.acts == NEEDS_REAL:
+            return node.op != "input" and node.name not in self.fused
+        if node.kind.acts != SUMS:
+            return False
         if node.op in ("conv", "linear"):
-            return node.name in self.layers
-        return all(edge in self.ranges or edge in self.pending for edge in node.edges())
+            return node.name not in self.layers
+        return not all(edge in self.ranges or edge in self.pending for edge in node.edges())
 
     def _form(self, edge: str) -> Form:
         """The form in which the value at an edge is read."""
@@ -162,7 +176,7 @@ class IntegerNetwork:
         """The forms in which the value `name` is read, in order of first use."""
         found: list[Form] = [REAL] if name == self.graph.output else []
         for node in self.graph.consumers(name):
-            if node.op in CODE_OPS or node.name in self.fused:
+            if node.on_codes or node.name in self.fused:
                 found += self._wanted(node.name)
             else:
                 found += [self._form(edge) for edge, source in zip(node.edges(), node.inputs, strict=False)
@@ -172,8 +186,11 @@ class IntegerNetwork:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         values: dict[str, Forms] = {}
+        shapes: dict[str, torch.Size] = {}
         for node in self.graph:
-            values[node.name] = self._step(node, x, values)
+            values[node.name] = self._step(node.at(shapes), x, values)
+            if self.graph.needs_shape(node.name):
+                shapes[node.name] = shape_of(values[node.name])
             for name in node.inputs:  # free what nobody reads any more
                 if name != self.graph.output and self.graph.consumers(name)[-1].name == node.name:
                     values.pop(name, None)
@@ -185,9 +202,11 @@ class IntegerNetwork:
             return self._from_real(node, x)
         if node.name in self.fused:
             return inputs[0]
-        if node.op in CODE_OPS:
-            return {form: _on_codes(node, form, inputs[0][form]) for form in self.wanted[node.name]}
+        if node.on_codes:
+            return {form: on_codes(node, form, *(forms[form] for forms in inputs)) for form in self.wanted[node.name]}
         if node.name in self.float_nodes:
+            return self._from_real(node, self._float(node, inputs))
+        if node.op == "avgpool" and not has_even_windows(node.module, shape_of(inputs[0])):
             return self._from_real(node, self._float(node, inputs))
         terms = {"conv": self._multiplied, "linear": self._multiplied, "add": self._added, "avgpool": self._averaged}
         return self._from_terms(node, terms[node.op](node, inputs))
@@ -198,15 +217,16 @@ class IntegerNetwork:
         total = layer.accumulate(codes)
         if self.see is not None:
             self.see(layer, codes, total)
-        return Terms((total.float(),), (layer.gain,), layer.shift)
+        return Terms((total.float(),), (layer.gain,), layer.shift, node.op == "linear")
 
     def _added(self, node: Node, inputs: list[Forms]) -> Terms:
         """Accumulators first; a code c on a scale s with zero point z is c * s, and -z * s goes into the shift."""
         sides = [(edge, forms[self._form(edge)]) for edge, forms in zip(node.edges(), inputs, strict=True)]
         sides.sort(key=lambda side: side[0] not in self.pending)
-        tensors, gains, shift = [], [], torch.zeros((), dtype=torch.float64)
+        tensors, gains, shift, last = [], [], torch.zeros((), dtype=torch.float64), False
         for edge, value in sides:
             if isinstance(value, Terms):
+                last = value.last
                 tensors.append(value.tensors[0])
                 gains.append(value.gains[0])
                 shift = shift + value.shift
@@ -215,17 +235,15 @@ class IntegerNetwork:
                 tensors.append(value)
                 gains.append(torch.tensor(quantizer.scale, dtype=torch.float64))
                 shift = shift - quantizer.zero * quantizer.scale
-        return Terms(tuple(tensors), tuple(gains), shift)
+        return Terms(tuple(tensors), tuple(gains), shift, last)
 
     def _averaged(self, node: Node, inputs: list[Forms]) -> Terms:
         """Average pool on codes: exact integer sums, then one multiplication."""
         quantizer = self.ranges[node.name]
         codes = (inputs[0][quantizer] - quantizer.zero).double()
         mean = node.run(codes)
-        area = _window(node, codes.shape, mean.shape)
+        area = window_size(node.module, codes.shape, mean.shape)
         total = torch.round(mean * area)
-        if bool(((mean * area - total).abs() > 1e-3).any()):
-            raise GraphError(f"the windows of the average pool {node.name} differ in size: it has no integer sums")
         gain = torch.tensor(quantizer.scale / area, dtype=torch.float64)
         return Terms((total.float(),), (gain,), torch.zeros((), dtype=torch.float64))
 
@@ -235,8 +253,8 @@ class IntegerNetwork:
         They are brought to one memory format: float kernels round differently in another.
         """
         real = []
-        for edge, forms in zip(node.edges() or [node.name], inputs, strict=False):
-            form = self._form(edge)
+        for edge, forms in zip(node.edges() or [None] * len(inputs), inputs, strict=True):
+            form = REAL if edge is None else self._form(edge)
             real.append(_rows_first(forms[REAL] if form == REAL else form.decode(forms[form])))
         y = node.run(*real)
         norm = self.graph.norm_after(node.name) if node.op in ("conv", "linear") else None
@@ -260,16 +278,7 @@ class IntegerNetwork:
 
 def _rows_first(x: Tensor) -> Tensor:
     """`x` in torch's ordinary memory format, with its strides also where sides of 1 leave others possible."""
-    return x.contiguous().view(-1).view(x.shape)
-
-
-def _window(node: Node, before: torch.Size, after: torch.Size) -> int:
-    """Inputs of one window of an average pool; of an adaptive one, if its windows are alike."""
-    pool = node.module
-    if isinstance(pool, nn.AvgPool2d):
-        sides = pool.kernel_size if isinstance(pool.kernel_size, tuple) else (pool.kernel_size,) * 2
-        return sides[0] * sides[1] if pool.divisor_override is None else pool.divisor_override
-    return (before[-1] * before[-2]) // (after[-1] * after[-2])
+    return x.contiguous().view(-1).view(x.shape) if isinstance(x, Tensor) else x
 
 
 def _f32(factor: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -278,10 +287,25 @@ def _f32(factor: Tensor, like: Tensor, shape: tuple[int, ...]) -> Tensor:
     return factor.reshape(shape) if factor.ndim else factor
 
 
-def _on_codes(node: Node, form: Form, value: Tensor) -> Tensor:
-    """A monotone or moving operation; on codes a ReLU's 0 is the zero point."""
+def shape_of(forms: Forms) -> torch.Size:
+    """Of a value, from any of its forms."""
+    value = next(iter(forms.values()))
+    return value.tensors[0].shape if isinstance(value, Terms) else value.shape
+
+
+def on_codes(node: Node, form: Form, *values):
+    """What a clamp, or what moves or joins values, makes of them in one form; of codes held in a float dtype."""
     if node.op == "identity":  # a dropout: it may stand between a conv and an add, whose terms are no tensor
-        return value
-    if form != REAL and node.op == "relu":
-        return value.clamp_min(float(form.zero))
-    return node.run(value)
+        return values[0]
+    if form == REAL:
+        return node.run(*values)
+    if node.bounds is not None:
+        return values[0].clamp(*code_bounds(node.bounds, form))
+    if node.op == "pad":  # with real zeros
+        return node.run(values[0] - form.zero) + form.zero
+    return node.run(*values)
+
+
+def code_bounds(bounds: tuple[float, float], form: ActivationQuantizer) -> tuple[int, int]:
+    """The codes of the ends of a clamp: encoding never changes the order, so clamping codes is clamping values."""
+    return tuple(int(form.encode(torch.tensor(end, dtype=torch.float32))) for end in bounds)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..core.artifact import ActivationQuantizer, CompressedModel
 from ..core.fit.windows import is_elementwise
-from ..core.graph.graph import CODE_OPS, MAY_ALIAS, Graph, Node
+from ..core.graph.graph import Graph, Node
+from ..core.graph.operations import CLAMPS
 from . import onednn
 from .bytecodes import (
     Kernel,
@@ -26,11 +27,9 @@ from .bytecodes import (
     to_float,
     zero_byte,
 )
-from .exact import ACCUMULATORS, REAL, Form, Forms, IntegerLayer, IntegerNetwork, Terms, short
+from .exact import ACCUMULATORS, REAL, Form, Forms, IntegerLayer, IntegerNetwork, Terms, shape_of, short
 from .wide import find_kernel
 from .windowed import spread_codes, spread_weights
-
-ALIASES = ("relu", *MAY_ALIAS)  # may return the tensor that they were given
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,11 @@ class FastNetwork:
         if self.unsupported or x.device.type != "cpu" or x.numel() == 0 or bool(x.sum().isnan()):
             return self.exact(x)
         values: dict[str, FastForms] = {}
+        shapes: dict[str, torch.Size] = {}
         for node in self.graph:
-            values[node.name] = self._step(node, x, values)
+            values[node.name] = self._step(node.at(shapes), x, values)
+            if self.graph.needs_shape(node.name):
+                shapes[node.name] = shape_of(values[node.name])
             for name in self.done[node.name]:
                 values.pop(name, None)
         return values[self.graph.output][REAL]
@@ -92,6 +94,7 @@ class FastNetwork:
         if node.name in self.steps:
             return self.steps[node.name](inputs)
         needed = [self.exact._form(edge) for edge in node.edges()] or [REAL]
+        needed = self.exact.wanted[node.name] if node.on_codes else needed
         given = {name: {form: to_float(form, forms[form]) for form in needed if form in forms}
                  for name, forms in zip(node.inputs, inputs, strict=True)}
         return _all_bytes(self.exact._step(node, x, given))
@@ -105,7 +108,7 @@ class FastNetwork:
             step = None
             if node.name in self.exact.fused:
                 step = _first
-            elif node.op in CODE_OPS:
+            elif node.on_codes and not node.shaped_by:
                 step = self._code_step(node)
             elif node.op in ("conv", "linear") and node.name in self.layers:
                 step = self._defer(node) if node.name in sums else self._layer_step(node)
@@ -121,14 +124,16 @@ class FastNetwork:
         pending = [edge for edge in node.edges() if edge in self.exact.pending]
         others = [self.exact._form(edge) for edge in node.edges() if edge not in pending]
         layer = self.layers[self.exact.pending[pending[0]]] if len(pending) == 1 else None
-        alone = layer is not None and self.exact.wanted[layer.node.name] == [ACCUMULATORS]
+        alone = layer is not None and self.exact.wanted[layer.node.name] == [ACCUMULATORS] \
+            and not self.graph.needs_shape(layer.node.name)
         fits = alone and len(others) == 1 and is_narrow(others[0]) \
             and all(is_narrow(form) or form == REAL for form in self.exact.wanted[node.name])
         return layer.node.name if fits and layer.node.name in self.read else ""
 
     def _code_step(self, node: Node) -> Step:
         def step(inputs: list[FastForms]) -> FastForms:
-            return {form: on_bytes(node, form, inputs[0][form]) for form in self.exact.wanted[node.name]}
+            return {form: on_bytes(node, form, *(forms[form] for forms in inputs))
+                    for form in self.exact.wanted[node.name]}
         return step
 
     def _layer_step(self, node: Node) -> Step | None:
@@ -164,7 +169,8 @@ class FastNetwork:
 
         def step(inputs: list[FastForms]) -> FastForms:
             total = kernel(read(inputs[0]), torch.float32)
-            return _all_bytes(self.exact._from_terms(node, Terms((total,), (layer.gain,), layer.shift)))
+            return _all_bytes(self.exact._from_terms(node, Terms((total,), (layer.gain,), layer.shift,
+                                                                   node.op == "linear")))
         return step
 
     def _defer(self, node: Node) -> Step:
@@ -205,7 +211,8 @@ class FastNetwork:
     def _root(self, name: str) -> str:
         """The node that made the tensor called `name`."""
         node = self.graph.nodes[name]
-        return self._root(node.inputs[0]) if node.op in ALIASES or name in self.exact.fused else name
+        aliases = node.kind.aliases or node.kind.acts == CLAMPS or name in self.exact.fused
+        return self._root(node.inputs[0]) if aliases else name
 
     def _read_at(self, node: Node) -> str:
         """When `node` reads its codes: a conv whose accumulators an add takes, with that add."""
@@ -247,6 +254,8 @@ def _reader(layer: IntegerLayer) -> Callable[[FastForms], Tensor] | None:
     if not dense and (integers.shape[1] % 4 or not window.sparse24) \
             or find_kernel(layer.node.module, _multiplied(layer), layer.source.bits) is None:
         return None
+    if window is None and layer.node.op == "linear":
+        return lambda forms: layer.read(forms[layer.source]).contiguous()
     if window is None:
         return lambda forms: layer.read(forms[layer.source])
     alone = not dense and spread_weights(integers)[1]

@@ -1,31 +1,28 @@
 """The integer network by its definition: int64 sums, numpy float32 arithmetic, one value at a time. Slow.
 
-It shares with `IntegerNetwork` the graph, the integers and the real factors of every layer, and no arithmetic.
+It shares with `IntegerNetwork` the graph, the integers and the real factors of every layer, and no arithmetic. What
+computes with real values (see `IntegerNetwork.float_nodes`) is called here as there, on the real values found here.
 """
 
 import math
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.artifact import ActivationQuantizer
-from ..core.errors import GraphError
 from ..core.graph.graph import Node
 from .accumulate import accumulate_int64
 from .exact import FACTOR_BITS, IntegerLayer, IntegerNetwork
-from .reference_windows import windowed_sums
+from .reference_windows import average_windows, windowed_sums
 
 
 class ReferenceRun:
-    """`codes(name, quantizer)` and `real(name)` of every value of an integer network on one batch.
-
-    Without layers that run in float; GraphError at an average pool that pads, or adapts to more than one pixel.
-    """
+    """`codes(name, quantizer)` and `real(name)` of every value of an integer network on one batch."""
 
     def __init__(self, network: IntegerNetwork, x: Tensor):
         self.network, self.nodes, self.x = network, network.graph.nodes, x
-        self.known: dict[tuple[str, ActivationQuantizer], np.ndarray] = {}
+        self.known: dict[tuple[str, ActivationQuantizer | None], np.ndarray] = {}
 
     def codes(self, name: str, quantizer: ActivationQuantizer) -> np.ndarray:
         """int64 codes of a value under a quantizer."""
@@ -35,86 +32,136 @@ class ReferenceRun:
         return self.known[key]
 
     def real(self, name: str) -> np.ndarray:
-        """float32 numbers of a value that a layer, an add or a pool makes."""
-        node = self.nodes[name]
-        return self.real(node.inputs[0]) if self._passes(node) else self._scaled(node, 1.0, 0)
+        """float32 numbers of a value (whatever an operation of its own kind returns, where that is no tensor)."""
+        key = (name, None)
+        if key not in self.known:
+            self.known[key] = self._real(self.nodes[name])
+        return self.known[key]
 
     def _passes(self, node: Node) -> bool:
         return node.op == "identity" or node.name in self.network.fused
 
     def _codes(self, node: Node, quantizer: ActivationQuantizer) -> np.ndarray:
-        low, high = quantizer.code_range
         if self._passes(node):
             return self.codes(node.inputs[0], quantizer)
-        if node.op == "relu":
-            return np.maximum(self.codes(node.inputs[0], quantizer), quantizer.zero)
+        if node.bounds is not None:
+            low, high = (int(_encoded(np.float32(end), quantizer)) for end in node.bounds)
+            return np.clip(self.codes(node.inputs[0], quantizer), low, high)
         if node.op == "flatten":
             inner = self.codes(node.inputs[0], quantizer)
             return inner.reshape(len(inner), -1)
-        if node.op == "maxpool":
-            inner = torch.from_numpy(self.codes(node.inputs[0], quantizer))
-            return node.run(inner.double()).long().numpy()
+        if node.on_codes:  # moves values: told apart by their distance from 0, which is what a pad fills in
+            inner = [torch.from_numpy(self.codes(name, quantizer) - quantizer.zero).double() for name in node.inputs]
+            return self._call(node, inner).numpy().astype(np.int64) + quantizer.zero
+        if self._is_real(node):
+            return _encoded(self.real(node.name), quantizer)
+        return _rounded(self._scaled(node, quantizer.scale, quantizer.zero), quantizer)
+
+    def _real(self, node: Node) -> np.ndarray:
         if node.op == "input":
-            y = np.rint(self.x.numpy() / np.float32(quantizer.scale)) + np.float32(quantizer.zero)
-        else:
-            y = np.rint(self._scaled(node, quantizer.scale, quantizer.zero))
-        return np.clip(y, low, high).astype(np.int64)
+            return self.x.numpy()
+        if self._passes(node):
+            return self.real(node.inputs[0])
+        if node.on_codes:
+            return _array(self._call(node, [_tensor(self.real(name)) for name in node.inputs]))
+        return self._float(node) if self._is_real(node) else self._scaled(node, 1.0, 0)
+
+    def _is_real(self, node: Node) -> bool:
+        """Whether a node computes with real values; so does an average pool whose windows are not alike."""
+        if node.op == "input" or node.name in self.network.float_nodes:
+            return True
+        return node.op == "avgpool" and self._windows(node) is None
+
+    def _float(self, node: Node) -> np.ndarray:
+        """An operation on real values, which are decoded where its edge has codes."""
+        values = []
+        for edge, name in zip(node.edges() or [None] * len(node.inputs), node.inputs, strict=True):
+            quantizer = self.network.ranges.get(edge)
+            values.append(_tensor(self.real(name) if quantizer is None else _decoded(
+                self.codes(name, quantizer), quantizer)))
+        y = self._call(node, values)
+        norm = self.network.graph.norm_after(node.name) if node.op in ("conv", "linear") else None
+        return _array(y if norm is None else self.nodes[norm].run(y))
+
+    @torch.no_grad()
+    def _call(self, node: Node, values: list):
+        shapes = {name: torch.Size(self.real(name).shape) for name in node.shaped_by}
+        return node.at(shapes).run(*values)
+
+    def _windows(self, node: Node) -> tuple[np.ndarray, int] | None:
+        """int64 sums over the windows of an average pool and how many values are in each; None if that differs."""
+        quantizer = self.network.ranges[node.name]
+        codes = self.codes(node.inputs[0], quantizer) - quantizer.zero
+        if node.module is not None:
+            return average_windows(node.module, codes)
+        mean = node.run(torch.from_numpy(codes).double()).numpy()
+        count = codes.size // mean.size
+        return np.rint(mean * count).astype(np.int64), count
 
     def _scaled(self, node: Node, step: float, zero: int) -> np.ndarray:
         """(t0 * m0 + b) + t1 * m1, every operation in float32, m1 on FACTOR_BITS bits."""
-        terms, shift = self._terms(node)
+        terms, shift, axis = self._terms(node)
         y = None
         for total, gain in terms:
-            shape = (1, -1, *[1] * (total.ndim - 2))
             factor = gain / step if y is None else _short(gain / step)
-            product = total.astype(np.float32) * np.float32(factor).reshape(shape if np.ndim(factor) else ())
-            y = product + np.float32(shift / step + zero).reshape(shape if np.ndim(shift) else ()) if y is None \
-                else y + product
+            product = total.astype(np.float32) * _along(np.float32(factor), total.ndim, axis)
+            y = product + _along(np.float32(shift / step + zero), total.ndim, axis) if y is None else y + product
         return y
 
-    def _terms(self, node: Node) -> tuple[list, np.ndarray | float]:
-        """[(int64 sums or codes, float64 gain)], accumulators first, and the float64 shift of all of them."""
+    def _terms(self, node: Node) -> tuple[list, np.ndarray | float, int]:
+        """[(int64 sums or codes, float64 gain)], accumulators first, the float64 shift of all of them, and the
+        dimension of the channels."""
         if node.op in ("conv", "linear"):
             layer = self.network.layers[node.name]
-            return [(self._sums(layer), layer.gain.numpy())], layer.shift.numpy()
+            return [(self._sums(layer), layer.gain.numpy())], layer.shift.numpy(), -1 if node.op == "linear" else 1
         if node.op == "avgpool":
-            quantizer = self.network.ranges[node.name]
-            totals, area = _window_sums(node, self.codes(node.inputs[0], quantizer) - quantizer.zero)
-            return [(totals, quantizer.scale / area)], 0.0
-        terms, shift = [], 0.0
+            totals, count = self._windows(node)
+            return [(totals, self.network.ranges[node.name].scale / count)], 0.0, 1
+        terms, shift, axis = [], 0.0, 1
         for edge, name in sorted(zip(node.edges(), node.inputs, strict=True), key=lambda side: not self._pending(side)):
             if self._pending((edge, name)):
-                terms, shift = self._terms(self.nodes[self.network.pending[edge]])
+                terms, shift, axis = self._terms(self.nodes[self.network.pending[edge]])
             else:
                 quantizer = self.network.ranges[edge]
                 terms.append((self.codes(name, quantizer), quantizer.scale))
                 shift = shift - quantizer.zero * quantizer.scale
-        return terms, shift
+        return terms, shift, axis
 
     def _pending(self, side: tuple[str, str]) -> bool:
         return side[0] in self.network.pending
 
     def _sums(self, layer: IntegerLayer) -> np.ndarray:
         codes, module = self.codes(layer.node.inputs[0], layer.source), layer.node.module
-        if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
-            raise GraphError(f"{layer.node.name} does not pad with zeros")
         if layer.window is not None:
             return windowed_sums(module, codes, layer.weight.integers.long().numpy(), layer.window)
         return accumulate_int64(module, torch.from_numpy(codes - layer.source.zero), layer.weight.integers).numpy()
 
 
-def _window_sums(node: Node, codes: np.ndarray) -> tuple[np.ndarray, int]:
-    """int64 sums over the windows of an average pool, and how many codes are in each."""
-    pool = node.module
-    if isinstance(pool, nn.AdaptiveAvgPool2d) and pool.output_size in (1, (1, 1)):
-        return codes.sum((2, 3), keepdims=True), codes.shape[2] * codes.shape[3]
-    if not isinstance(pool, nn.AvgPool2d) or pool.ceil_mode or pool.divisor_override or pool.padding not in (0, (0, 0)):
-        raise GraphError(f"the int64 reference does not know the average pool {node.name}: compare with 0 reference "
-                         "inputs (--reference 0)")
-    (height, width), (down, right) = (value if isinstance(value, tuple) else (value, value)
-                                      for value in (pool.kernel_size, pool.stride))
-    windows = np.lib.stride_tricks.sliding_window_view(codes, (height, width), (2, 3))[:, :, ::down, ::right]
-    return windows.sum((4, 5)), height * width
+def _encoded(y: np.ndarray, quantizer: ActivationQuantizer) -> np.ndarray:
+    return _rounded(np.rint(y / np.float32(quantizer.scale)) + np.float32(quantizer.zero), quantizer)
+
+
+def _rounded(y: np.ndarray, quantizer: ActivationQuantizer) -> np.ndarray:
+    return np.clip(np.rint(y), *quantizer.code_range).astype(np.int64)
+
+
+def _decoded(codes: np.ndarray, quantizer: ActivationQuantizer) -> np.ndarray:
+    return (codes - quantizer.zero).astype(np.float32) * np.float32(quantizer.scale)
+
+
+def _along(values: np.ndarray | np.float32, ndim: int, axis: int) -> np.ndarray | np.float32:
+    """One value per channel shaped to multiply an array; a single value as it is."""
+    if np.ndim(values) == 0 or axis == -1:
+        return values
+    return values.reshape(1, -1, *[1] * (ndim - 2))
+
+
+def _tensor(value):
+    return torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+
+
+def _array(value):
+    return value.detach().numpy() if isinstance(value, Tensor) else value
 
 
 def _short(factor: float) -> float:

@@ -5,6 +5,8 @@ are partners; with 2:4 weights those two of a group of four that the filter has 
 is 0, or that has none, keeps twice the bits at any shift. Nothing here comes from methods/core/windows.py.
 """
 
+import math
+
 import numpy as np
 from torch import nn
 
@@ -72,3 +74,44 @@ def _filled(values: np.ndarray, axis: int, multiple: int) -> np.ndarray:
     widths = [(0, 0)] * values.ndim
     widths[axis] = (0, -values.shape[axis] % multiple)
     return np.pad(values, widths)
+
+
+# --- average pools -----------------------------------------------------------------------------------------
+
+
+def average_windows(pool: nn.Module, codes: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """int64 [N, C, H_out, W_out] sums over the windows of a pool, and what every one of them is divided by.
+
+    None where the windows are divided by different numbers.
+    """
+    found = {}
+    sides = [_spans(pool, side, axis) for axis, side in enumerate(codes.shape[2:])]
+    sums = np.zeros((*codes.shape[:2], len(sides[0]), len(sides[1])), dtype=np.int64)
+    for i, (top, bottom, rows) in enumerate(sides[0]):
+        for j, (left, right, columns) in enumerate(sides[1]):
+            sums[:, :, i, j] = codes[:, :, top:bottom, left:right].sum((2, 3))
+            found[rows * columns] = (i, j)
+    divisor = getattr(pool, "divisor_override", None)
+    if divisor is not None:
+        return sums, divisor
+    return (sums, next(iter(found))) if len(found) == 1 else None
+
+
+def _spans(pool: nn.Module, side: int, axis: int) -> list[tuple[int, int, int]]:
+    """[(first, end, values counted)] of the windows along one side, as torch lays them."""
+    if isinstance(pool, nn.AdaptiveAvgPool2d):
+        out = pool.output_size[axis] if isinstance(pool.output_size, tuple) else pool.output_size
+        out = side if out is None else out
+        ends = [(i * side // out, math.ceil((i + 1) * side / out)) for i in range(out)]
+        return [(first, end, end - first) for first, end in ends]
+    kernel, step, pad = (v if isinstance(v, int) else v[axis] for v in (pool.kernel_size, pool.stride, pool.padding))
+    rounded = math.ceil if pool.ceil_mode else math.floor
+    out = rounded((side + 2 * pad - kernel) / step) + 1
+    if pool.ceil_mode and (out - 1) * step >= side + pad:  # a window must start inside the picture or its left padding
+        out -= 1
+    spans = []
+    for start in range(-pad, -pad + out * step, step):
+        end = min(start + kernel, side + pad)
+        first, last = max(start, 0), min(end, side)
+        spans.append((first, last, end - start if pool.count_include_pad else last - first))
+    return spans

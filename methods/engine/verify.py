@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ..core.artifact import ActivationQuantizer
-from ..core.errors import GraphError
 from ..core.train.task import Batch
 from .bytecodes import to_float
 from .exact import Form, IntegerNetwork
@@ -55,13 +54,7 @@ def recorded(network: IntegerNetwork | FastNetwork, x: Tensor) -> tuple[Tensor, 
 
 
 def verify(fast: FastNetwork, batches: Iterable[Batch], inputs: int, reference_inputs: int = 0) -> Verdict:
-    """On the first `inputs` of `batches`; the first `reference_inputs` of them against the int64 reference too.
-
-    GraphError where layers run in float and the reference, which has none, was asked for.
-    """
-    if reference_inputs > 0 and fast.float_nodes:
-        raise GraphError(f"{fast.float_nodes[0]} runs in float, which the int64 reference does not know: compare "
-                         "with 0 reference inputs (--reference 0)")
+    """On the first `inputs` of `batches`; the first `reference_inputs` of them against the int64 reference too."""
     verdict = Verdict()
     for x, _ in batches:
         x = x[:inputs - verdict.inputs]
@@ -74,7 +67,8 @@ def verify(fast: FastNetwork, batches: Iterable[Batch], inputs: int, reference_i
         verdict.wrong += sum(int((found[key] != value).sum()) for key, value in codes.items())
         some = min(reference_inputs - verdict.reference_inputs, len(x))
         if some > 0:
-            _against_reference(verdict, fast.exact, x[:some], {key: value[:some] for key, value in codes.items()})
+            x = x[:some]  # what computes in float may round differently in a batch of another size
+            _against_reference(verdict, fast.exact, x, recorded(fast.exact, x)[1])
         if verdict.inputs >= inputs:
             break
     return verdict

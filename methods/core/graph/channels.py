@@ -16,20 +16,20 @@ from .build import NORMS, weight_layers
 from .fold import norm_ratio
 from .graph import Graph, Node, trace
 
-PASSED = ("relu", "maxpool", "avgpool", "flatten", "identity")  # keep channels apart, commute with factors >= 0
-
 
 @dataclass(frozen=True)
 class Pair:
     """Two layers, the second of which alone reads the first, channel by channel.
 
-    norm       batch norm right after `first`, or None;  rectified  a ReLU lies between
+    norm       batch norm right after `first`, or None;  rectified  a ReLU (or a clamp that starts at 0) lies between
+    clamps     the other clamps between: what they cut off does not grow with the channel
     """
 
     first: str
     norm: str | None
     second: str
     rectified: bool
+    clamps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +58,7 @@ def find_pairs(model: nn.Module, kinds: tuple[type[nn.Module], ...] = (nn.Conv2d
     grouped convolutions (their filters see different inputs); batch norms without parameters or statistics.
     """
     graph = trace(model)
-    found = (_pair_from(graph, node.name) for node in graph if isinstance(node.module, kinds))
+    found = (_pair_from(graph, node.name) for node in graph.layers() if isinstance(node.module, kinds))
     return [pair for pair in found if pair is not None]
 
 
@@ -73,7 +73,7 @@ def require_pairs(model: nn.Module, method: str, kinds: tuple[type[nn.Module], .
 
 
 def _pair_from(graph: Graph, first: str) -> Pair | None:
-    layer, norm, seen, name = graph.nodes[first].module, None, set(), first
+    layer, norm, seen, name = graph.nodes[first].module, None, [], first
     while True:
         readers = graph.consumers(name)
         if name == graph.output or len(readers) != 1:
@@ -81,19 +81,25 @@ def _pair_from(graph: Graph, first: str) -> Pair | None:
         node = readers[0]
         if node.op == "bn" and name == first and node.module.affine and node.module.running_var is not None:
             norm = node.name
-        elif node.op in PASSED and (node.op != "flatten" or _keeps_batch(node)):
-            seen.add(node.op)
+        elif node.kind.apart and _keeps_channels(node) or node.op == "clamp" and node.bounds[0] == 0:
+            seen.append(node)
         else:
             break
         name = node.name
-    if node.op not in ("conv", "linear") or not _connected(layer, node.module, "flatten" in seen):
+    flattened = any(each.op == "flatten" or _is_mean(each) for each in seen)
+    if node.op not in ("conv", "linear") or not _connected(layer, node.module, flattened):
         return None
-    return Pair(first, norm, node.name, "relu" in seen)
+    rectified = any(each.bounds is not None and each.bounds[0] == 0 for each in seen)
+    return Pair(first, norm, node.name, rectified, tuple(each.name for each in seen if each.op == "clamp"))
 
 
-def _keeps_batch(flatten: Node) -> bool:
-    """Whether a flatten joins all dimensions but the first: only then are a channel's columns side by side."""
-    return flatten.run(torch.empty(2, 3, 4, 5, device="meta")).shape == (2, 60)
+def _keeps_channels(node: Node) -> bool:
+    """Whether dimension 1 are the channels still: not after a mean over them."""
+    return not _is_mean(node) or node.run(torch.empty(2, 3, 4, 5, device="meta")).shape in ((2, 3, 1, 1), (2, 3))
+
+
+def _is_mean(node: Node) -> bool:
+    return node.op == "avgpool" and node.module is None
 
 
 def _connected(first: nn.Module, second: nn.Module, flattened: bool) -> bool:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ...core.graph.graph import EDGE_OPS, Graph, trace
+from ...core.graph.graph import Graph, Node, trace
 
 Pair = tuple[int, int]
 
@@ -66,11 +66,10 @@ def sizes_of(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dic
 def layer_shapes(graph: Graph, sizes: dict[str, tuple[int, ...]]) -> dict[str, LayerShape]:
     """{layer: LayerShape} of every conv and linear, in execution order."""
     shapes = {}
-    for node in graph:
-        if node.op in ("conv", "linear"):
-            into, out = sizes[node.inputs[0]], sizes[node.name]
-            make = _conv if node.op == "conv" else _linear
-            shapes[node.name] = make(node.name, node.module, into, out)
+    for node in graph.layers():
+        into, out = sizes[node.inputs[0]], sizes[node.name]
+        make = _conv if node.op == "conv" else _linear
+        shapes[node.name] = make(node.name, node.module, into, out)
     return shapes
 
 
@@ -84,10 +83,16 @@ def elements(size: tuple[int, ...]) -> int:
 
 
 def origin(graph: Graph, name: str) -> str:
-    """The conv, linear, average pool, add or input that the value `name` comes from through cheaper operations."""
-    while graph.nodes[name].op not in (*EDGE_OPS, "input"):
+    """The operation that wrote the value `name`, or the value it was made from on the way out: a conv, linear, average
+    pool or add, one that joins tensors or needs real values, or the input."""
+    while writes_on_the_way(graph.nodes[name]):
         name = graph.nodes[name].inputs[0]
     return name
+
+
+def writes_on_the_way(node: Node) -> bool:
+    """Whether hardware does this when the operation before it writes: batch norm, clamps, what moves values."""
+    return (node.on_codes or node.op == "bn") and len(node.inputs) == 1
 
 
 def leading_padding(layer: nn.Conv2d) -> Pair:

@@ -1,11 +1,13 @@
 """The least memory traffic of a network, in bits per input, and the roofline it implies.
 
-Operations that read memory are conv, linear, average pool and add; batch norm, ReLU, max pool and flatten are
-applied on the way out of the one before. Weights are fetched once per batch; an activation tensor is written once
-(once for each quantizer that reads it: the integer kernels keep one form per quantizer) and read once by each
-reader. What an add takes from the accumulators of the conv before it (`Graph.accumulator_edges`, where that edge has
-no quantizer) never leaves them: the conv writes nothing, the add writes the sum. The input was written by somebody
-else; the output of the network is written in float32.
+Operations that read memory are conv, linear, average pool and add, and what needs real values (it reads and writes
+float32); batch norm, clamps, max pool and what else moves values are applied on the way out of the one before. Parts
+of a concatenation are written where they belong; only where something is applied to the whole is it read once more.
+Weights are fetched once per batch; an activation tensor is written once (once for each quantizer that reads it: the
+integer kernels keep one form per quantizer) and read once by each reader. What an add takes from the accumulators of
+the conv before it (`Graph.accumulator_edges`, where that edge has no quantizer) never leaves them: the conv writes
+nothing, the add writes the sum. The input was written by somebody else; the output of the network is written in
+float32.
 """
 
 from collections import defaultdict
@@ -14,12 +16,12 @@ from dataclasses import dataclass
 
 from ...core.artifact import ActivationQuantizer
 from ...core.errors import ConfigError
-from ...core.graph.graph import EDGE_OPS, Graph
+from ...core.graph.graph import Graph, Node
+from ...core.graph.operations import REAL, SUMS
 from ..widths import FLOAT_BITS
 from .shapes import elements, origin
 
 Ranges = Mapping[str, ActivationQuantizer]
-MOVING = ("flatten", "identity")  # the same tensor under another name
 
 
 @dataclass(frozen=True)
@@ -54,20 +56,37 @@ def traffic_of(graph: Graph, sizes: Mapping[str, tuple[int, ...]], ranges: Range
     """
     if batch < 1:
         raise ConfigError(f"batch = {batch}: weights are reused over 1 or more inputs")
-    forms: dict[tuple[str, ActivationQuantizer | None], int] = {(_tensor(graph, graph.output), None): FLOAT_BITS}
+    forms: set[tuple[str, ActivationQuantizer | None]] = set()
     reads: dict[str, int] = defaultdict(int)
-    kept = in_accumulators(graph, ranges)
-    for node in graph:
-        for edge, source in zip(node.edges(), node.inputs, strict=False):
-            if edge in kept:
-                continue
-            forms[_tensor(graph, source), ranges.get(edge)] = edge_width(ranges, edge)
-            reads[node.name] += elements(sizes[source]) * edge_width(ranges, edge)
     writes: dict[str, int] = defaultdict(int)
-    for (tensor, _), width in forms.items():
-        writes[origin(graph, tensor)] += elements(sizes[tensor]) * width
+    kept = in_accumulators(graph, ranges)
+
+    def store(name: str, quantizer: ActivationQuantizer | None) -> None:
+        """The tensors that the value `name` lies in, written in one form."""
+        width = FLOAT_BITS if quantizer is None else quantizer.bits
+        for tensor in _tensors(graph, name):
+            if (tensor, quantizer) in forms:
+                continue
+            forms.add((tensor, quantizer))
+            writer = graph.nodes[origin(graph, tensor)]
+            writes[writer.name] += elements(sizes[tensor]) * width
+            for part in writer.inputs if writer.op == "cat" else ():
+                reads[writer.name] += elements(sizes[part]) * width
+                store(part, quantizer)
+
+    store(graph.output, None)
+    for node in graph:
+        for edge, source in zip(node.edges() or node.inputs, node.inputs, strict=False) if _reads(node) else ():
+            if edge not in kept:
+                reads[node.name] += elements(sizes[source]) * (edge_width(ranges, edge) if node.edges() else FLOAT_BITS)
+                store(source, ranges.get(edge) if node.edges() else None)
     return {node.name: Traffic(weight_bits.get(node.name, 0) / batch, reads[node.name], writes[node.name])
-            for node in graph if node.op in EDGE_OPS}
+            for node in graph if _reads(node) or node.op == "cat" and reads[node.name] > 0}
+
+
+def _reads(node: Node) -> bool:
+    """Whether an operation reads memory of its own accord."""
+    return node.kind.acts == SUMS or node.kind.acts == REAL and node.op not in ("input", "bn")
 
 
 def output_width(graph: Graph, ranges: Ranges, name: str) -> int:
@@ -82,17 +101,21 @@ def _readers(graph: Graph, ranges: Ranges, kept: set[str], name: str) -> list[in
     widths = [FLOAT_BITS] if name == graph.output else []
     for node in graph.consumers(name):
         edges = [edge for edge, source in zip(node.edges(), node.inputs, strict=False) if source == name]
-        if not edges or any(edge in kept for edge in edges):
+        if not edges and _reads(node):
+            widths.append(FLOAT_BITS)
+        elif not edges or any(edge in kept for edge in edges):
             widths += _readers(graph, ranges, kept, node.name)
         else:
             widths += [edge_width(ranges, edge) for edge in edges]
     return widths
 
 
-def _tensor(graph: Graph, name: str) -> str:
-    while graph.nodes[name].op in MOVING:
-        name = graph.nodes[name].inputs[0]
-    return name
+def _tensors(graph: Graph, name: str) -> list[str]:
+    """The tensors that hold the value `name`: it may be one under another name, or several side by side."""
+    node = graph.nodes[name]
+    if not node.kind.aliases and node.op != "cat":
+        return [name]
+    return [tensor for part in dict.fromkeys(node.inputs) for tensor in _tensors(graph, part)]
 
 
 @dataclass(frozen=True)
