@@ -73,7 +73,8 @@ def distill_images(model: nn.Module, count: int, steps: int, shape: tuple[int, i
     if not any(isinstance(module, NORMS) for module in model.modules()):
         raise CompressError(f"{type(model).__name__} has no batch norm: there is nothing to distil images from")
     graph, terms = trace(model), []
-    images = noise_images(count, shape, generator).clamp_(*PIXELS).requires_grad_()
+    images = noise_images(count, shape, generator).clamp_(*PIXELS)
+    images = images.to(memory_format=torch.channels_last).requires_grad_()
     optimizer = torch.optim.Adam([images], lr)
     state = run.load()
     if state is not None:
@@ -96,12 +97,14 @@ def distill_images(model: nn.Module, count: int, steps: int, shape: tuple[int, i
         run.report(step + 1, steps, loss=float(loss.detach()))
         if (step + 1) % max(steps // SAVES, 1) == 0:
             run.save({"step": step + 1, "images": images.detach().clone(), "optimizer": optimizer.state_dict()})
-    return images.detach()
+    return images.detach().contiguous()
 
 
 def mismatch(x: Tensor, norm: nn.Module) -> Tensor:
     """How far the statistics of a batch at a batch norm are from the remembered ones, in standard deviations."""
-    variance, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
+    others = [d for d in range(x.ndim) if d != 1]
+    mean = x.mean(others)
+    variance = (x.square().mean(others) - mean.square()).clamp_min(0)  # the gradient of var_mean is slow
     remembered = norm.running_var + norm.eps
     shift = (mean - norm.running_mean).square() / remembered
     return (shift + (((variance + norm.eps) / remembered).sqrt() - 1).square()).mean()
