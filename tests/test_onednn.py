@@ -109,3 +109,18 @@ def test_max_pools_pad_with_what_never_wins(kernel, padding, stride):
     form = ActivationQuantizer(0.1, -3, 8, signed=True)
     lowest = torch.zeros(2, 3, 5, 5, dtype=torch.uint8)
     assert not bool(bytecodes.on_bytes(Node("pool", "maxpool", ("x",), pool, pool), form, lowest).any())
+
+
+@int8
+@pytest.mark.parametrize("groups", [1, 2])
+def test_wide_weights_read_inputs_again(groups):
+    """Three inputs of a group: one of 9 bits, one of up to 384, one of 8 bits."""
+    generator, layer = torch.Generator().manual_seed(0), nn.Conv2d(3 * groups, 4 * groups, 3, padding=1, groups=groups)
+    integers = torch.randint(-128, 128, layer.weight.shape, generator=generator)
+    integers[:, 0], integers[:, 1] = integers[:, 0] * 2 + 1, integers[:, 1] * 3
+    x = torch.randint(0, 256, (2, 3 * groups, 6, 5), generator=generator, dtype=torch.uint8)
+    count = torch.ones(4 * groups)
+    kernel = onednn.Int8Layer(layer, integers, 9, count, 0 * count)
+    assert kernel.again.tolist() == [0, 1, 1] and onednn.takes(layer, integers, 8)
+    got = kernel(x.contiguous(memory_format=torch.channels_last), torch.float32)
+    assert torch.equal(got.long(), accumulate_int64(layer, x.long() - 9, integers))
