@@ -50,7 +50,7 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
         if origin is tuple and isinstance(value, (list, tuple)):
             return _items(option, value, where)
         if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
-            return dict(value)
+            return {key: None if item == "none" and _takes_none(option) else item for key, item in value.items()}
         if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
         if origin in (int, str, bool) and type(value) is origin:
@@ -58,6 +58,11 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
     wanted = " or ".join(SPELLED.get(typing.get_origin(option) or option, getattr(option, "__name__", str(option)))
                          for option in options)
     raise ConfigError(f"{where} = {value!r}: needed is {wanted}")
+
+
+def _takes_none(hint: Any) -> bool:
+    """Whether the values of a mapping of this type may be None, which TOML spells "none"."""
+    return type(None) in typing.get_args((typing.get_args(hint) or (None,))[-1])
 
 
 def _items(hint: Any, values: list | tuple, where: str) -> tuple:

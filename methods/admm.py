@@ -114,9 +114,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     run = NullRun() if run is None else run
     budget.require("admm", "density", optional=("bits",))
     model = task.placed(own_copy(model))
-    weights: Weights = {name: layer.weight for name, layer in weight_layers(model).items()}
-    widths = None if budget.bits is None else budget.per_layer("bits", weights)
-    density = budget.per_layer("density", weights)
+    density = budget.per_layer("density", weight_layers(model))
+    widths = None if budget.bits is None else budget.per_layer("bits", weight_layers(model))
+    weights: Weights = {name: model.get_submodule(name).weight for name in density}
     training = Training(model, ready(model, task, config), config, generator, run, {})
     masks = prune(weights, density, training)
     tensors = {}

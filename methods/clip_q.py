@@ -126,7 +126,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         theta, trace = search_theta(copy.deepcopy(model), task, spaces, config, generator, run.stage("search"))
     fine_tune(model, task, theta, config, generator, run.stage("fine-tune"))
     weights = {name: encode(name, layer.weight, theta[name], config.split)
-               for name, layer in weight_layers(model).items()}
+               for name, layer in weight_layers(model).items() if name in theta}
     return assemble(model, weights, notes={
         "theta": {name: t._asdict() for name, t in theta.items()}, "trace": trace,
         "empty_layers": [name for name, tensor in weights.items() if tensor.kept == 0]})
@@ -144,7 +144,7 @@ def open_choices(model: nn.Module, budget: Budget, search: str) -> dict[str, lis
     if budget.bits is not None and min(bits.values()) < 2:
         raise BudgetError("clip_q reserves one code for 0 and needs a level for each sign: bits must be 2 or more")
     return {name: [Theta(p, b) for p in (P_GRID if density[name] is None else (1 - density[name],))
-                   for b in (BITS_GRID if bits[name] is None else (int(bits[name]),))] for name in layers}
+                   for b in (BITS_GRID if bits[name] is None else (int(bits[name]),))] for name in density}
 
 
 # --- the operator (section 3 of the paper, Fig. 2) ----------------------------------------------------------
@@ -264,7 +264,7 @@ def search_layer(model: nn.Module, task: Task, name: str, spaces: Mapping[str, l
     """Put the evaluations of min eps(theta) - lambda c_i(theta) into trace[name]; `model` is left as it was."""
     layer, space = model.get_submodule(name), spaces[name]
     shadow = layer.weight.detach().clone()
-    total = sum(32 * each.weight.numel() for each in weight_layers(model).values())  # sum_j m_j
+    total = sum(32 * model.get_submodule(each).weight.numel() for each in spaces)  # sum_j m_j
     steps = sum(min(config.evaluations, len(each)) for each in spaces.values())
     trace[name] = []
 

@@ -78,9 +78,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     run = NullRun() if run is None else run
     budget.require("deep_compression", "density", "bits")
     model = own_copy(model)
-    layers = weight_layers(model)
-    density = budget.per_layer("density", layers)
-    bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    density, bits = (budget.per_layer(field, weight_layers(model)) for field in ("density", "bits"))
+    layers = {name: model.get_submodule(name) for name in density}
+    bits = {name: int(b) for name, b in bits.items()}
     if min(bits.values()) < 2:
         raise BudgetError("deep_compression reserves one code for 0: bits must be 2 or more")
     task = ready(model, task, config)
@@ -88,8 +88,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
 
     masks, thresholds = prune(model, task, density, config, generator, run)
     rng = np.random.default_rng(int(torch.randint(2**31, (), generator=generator)))
-    shared = {name: share(layer.weight, masks[name], bits[name], config.init, rng)
-              for name, layer in weight_layers(model).items()}
+    shared = {name: share(layer.weight, masks[name], bits[name], config.init, rng) for name, layer in layers.items()}
     tuned = tune_centroids(model, task, shared, config.tune, generator, run)
     weights = {name: CompressedTensor.of(codes, Codebook(tuned[name]), bits[name])
                for name, (_, codes) in shared.items()}
@@ -104,8 +103,8 @@ def prune(model: nn.Module, task: Task, density: Mapping[str, float], config: Co
     thresholds: dict[str, float] = {}
     masks: dict[str, Tensor] = {}
     for r in range(1, config.rounds + 1):
-        for name, layer in weight_layers(model).items():
-            size = layer.weight.detach().abs()
+        for name in density:
+            size = model.get_submodule(name).weight.detach().abs()
             if name in masks:  # what is pruned stays pruned, even beside survivors that became 0
                 size = size.masked_fill(~masks[name].to(size.device), -1.0)
             masks[name] = keep_largest(size, keep_count(size.numel(), density[name] ** (r / config.rounds)))
@@ -118,10 +117,10 @@ def prune(model: nn.Module, task: Task, density: Mapping[str, float], config: Co
 
 def scale_dropout(model: nn.Module, masks: Mapping[str, Tensor], rates: Mapping[str, float]) -> None:
     """D_r = D_o sqrt(C_ir / C_io), with the density of the weight layer before each Dropout. (Parent, Eq. 2)"""
-    density = 1.0
+    density, layers = 1.0, weight_layers(model)
     for name, module in model.named_modules():
-        if name in masks:
-            density = float(masks[name].float().mean())
+        if name in layers:
+            density = float(masks[name].float().mean()) if name in masks else 1.0
         elif name in rates:
             module.p = rates[name] * math.sqrt(density)
 

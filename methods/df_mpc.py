@@ -81,7 +81,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     given = own_copy(model).cpu()
     model = copy.deepcopy(given)
     layers = weight_layers(model)
-    bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    bits = {name: int(b) for name, b in budget.every_layer("bits", layers, "df_mpc").items()}
     pairs = choose_pairs(model, require_pairs(model, "df_mpc"))
     for pair in pairs:
         if config.low_bits > bits[pair.first]:

@@ -119,7 +119,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     """Budget: bits, a number or {layer: number}."""
     budget.require("dfq", "bits")
     model = own_copy(model)
-    bits = {name: int(b) for name, b in budget.per_layer("bits", weight_layers(model)).items()}
+    bits = {name: int(b) for name, b in budget.every_layer("bits", weight_layers(model), "dfq").items()}
     fit = find_scheme(config.scheme, bits.values())
     folded, topology = fold_batchnorm(model)
     pairs = find_pairs(folded, (nn.Conv2d, nn.Linear))

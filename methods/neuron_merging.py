@@ -113,7 +113,8 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     model = own_copy(model).cpu()
     small = copy.deepcopy(model)
     pairs = require_pairs(small, "neuron_merging", (TARGETS[config.target],))
-    densities = budget.per_layer("channel_density", [pair.first for pair in pairs])
+    names = [pair.first for pair in pairs]  # what the budget does not name keeps its channels
+    densities = {**dict.fromkeys(names, 1.0), **budget.per_layer("channel_density", names)}
     filters = {pair: read_weights(small, pair) for pair in pairs}
     channels, left = {}, {}
     for pair in pairs:

@@ -20,6 +20,7 @@ Departures  There is no single paper. Every conv and linear layer is pruned, the
             layer, with what the pruned weights gave to it handed on to the others, and corrects the biases.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -73,10 +74,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     budget.require("prune_then_quantize", "density", "bits")
     model = own_copy(model)
     trace(model)  # a network that cannot be folded is refused before any training
-    layers = {name: layer.weight for name, layer in weight_layers(model).items()}
-    bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    bits = {name: int(b) for name, b in budget.per_layer("bits", weight_layers(model)).items()}
     fit = find_scheme(config.scheme, bits.values())
-    masks = choose_masks(layers, budget, config.scope)
+    masks = choose_masks(model, bits, budget, config.scope)
     task = ready(model, task, config)
     apply_masks(model, masks)
     if config.retrain is not None:
@@ -87,8 +87,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
                       for name, mask in masks.items()}
         with QuantizationAware(model, quantizers) as hooks:
             train(model, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
-    codes = {name: quantize(layer.weight, fit(layer.weight, bits[name], config.per_channel), bits[name], masks[name])
-             for name, layer in weight_layers(model).items()}
+    trained = {name: model.get_submodule(name).weight for name in bits}
+    codes = {name: quantize(weight, fit(weight, bits[name], config.per_channel), bits[name], masks[name])
+             for name, weight in trained.items()}
     folded, weights, topology = fold_codes(model, codes)
     if config.rounding != "nearest":
         inputs = task.calibration_inputs(config.calibration_inputs).cpu()
@@ -101,10 +102,11 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     return replace(compressed, activations=ranges)
 
 
-def choose_masks(weights, budget: Budget, scope: str) -> dict[str, torch.Tensor]:
-    """{layer: mask of kept weights} for the budget's density."""
+def choose_masks(model: nn.Module, chosen: Iterable[str], budget: Budget, scope: str) -> dict[str, torch.Tensor]:
+    """{layer: mask of kept weights} of the chosen layers for the budget's density."""
+    weights = {name: model.get_submodule(name).weight for name in chosen}
     if scope == "local":
-        return keep_local(weights, budget.per_layer("density", weights))
+        return keep_local(weights, budget.per_layer("density", weight_layers(model)))
     if scope == "global":
         if not isinstance(budget.density, (int, float)):
             raise ConfigError(f"scope = 'global' takes one density, not {budget.density!r}")

@@ -58,9 +58,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     budget.require("quantize_then_prune", "density", "bits")
     model = own_copy(model)
     fit = find_scheme(config.scheme)
-    layers = weight_layers(model)
-    density = budget.per_layer("density", layers)
-    bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    density = budget.per_layer("density", weight_layers(model))
+    bits = {name: int(b) for name, b in budget.per_layer("bits", weight_layers(model)).items()}
+    layers = {name: model.get_submodule(name) for name in bits}
     grids = {name: fit(layer.weight, bits[name], config.per_channel) for name, layer in layers.items()}
     dense = {name: quantize(layer.weight, grids[name], bits[name]) for name, layer in layers.items()}
     float_folded, _ = fold_batchnorm(model)
@@ -73,7 +73,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         with QuantizationAware(model, quantizers) as hooks:
             train(model, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
     codes = {name: quantize(layer.weight, grids[name], bits[name], masks[name])
-             for name, layer in weight_layers(model).items()}
+             for name, layer in weight_layers(model).items() if name in bits}
     folded, weights, topology = fold_codes(model, codes)
     compressed = assemble(folded, weights, topology=topology)
     ranges = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs),

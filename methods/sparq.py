@@ -110,6 +110,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     graph, window = trace(model), config.window()
     chosen = quantized_layers(graph)
     bits = weight_bits(budget, config, list(weight_layers(model)), chosen)
+    chosen = [name for name in chosen if name in bits]
     weights = quantize_weights(model, bits, chosen, config.sparse24)
 
     layers = {name: QuantizedLayer(name, model.get_submodule(name), weights[name], config.activation_bits)
@@ -163,7 +164,8 @@ def quantize_weights(model: nn.Module, bits: Mapping[str, int], chosen: list[str
                      ) -> dict[str, CompressedTensor]:
     """Codes of every layer; the biases of the chosen ones are quantized in `model`, in place."""
     weights = {}
-    for name, layer in weight_layers(model).items():
+    for name in bits:
+        layer = model.get_submodule(name)
         mask = keep_24(layer.weight) if sparse24 and name in chosen else torch.ones_like(layer.weight, dtype=torch.bool)
         weights[name] = quantize_filters(layer.weight * mask, bits[name])
         if name in chosen and layer.bias is not None:

@@ -120,10 +120,12 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     model = own_copy(model).cpu()
     small = copy.deepcopy(model)
     pairs = require_pairs(small, "udfc")
-    bits = None if budget.bits is None else budget.per_layer("bits", weight_layers(small))
+    bits = None if budget.bits is None else budget.every_layer("bits", weight_layers(small), "udfc")
     kept = {}
     if budget.channel_density is not None:
-        kept = prune(small, pairs, budget.per_layer("channel_density", [pair.first for pair in pairs]), bits, config)
+        names = [pair.first for pair in pairs]  # what the budget does not name keeps its channels
+        densities = {**dict.fromkeys(names, 1.0), **budget.per_layer("channel_density", names)}
+        kept = prune(small, pairs, densities, bits, config)
     weights = {} if bits is None else quantize(small, pairs, bits, config)
     widths = changed_widths(small, model)
     channels = {pair.first: len(small.get_submodule(pair.first).weight) for pair in pairs}

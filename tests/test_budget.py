@@ -64,9 +64,46 @@ def test_per_layer():
     assert list(given.items()) == [("conv1", 8), ("fc", 2)]  # in the network's order
     with pytest.raises(BudgetError, match=r"unknown layers \['fc1'\]; the network has: conv1, fc"):
         Budget(bits={"fc": 2, "conv1": 8, "fc1": 2}).per_layer("bits", LAYERS)
-    with pytest.raises(BudgetError, match=r"misses the layers \['conv1'\]"):
-        Budget(bits={"fc": 2}).per_layer("bits", LAYERS)
-    with pytest.raises(BudgetError, match="misses the layers"):
-        Budget(density={}).per_layer("density", LAYERS)
     with pytest.raises(BudgetError, match="no Conv2d and no Linear"):
         Budget(density=0.5).per_layer("density", [])
+
+
+LEFT = [  # forms in which conv1 is worked on and fc is left alone
+    ({"conv1": 4}, 0.5), ({"conv1": 4, "fc": None}, 0.5), ({"conv1": 4, "fc": 32}, 0.5), ({"*": 4, "fc": None}, 0.5),
+    (4, {"conv1": 0.5}), (4, {"*": 0.5, "fc": None}), ({"conv1": 4}, {"conv1": 0.5}), ({"conv1": 4}, {"*": 0.5}),
+    ({"conv1": 4, "fc": 8}, {"conv1": 0.5, "fc": None}), ({"*": 32, "conv1": 4}, 0.5)]
+
+
+@pytest.mark.parametrize("bits, density", LEFT)
+def test_a_layer_is_left_alone_in_every_form(bits, density):
+    budget = Budget(bits=bits, density=density)
+    assert budget.per_layer("bits", LAYERS) == {"conv1": 4} and budget.per_layer("density", LAYERS) == {"conv1": 0.5}
+    with pytest.raises(BudgetError, match="m works on all layers together: it cannot leave fc alone"):
+        budget.every_layer("bits", LAYERS, "m")
+
+
+def test_a_default_and_its_exceptions():
+    budget = Budget(density={"*": 0.1, "fc": 1.0}, bits={"*": 4, "fc": 8})
+    assert budget.per_layer("density", LAYERS) == {"conv1": 0.1, "fc": 1.0}
+    assert budget.every_layer("bits", LAYERS, "m") == {"conv1": 4, "fc": 8}
+    assert Budget(bits={"conv1": 4}).per_layer("density", LAYERS) == {"conv1": None}  # no limit, and fc left alone
+    assert Budget(channel_density={"fc": 0.5}, bits={"conv1": 4}).per_layer("channel_density", LAYERS) == {"fc": 0.5}
+
+
+def test_a_budget_that_leaves_everything_alone_is_refused():
+    for given in ({}, {"*": None}, {"conv1": None, "fc": None}):
+        with pytest.raises(BudgetError, match="leaves every layer alone: conv1, fc"):
+            Budget(density=given).per_layer("density", LAYERS)
+    with pytest.raises(BudgetError, match="leaves every layer alone"):
+        Budget(density={"conv1": 0.5}, bits={"fc": 4}).per_layer("bits", LAYERS)
+    for wrong in ({"bits": 32}, {"bits": {"fc": 33}}, {"density": {"fc": 32}}, {"density": {"*": 0}}):
+        with pytest.raises(BudgetError, match="allowed is"):
+            Budget(**wrong)
+
+
+def test_layers_can_be_left_by_name():
+    assert Budget(density=0.1, bits={"conv1": 4}).leaving(["fc"]) == Budget(
+        density={"*": 0.1, "fc": None}, bits={"conv1": 4, "fc": None})
+    assert Budget(density=0.1).leaving([]).per_layer("density", LAYERS) == {"conv1": 0.1, "fc": 0.1}
+    with pytest.raises(BudgetError, match="no layers to leave alone"):
+        Budget(data_ratio=0.1).leaving(["fc"])

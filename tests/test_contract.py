@@ -20,7 +20,9 @@ from methods.core.artifact import Affine, CompressedModel
 from methods.core.budget import Budget
 from methods.core.errors import BudgetError, CompressError
 from methods.core.file.storage import from_bytes, to_bytes
-from methods.core.graph.build import apply, weight_layers
+from methods.core.graph.build import apply, frozen_layers, weight_layers
+from methods.core.train.finetune import Recipe
+from methods.core.train.recipe import Distill, Link
 from methods.engine.accumulate import accumulate_int64
 from methods.engine.exact import IntegerNetwork
 
@@ -43,11 +45,12 @@ class Case:
         return {"train": task, "calibration": replace(task, train=None, calibration=task.train),
                 "none": None}[data_of(self.method, self.config)]
 
-    def compress(self, *, model=None, budget=None, run=None, seed=0):
+    def compress(self, *, model=None, budget=None, run=None, seed=0, config=None):
         model = self.tiny.model() if model is None else model
         budget = self.budget if budget is None else budget
         generator = torch.Generator().manual_seed(seed)
-        return self.method.compress(model, self.task(), budget, self.config, generator, run=run)
+        return self.method.compress(model, self.task(), budget, self.config if config is None else config, generator,
+                                    run=run)
 
 
 @pytest.fixture(params=method_names())
@@ -163,6 +166,56 @@ def test_a_foreign_budget_field_is_refused(case):
     if case.budget != Budget():
         with pytest.raises(BudgetError, match="needs the budget field"):
             case.compress(budget=Budget())
+
+
+def test_layers_left_alone_stay_float_or_the_method_says_it_cannot(case, tiny):
+    """A frozen first layer and the classifier, in one budget; untrained, they are the given ones to the bit."""
+    model = tiny.model()
+    model.conv1.weight.requires_grad_(False)
+    if case.budget.density is None and case.budget.bits is None:
+        with pytest.raises(BudgetError, match="no layers to leave alone"):
+            case.budget.leaving(["fc"])
+        return
+    budget = case.budget.leaving([*frozen_layers(model), "fc"])
+    untrained = with_recipes(case.config, epochs=0)
+    try:
+        results = [case.compress(model=tiny.model(), budget=budget, config=c) for c in (untrained, case.config)]
+    except BudgetError as error:
+        assert "it cannot leave" in str(error) and "\n" not in str(error)
+        return
+    for out in results:
+        assert set(out.weights) == {"conv2", "conv3"} and bool((out.rest["fc.weight"] != 0).all())
+        assert to_bytes(from_bytes(to_bytes(out)[0]))[0] == to_bytes(out)[0]
+        ranged = with_ranges(out, tiny.net(), tiny.task())
+        for network in (apply(out, tiny.net()), IntegerNetwork(ranged, tiny.net())):
+            with torch.no_grad():
+                assert network(tiny.Batches(24, 9).inputs).isfinite().all()
+    for name in ("conv1", "fc"):
+        assert torch.equal(results[0].rest[f"{name}.weight"], model.get_submodule(name).weight), name
+
+
+def with_recipes(config, **changes):
+    """`config` with every recipe changed."""
+    recipes = {f.name: getattr(config, f.name) for f in fields(config) if isinstance(getattr(config, f.name), Recipe)}
+    return replace(config, **{name: replace(recipe, **changes) for name, recipe in recipes.items()})
+
+
+def test_every_training_can_be_distilled(case, compressed, tiny):
+    """From the given network, which stays as it is; a cut run goes on to the same bytes."""
+    config = with_recipes(case.config, distill=Distill(2.0, 0.2, links=(Link("bn2", weight=0.5),)))
+    if config == case.config:
+        assert case.method.DATA != "train", "a method that trains takes a Recipe"
+        return
+    model = tiny.model()
+    before = tiny.fingerprint(model)
+    counted = tiny.Run()
+    out = case.compress(model=model, config=config, run=counted)
+    assert tiny.same(tiny.fingerprint(model), before)
+    assert to_bytes(out)[0] != to_bytes(compressed)[0]
+    states = {}
+    with pytest.raises(tiny.Interrupted):
+        case.compress(config=config, run=tiny.Run(states, len(counted.calls) // 2))
+    assert to_bytes(case.compress(config=config, run=tiny.Run(states)))[0] == to_bytes(out)[0]
 
 
 @pytest.mark.parametrize("where", ["conv2.weight", "bn1.running_var"])

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.settings import build, count_knobs, from_assignments, merge, plain, read_toml
 from methods.core.budget import Budget
-from methods.core.errors import ConfigError
+from methods.core.errors import BudgetError, ConfigError
 from methods.core.train.finetune import Recipe
 
 
@@ -136,3 +136,10 @@ def test_missing_toml(tmp_path):
     for path in (tmp_path / "absent.toml", tmp_path):
         with pytest.raises(ConfigError, match="cannot read the configuration"):
             read_toml(path)
+
+
+def test_a_layer_left_alone_is_spelled_none():
+    budget = build(Budget, {"bits": {"conv1": 4, "fc": "none"}, "density": {"*": 0.1, "fc": "none"}})
+    assert budget.bits == {"conv1": 4, "fc": None} and budget.density == {"*": 0.1, "fc": None}
+    with pytest.raises(BudgetError, match="density"):
+        build(Budget, {"density": {"fc": "all"}})

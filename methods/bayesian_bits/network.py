@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.artifact import Topology
-from ..core.errors import CompressError
+from ..core.errors import CompressError, ConfigError
 from ..core.graph.channels import find_pairs
 from ..core.graph.fold import fold_batchnorm
 from ..core.graph.graph import Graph, Node, trace
@@ -154,6 +154,7 @@ class GatedNetwork(nn.Module):
         graph = trace(model)
         self.graph = Graph([self._quantized(graph, node) for node in graph], graph.output, graph.opaque)
         self.drawn: tuple = ()
+        self.taps: dict[str, dict[str, Tensor]] = {}  # {layer: where its output is left}
 
     def _quantized(self, graph: Graph, node: Node) -> Node:
         run, norms = node.run, [graph.norm_after(layer) for layer in self.wiring.macs]
@@ -169,7 +170,21 @@ class GatedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.drawn = self.draw()
-        return self.graph.run(x)
+        return self.graph.run(x, self._leave if self.taps else None)
+
+    def tap(self, layer: str, values: dict[str, Tensor]) -> "Tap":
+        """Until the tap is removed, every pass leaves in `values` what `layer` puts out, quantized where it is.
+
+        ConfigError for what is no node. A conv or linear puts out what its batch norm would.
+        """
+        if layer not in self.graph.nodes:
+            raise ConfigError(f"a link names the layer {layer!r}; the network runs: {', '.join(self.graph.nodes)}")
+        self.taps[layer] = values
+        return Tap(self.taps, layer)
+
+    def _leave(self, node: Node, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if node.name in self.taps:
+            self.taps[node.name][node.name] = output
 
     def uniform(self, phi: Tensor) -> Tensor:
         return torch.rand_like(phi) if self.stochastic else torch.full_like(phi, 0.5)
@@ -221,6 +236,17 @@ class GatedNetwork(nn.Module):
     def kept_channels(self) -> dict[str, Tensor]:
         """{layer: bool [C_out]} of the pruned layers, with their gates thresholded."""
         return self.per_layer(thresholded(self.phi2.detach()).bool()) | self.masks
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tap into a network, to be removed as torch's hooks are."""
+
+    taps: dict[str, dict[str, Tensor]]
+    layer: str
+
+    def remove(self) -> None:
+        del self.taps[self.layer]
 
 
 def linear_map(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

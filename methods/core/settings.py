@@ -23,11 +23,16 @@ def check_idle(config: Any) -> None:
 
 
 def with_effect(config: Any) -> list[str]:
-    """The fields of a dataclass, nested ones as "recipe.setting", without the idle ones."""
+    """The fields of a dataclass, nested ones as "recipe.setting", without the idle ones.
+
+    What every method has and leaves off, a field with the metadata {"knob": False} at None, is left out too.
+    """
     idle = config.idle() if hasattr(config, "idle") else {}
     found = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if value is None and not field.metadata.get("knob", True):
+            continue
         nested = with_effect(value) if dataclasses.is_dataclass(value) else []
         found += [f"{field.name}.{name}" for name in nested] if nested else [field.name]
     return [name for name in found if name not in idle and name.partition(".")[0] not in idle]

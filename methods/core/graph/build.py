@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..artifact import DTYPES, CompressedModel, CompressedTensor, Topology
 from ..errors import CompressError
-from .wrapped import copy_inside
+from .wrapped import copy_inside, inside
 
 COUNTER = "num_batches_tracked"  # counts training batches; evaluation never reads it
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
@@ -16,6 +16,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every Conv2d and Linear, by module name, in definition order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+
+
+def frozen_layers(model: nn.Module) -> list[str]:
+    """The weight layers whose weight requires no gradient: `budget.leaving(frozen_layers(model))` leaves them alone."""
+    return [name for name, layer in weight_layers(inside(model)).items() if not layer.weight.requires_grad]
 
 
 def own_copy(model: nn.Module) -> nn.Module:

@@ -1,7 +1,7 @@
 """Folding batch norm into the conv or linear before it: in float weights, or exactly in a grid's scale."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import torch
@@ -12,14 +12,15 @@ from ..errors import CompressError
 from .graph import trace
 
 
-def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, Topology]:
+def fold_batchnorm(model: nn.Module, only: Container[str] | None = None) -> tuple[nn.Module, Topology]:
     """A copy of `model` (CPU, eval mode) with every batch norm that directly follows a conv or linear folded in.
 
+    only  the layers to fold into; None: all
     W <- W * gamma / sqrt(var + eps),  b <- (b - mean) * gamma / sqrt(var + eps) + beta, in float64, so that the
     result is the float32 nearest to the exact fold. The topology names what was folded. Zeros stay zeros.
     """
     model = copy.deepcopy(model).cpu().eval()
-    folded = norms_after(model)
+    folded = {layer: norm for layer, norm in norms_after(model).items() if only is None or layer in only}
     for layer, norm in folded.items():
         _fold(model.get_submodule(layer), model.get_submodule(norm))
         model.set_submodule(norm, nn.Identity())
@@ -31,10 +32,10 @@ def fold_codes(model: nn.Module, weights: Mapping[str, CompressedTensor]
     """The same for layers that are quantized already: the codes stay, the scale of each channel takes the factor.
 
     A channel whose factor is negative has its codes mirrored, one whose factor is 0 is pruned. Returns the folded
-    copy of `model`, the folded tensors (Affine grids only) and the topology.
+    copy of `model`, the folded tensors (Affine grids only) and the topology. Layers without codes keep theirs.
     """
     ratios = {layer: norm_ratio(model.get_submodule(norm)) for layer, norm in norms_after(model).items()}
-    module, topology = fold_batchnorm(model)
+    module, topology = fold_batchnorm(model, weights)
     return module, {name: scale_channels(tensor, ratios[name]) if name in ratios else tensor
                     for name, tensor in weights.items()}, topology
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, TrainingDiverged
 from .average import Average
+from .distill import Distillation
 from .hooks import Hooks, as_hooks
 from .loaders import Batch, call, map_tensors, size_of
 from .loss import smoothed
@@ -40,13 +41,27 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
           hooks: Hooks | Sequence[Hooks] | None = None, run: Run | None = None) -> list[dict[str, float]]:
     """Train `model` in place; returns one {"loss", "train_top1"} per epoch and leaves the model in eval mode.
 
+    >>> model = nn.Linear(3, 2)
+    >>> task = Task.from_loader([(torch.eye(3), torch.tensor([0, 1, 1]))], [])
+    >>> [sorted(epoch) for epoch in train(model, task, Recipe(epochs=1, lr=0.1), torch.Generator())]
+    [['loss', 'train_top1']]
+
     hooks  one or several, called in order
     "train_top1" is there for a classification; another metric of the task stands under "train_" and its name.
     Raises TrainingDiverged with the step where the loss stops being finite, or the epoch after which a weight is not.
     """
-    hooks, run = as_hooks(hooks), NullRun() if run is None else run
     check_trainable(task)
     task.placed(model)
+    objective = smoothed(task.loss, recipe.label_smoothing)
+    if recipe.distill is None:
+        return _train(model, task, recipe, generator, as_hooks(hooks), objective, run)
+    lesson = Distillation(model, task, recipe.distill)
+    with lesson.watching(model):
+        return _train(model, task, recipe, generator, as_hooks(hooks, lesson), lesson.objective(objective), run)
+
+
+def _train(model, task, recipe, generator, hooks, objective, run) -> list[dict[str, float]]:
+    run = NullRun() if run is None else run
     optimizers = hooks.optimizers(model, recipe) + hooks.own_optimizers(model, recipe)
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = Average(model, recipe.ema)
@@ -61,7 +76,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
         hooks.restore(saved["hooks"])
         generator.set_state(saved["generator"])
     for epoch in range(len(history), recipe.epochs):
-        history.append(_epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, average, run))
+        history.append(_epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, average, objective, run))
         check_trained(model.state_dict(), f"epoch {epoch + 1} of {recipe.epochs}", recipe.lr)
         hooks.after_epoch(model, epoch)
         tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -72,10 +87,10 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     return history
 
 
-def _epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, average, run) -> dict[str, float]:
+def _epoch(model, task, recipe, generator, epoch, optimizers, peaks, hooks, average, objective, run):
     model.train()
     steps, total = len(task.train), len(task.train) * recipe.epochs
-    objective, seen, step = smoothed(task.loss, recipe.label_smoothing), Seen(task), epoch * steps - 1
+    seen, step = Seen(task), epoch * steps - 1
     with _seeded(generator, task.device) as batch_generator:
         for step, batch in enumerate(islice(task.train.epoch(batch_generator), steps), epoch * steps):
             # The factor is taken in the middle of the step, so that neither end of the schedule is exactly 0.

@@ -94,6 +94,7 @@ class HookList(Hooks):
             hook.restore(saved)
 
 
-def as_hooks(hooks: Hooks | Sequence[Hooks] | None) -> HookList:
-    """None, one hook or several, as a list of hooks."""
-    return HookList([] if hooks is None else [hooks] if isinstance(hooks, Hooks) else hooks)
+def as_hooks(hooks: Hooks | Sequence[Hooks] | None, *more: Hooks) -> HookList:
+    """None, one hook or several, and `more`, as a list of hooks."""
+    given = [] if hooks is None else [hooks] if isinstance(hooks, Hooks) else hooks
+    return HookList([*given, *more])

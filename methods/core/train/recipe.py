@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -39,6 +39,60 @@ OPTIMIZERS: dict[str, Callable[[list[dict], "Recipe"], list[torch.optim.Optimize
     "adam": lambda groups, r: [torch.optim.Adam(groups, lr=r.lr)],
     "muon": lambda groups, r: with_muon(groups, r.lr, r.momentum),
 }
+LINKS = ("mse", "kl", "fitnet", "fsp", "dynamic", "adaptive1d")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A feature loss between a layer of the student and one of the teacher (see `distill.py` for the kinds).
+
+    student, teacher  module names, () the same as the student's; two of each for "fsp"; several teachers for "dynamic"
+    distance          of "dynamic" and "adaptive1d": "mse" or "kl"
+    """
+
+    student: str | tuple[str, ...]
+    teacher: str | tuple[str, ...] = ()
+    kind: str = "mse"
+    weight: float = 1.0
+    distance: str = "mse"
+
+    def __post_init__(self):
+        for name, allowed in (("kind", LINKS), ("distance", ("mse", "kl"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"link {name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        (pupils, teachers), wanted = self.names(), 2 if self.kind == "fsp" else 1
+        fits = len(pupils) == wanted and (len(teachers) == wanted or self.kind == "dynamic")
+        if not fits or not 0 < self.weight < math.inf:
+            raise ConfigError(f"not a link: {self} (weight above 0; {self.kind} takes {wanted} layers of each network"
+                              f"{', of the teacher any number' if self.kind == 'dynamic' else ''})")
+
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Layers of the student and of the teacher."""
+        pupils, teachers = ((part,) if isinstance(part, str) else tuple(part) for part in (self.student, self.teacher))
+        return pupils, teachers if teachers else pupils
+
+
+@dataclass(frozen=True)
+class Distill:
+    """How a training listens to a teacher: alpha hard loss + (1 - alpha) soft loss + sum of links (`distill.py`).
+
+    temperature, alpha  T, and the weight of the task's own loss; alpha = 1 leaves the links alone
+    soft                "kl": T^2 KL of softened class probabilities; "mse": of outputs, for networks without classes
+    links               feature losses between layers
+    """
+
+    temperature: float = 4.0
+    alpha: float = 0.1
+    soft: str = "kl"
+    links: tuple[Link, ...] = ()
+
+    def __post_init__(self):
+        if not 0 < self.temperature < math.inf or not 0 <= self.alpha <= 1:
+            raise ConfigError(f"temperature = {self.temperature}, alpha = {self.alpha}: allowed are a number above 0 "
+                              "and one in [0, 1]")
+        if self.soft not in ("kl", "mse"):
+            raise ConfigError(f"soft = {self.soft!r}: allowed are kl, mse")
+        object.__setattr__(self, "links", tuple(self.links))
 
 
 @dataclass(frozen=True)
@@ -48,6 +102,7 @@ class Recipe:
     optimizer "muon" is Muon for convolutions and SGD for the rest (core/train/muon.py); lr is SGD's.
     lr is the peak of the schedule; warmup is the fraction of all steps that rises to it; ema is the decay of
     an exponential moving average of parameters and statistics that replaces them at the end (0 = off).
+    distill: learn from a teacher too, which is the network that `compress` is given unless the task names another.
     """
 
     epochs: int
@@ -59,6 +114,7 @@ class Recipe:
     warmup: float = 0.0
     label_smoothing: float = 0.0
     ema: float = 0.0
+    distill: Distill | None = field(default=None, metadata={"knob": False})  # any method's: none of its own knobs
 
     def __post_init__(self):
         for name, allowed in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):

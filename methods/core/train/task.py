@@ -34,6 +34,7 @@ class Task:
                    training from epoch(generator) where they can be; None: `train`
     metric         what choices are judged by and training reports; top-1 where outputs and targets are a
                    classification; where it does not apply, or is None, choices take the loss on held-out batches
+    teacher        the network that recipes with `distill` learn from; None: the one that is given to `compress`
     """
 
     train: Batches | None
@@ -44,6 +45,7 @@ class Task:
     channels_last: bool = False
     calibration: Batches | None = None
     metric: Metric | None = TOP1
+    teacher: nn.Module | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "device", torch.device(self.device))
