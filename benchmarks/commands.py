@@ -218,7 +218,7 @@ def compress(options: Namespace, console: Console) -> None:
         raise ConfigError(f"--rows-name {options.rows_name!r}: allowed are letters, digits, _, - and .")
     name = options.name if options.name is not None else " ".join([options.method, *options.budget, *options.set])
     job = Job(name, options.method, options.task, "", from_assignments(options.budget), from_assignments(options.set),
-              index_bits=options.index_bits)
+              index_bits=options.index_bits, shrink=not options.no_shrink)
     prepare(job)
     dataset = open_dataset(options.task, options.data_dir)
     job = dataclasses.replace(job, task=dataset.name, network=network_for(dataset, options))

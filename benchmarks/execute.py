@@ -15,8 +15,9 @@ from methods import data_of
 from methods.core.artifact import CompressedModel
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
-from methods.core.file.storage import encode, load
+from methods.core.file.storage import encode, load, to_bytes
 from methods.core.graph.build import weight_layers
+from methods.core.graph.shrink import shrink
 from methods.core.train.task import Task
 
 from .baselines import Baseline, Setup, find_setup, skeleton
@@ -144,10 +145,13 @@ def store(given: Mapping[str, Any], compressed: CompressedModel, job: Job, netwo
 
 def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network: nn.Module, dataset: Dataset,
                       setup: Setup, start: Start, scores: dict[str, Tensor]) -> dict:
-    """Write the file (with the harness's activation ranges where the method has none), then measure the file."""
+    """Write the file, without dead units if the job says so and with the harness's activation ranges where the method
+    has none, then measure the file."""
     scaling = find(job.network).scaling
     calibration = setup.task(dataset, job.network, torch.device("cpu"))
-    encode(with_ranges(compressed, network, calibration), path, mode="best")
+    small = with_ranges(shrink(compressed, network) if job.shrink else compressed, network, calibration)
+    encode(small, path, mode="best")
+    whole = replace(compressed, activations=small.activations, ranges_by=small.ranges_by)
     height, width, channels = dataset.image_shape
     test = test_batches(dataset, batch_size=250, device=torch.device("cpu"), scaling=scaling)
     row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
@@ -157,7 +161,8 @@ def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network
         model = reestimate_batchnorm(load(path, network), inputs)
         row |= {"bn_reestimation": job.bn_reestimation,
                 "top1_float_bn_reestimated": top1_of(right_of([model], test.epoch(None))[0])}
-    return {**row, **beside(start, row["right"]), "file_digest": digest_of(path)}
+    return {**row, **beside(start, row["right"]), "file_digest": digest_of(path), "shrink": job.shrink,
+            "bytes_unshrunk": len(to_bytes(whole)[0]) if job.shrink else row["bytes"]}
 
 
 def beside(start: Start, right: Mapping[str, str]) -> dict[str, Any]:

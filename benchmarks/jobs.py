@@ -29,6 +29,7 @@ class Job:
     float_policy  layers that the integer kernels leave in float (a paper's policy)
     bn_reestimation  training inputs, augmented as in training, for an extra, labelled score after re-estimating batch
                   norm (0: none)
+    shrink        dead units are removed before the file is written (the row also has the bytes without that)
     setup         overrides of the baseline's batches ({batch_size, augment})
     paper         the printed numbers of this row, and [{layer, ...}] per layer
     """
@@ -43,6 +44,7 @@ class Job:
     index_bits: int | str | Mapping[str, int] = 5
     float_policy: tuple[str, ...] = ()
     bn_reestimation: int = 0
+    shrink: bool = True
     setup: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""

@@ -72,7 +72,8 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
         "ranges_by": compressed.ranges_by,
         "integer": {"float_nodes": integer.float_nodes,
                     "wide_layers": [n for n, layer in integer.layers.items() if layer.weight.width > 8]},
-        "layers": layer_table(compressed, costs, index_bits),
+        "layers": layer_table(compressed, costs, index_bits, {name: layer.weight.numel() for name, layer
+                                                              in weight_layers(skeleton).items()}),
     }
 
 
@@ -111,12 +112,14 @@ def top1_of(right: Tensor) -> float:
     return 100.0 * int(right.sum()) / max(len(right), 1)
 
 
-def layer_table(compressed: CompressedModel, costs: Mapping, index_bits: Mapping[str, int]) -> dict[str, dict]:
-    """{layer: what the papers' tables print per layer, in our numbers}."""
+def layer_table(compressed: CompressedModel, costs: Mapping, index_bits: Mapping[str, int], dense: Mapping[str, int]
+                ) -> dict[str, dict]:
+    """{layer: what the papers' tables print per layer, in our numbers}; `dense` weights are what density refers to."""
     rows = {}
     for name, cost in costs.items():
         tensor = compressed.weights.get(name)
-        row = {"weights": cost.weights, "density": cost.density, "bits": cost.weight_bits, "macs": cost.macs}
+        density = cost.density * cost.weights / dense[name]  # weights of removed channels are pruned weights too
+        row = {"weights": dense[name], "density": density, "bits": cost.weight_bits, "macs": cost.macs}
         if tensor is not None:
             width = index_bits[name]
             bits = tensor_bits(tensor, width)
@@ -125,8 +128,8 @@ def layer_table(compressed: CompressedModel, costs: Mapping, index_bits: Mapping
                     "code_bits_huffman": huffman_total(codes) / max(len(codes), 1),
                     "index_bits_huffman": huffman_total(gaps) / max(len(gaps), 1),
                     "fillers": len(codes) - tensor.kept,
-                    "rate_prune_quantize": bits["prune_quantize"] / (32 * cost.weights),
-                    "rate_prune_quantize_huffman": bits["prune_quantize_huffman"] / (32 * cost.weights)}
+                    "rate_prune_quantize": bits["prune_quantize"] / (32 * dense[name]),
+                    "rate_prune_quantize_huffman": bits["prune_quantize_huffman"] / (32 * dense[name])}
         rows[name] = row
     return rows
 

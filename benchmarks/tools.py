@@ -15,6 +15,7 @@ from methods.engine.verify import verify
 from .baselines import skeleton
 from .citations import bibtex
 from .data import open_dataset, test_batches
+from .dead import as_text, network_of, networks_of, shrink_file
 from .measure import measure
 from .networks import find
 from .speed import as_table, check_positive, measure_speed
@@ -46,6 +47,21 @@ def cite(options: Namespace, console: Console) -> None:
 
 def inspect_file(options: Namespace, console: Console) -> None:
     console.print_json(data=inspect(options.file))
+
+
+def shrink_files(options: Namespace, console: Console) -> None:
+    known = networks_of(options.results)
+    paths = options.files if options.files else [options.results / "models" / file for file, (task, _) in known.items()
+                                                 if task == "mnist" and (options.results / "models" / file).exists()]
+    chosen = [(path, *network_of(path, known, options.task, options.network)) for path in paths]
+    found = []
+    for path, task, network in chosen:
+        dataset = open_dataset(task, options.data_dir)
+        found.append(shrink_file(path, dataset, network, skeleton(dataset, network)))
+    if options.json:
+        console.print_json(data=[dataclasses.asdict(one) for one in found])
+    else:
+        console.print("\n".join(map(as_text, found)), soft_wrap=True)
 
 
 def decode_file(options: Namespace, console: Console) -> None:
