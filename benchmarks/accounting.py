@@ -12,6 +12,7 @@ import numpy as np
 from methods.core.artifact import Affine, Codebook, CompressedModel, CompressedTensor
 from methods.core.file.blocks import INDEX_BITS
 from methods.core.file.coding import filler_count, gap_encode, huffman_lengths
+from methods.core.graph.weights import float_layers
 
 FLOAT = 32
 IndexBits = int | str | Mapping[str, int]  # of a relative index: one width, "auto", or {layer: width}
@@ -100,6 +101,6 @@ def account(compressed: CompressedModel, dense_weights: int, index_bits: IndexBi
     for name, tensor in compressed.weights.items():
         for key, bits in tensor_bits(tensor, widths[name]).items():
             sums[key] += bits
-    floats = sum(t.numel() for name, t in compressed.rest.items() if name.endswith(".weight") and t.ndim > 1)
+    floats = sum(compressed.rest[name].numel() for name in float_layers(compressed))
     bits = {key: value + FLOAT * floats for key, value in sums.items()}
     return {"bits": bits, "ratios": {key: FLOAT * dense_weights / max(value, 1) for key, value in bits.items()}}

@@ -24,18 +24,27 @@ from .core.artifact import (
     Window,
 )
 from .core.budget import Budget
-from .core.errors import BudgetError, CompressError, ConfigError, FormatError, GraphError, TrainingDiverged
+from .core.errors import (
+    BudgetError,
+    CompressError,
+    CompressWarning,
+    ConfigError,
+    FormatError,
+    GraphError,
+    TrainingDiverged,
+)
 from .core.file.storage import decode, encode, inspect, load
 from .core.graph.build import apply
 from .core.graph.shrink import shrink
+from .core.graph.weights import float_layers
 from .core.train.finetune import Recipe
 from .core.train.task import Task
 
 __all__ = [
-    "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressedModel",
-    "CompressedTensor", "ConfigError", "FormatError", "GraphError", "Levels", "Recipe", "Task", "Topology",
-    "TrainingDiverged", "Window", "apply", "data_of", "decode", "encode", "find_method", "inspect", "load",
-    "method_names", "shrink",
+    "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressWarning",
+    "CompressedModel", "CompressedTensor", "ConfigError", "FormatError", "GraphError", "Levels", "Recipe", "Task",
+    "Topology", "TrainingDiverged", "Window", "apply", "data_of", "decode", "encode", "find_method",
+    "float_layers", "inspect", "load", "method_names", "shrink",
 ]
 
 ROOMS = ("core", "engine")

@@ -48,6 +48,7 @@ from .core.errors import ConfigError
 from .core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
 from .core.fit.prune import MaskHooks, apply_masks, keep_count
 from .core.graph.build import assemble, own_copy, weight_layers
+from .core.graph.weights import layer_of
 from .core.settings import check_idle
 from .core.train.finetune import Hooks, Recipe, train
 from .core.train.run import NullRun, Run
@@ -116,7 +117,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     model = task.placed(own_copy(model))
     density = budget.per_layer("density", weight_layers(model))
     widths = None if budget.bits is None else budget.per_layer("bits", weight_layers(model))
-    weights: Weights = {name: model.get_submodule(name).weight for name in density}
+    weights: Weights = {name: layer_of(model, name).weight for name in density}
     training = Training(model, ready(model, task, config), config, generator, run, {})
     masks = prune(weights, density, training)
     tensors = {}

@@ -54,7 +54,8 @@ from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError
 from .core.file.coding import filler_count
 from .core.fit.bayes import SEARCHES, minimize
-from .core.graph.build import assemble, own_copy, weight_layers
+from .core.graph.build import assemble, own_copy
+from .core.graph.weights import layer_of, place_of, weight_layers
 from .core.settings import check_idle
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
@@ -215,7 +216,7 @@ class ClipQuantize(nn.Module):
 def attach(model: nn.Module, theta: Mapping[str, Theta], split: str) -> None:
     """Let every layer of `theta` compute with W^."""
     for name, one in theta.items():
-        parametrize.register_parametrization(model.get_submodule(name), "weight", ClipQuantize(one, split))
+        parametrize.register_parametrization(*place_of(layer_of(model, name)), ClipQuantize(one, split))
 
 
 def fine_tune(model: nn.Module, task: Task, theta: Mapping[str, Theta], config: Config, generator: torch.Generator,
@@ -224,7 +225,7 @@ def fine_tune(model: nn.Module, task: Task, theta: Mapping[str, Theta], config: 
     attach(model, theta, config.split)
     train(model, task, config.finetune, generator, run=run)
     for name in theta:
-        parametrize.remove_parametrizations(model.get_submodule(name), "weight", leave_parametrized=False)
+        parametrize.remove_parametrizations(*place_of(layer_of(model, name)), leave_parametrized=False)
 
 
 def encode(name: str, weight: Tensor, theta: Theta, split: str) -> CompressedTensor:
@@ -254,7 +255,7 @@ def search_theta(model: nn.Module, task: Task, spaces: Mapping[str, list[Theta]]
             run.save({"trace": trace, "generator": generator.get_state()})
         best = min(trace[name], key=lambda seen: seen["objective"])
         theta[name] = Theta(best["p"], best["bits"])
-        layer = model.get_submodule(name)
+        layer = layer_of(model, name)
         set_weight(layer, layer.weight.detach().clone(), theta[name], config.split)
     return theta, trace
 
@@ -262,9 +263,9 @@ def search_theta(model: nn.Module, task: Task, spaces: Mapping[str, list[Theta]]
 def search_layer(model: nn.Module, task: Task, name: str, spaces: Mapping[str, list[Theta]], config: Config,
                  generator: torch.Generator, run: Run, trace: dict[str, list[dict]]) -> None:
     """Put the evaluations of min eps(theta) - lambda c_i(theta) into trace[name]; `model` is left as it was."""
-    layer, space = model.get_submodule(name), spaces[name]
+    layer, space = layer_of(model, name), spaces[name]
     shadow = layer.weight.detach().clone()
-    total = sum(32 * model.get_submodule(each).weight.numel() for each in spaces)  # sum_j m_j
+    total = sum(32 * layer_of(model, each).weight.numel() for each in spaces)  # sum_j m_j
     steps = sum(min(config.evaluations, len(each)) for each in spaces.values())
     trace[name] = []
 

@@ -42,7 +42,8 @@ from .core.budget import Budget
 from .core.errors import BudgetError, ConfigError
 from .core.fit.cluster import INITS, kmeans
 from .core.fit.prune import MaskHooks, apply_masks, keep_count, keep_largest
-from .core.graph.build import assemble, own_copy, weight_layers
+from .core.graph.build import assemble, own_copy
+from .core.graph.weights import layer_of, place_of, weight_layers
 from .core.settings import check_idle
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
@@ -79,7 +80,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     budget.require("deep_compression", "density", "bits")
     model = own_copy(model)
     density, bits = (budget.per_layer(field, weight_layers(model)) for field in ("density", "bits"))
-    layers = {name: model.get_submodule(name) for name in density}
+    layers = {name: layer_of(model, name) for name in density}
     bits = {name: int(b) for name, b in bits.items()}
     if min(bits.values()) < 2:
         raise BudgetError("deep_compression reserves one code for 0: bits must be 2 or more")
@@ -104,7 +105,7 @@ def prune(model: nn.Module, task: Task, density: Mapping[str, float], config: Co
     masks: dict[str, Tensor] = {}
     for r in range(1, config.rounds + 1):
         for name in density:
-            size = model.get_submodule(name).weight.detach().abs()
+            size = layer_of(model, name).weight.detach().abs()
             if name in masks:  # what is pruned stays pruned, even beside survivors that became 0
                 size = size.masked_fill(~masks[name].to(size.device), -1.0)
             masks[name] = keep_largest(size, keep_count(size.numel(), density[name] ** (r / config.rounds)))
@@ -156,15 +157,15 @@ def tune_centroids(model: nn.Module, task: Task, shared: Mapping[str, tuple[Tens
                    generator: torch.Generator, run: Run) -> dict[str, Tensor]:
     """Codebooks {layer: float32 [1 + k]} after training; biases and batch norm of `model` are trained too."""
     for name, (codebook, codes) in shared.items():
-        layer = model.get_submodule(name)
+        layer = layer_of(model, name)
         with torch.no_grad():
             layer.weight.copy_(codebook[codes.long()])
-        parametrize.register_parametrization(layer, "weight", SharedWeight(codes.to(layer.weight.device)))
+        parametrize.register_parametrization(*place_of(layer), SharedWeight(codes.to(layer.weight.device)))
     train(model, task, recipe, generator, run=run.stage("tune centroids"))
     tuned = {}
     for name in shared:
-        layer = model.get_submodule(name)
-        centroids = layer.parametrizations.weight.original.detach().cpu()
+        module, attribute = place_of(layer_of(model, name))
+        centroids = module.parametrizations[attribute].original.detach().cpu()
         tuned[name] = torch.cat([torch.zeros(1), centroids]).contiguous()
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
     return tuned

@@ -36,6 +36,7 @@ from .core.fit.rounding import check_rounding, round_again
 from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.fold import fold_codes
 from .core.graph.graph import trace
+from .core.graph.weights import layer_of
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
@@ -87,7 +88,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
                       for name, mask in masks.items()}
         with QuantizationAware(model, quantizers) as hooks:
             train(model, task, config.aware, generator, hooks=hooks, run=run.stage("aware"))
-    trained = {name: model.get_submodule(name).weight for name in bits}
+    trained = {name: layer_of(model, name).weight for name in bits}
     codes = {name: quantize(weight, fit(weight, bits[name], config.per_channel), bits[name], masks[name])
              for name, weight in trained.items()}
     folded, weights, topology = fold_codes(model, codes)
@@ -104,7 +105,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
 
 def choose_masks(model: nn.Module, chosen: Iterable[str], budget: Budget, scope: str) -> dict[str, torch.Tensor]:
     """{layer: mask of kept weights} of the chosen layers for the budget's density."""
-    weights = {name: model.get_submodule(name).weight for name in chosen}
+    weights = {name: layer_of(model, name).weight for name in chosen}
     if scope == "local":
         return keep_local(weights, budget.per_layer("density", weight_layers(model)))
     if scope == "global":

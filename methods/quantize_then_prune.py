@@ -26,8 +26,9 @@ from .core.budget import Budget
 from .core.fit.calibrate import calibrate, check_calibration
 from .core.fit.prune import keep_count
 from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
-from .core.graph.build import apply, assemble, own_copy, weight_layers
+from .core.graph.build import apply, assemble, own_copy
 from .core.graph.fold import fold_batchnorm, fold_codes
+from .core.graph.weights import layer_of, weight_layers
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
@@ -60,12 +61,12 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     fit = find_scheme(config.scheme)
     density = budget.per_layer("density", weight_layers(model))
     bits = {name: int(b) for name, b in budget.per_layer("bits", weight_layers(model)).items()}
-    layers = {name: model.get_submodule(name) for name in bits}
+    layers = {name: layer_of(model, name) for name in bits}
     grids = {name: fit(layer.weight, bits[name], config.per_channel) for name, layer in layers.items()}
     dense = {name: quantize(layer.weight, grids[name], bits[name]) for name, layer in layers.items()}
     float_folded, _ = fold_batchnorm(model)
     _, seen, _ = fold_codes(model, dense)  # saliency is that of the folded network: it is what runs
-    masks = {name: keep_salient(tensor, float_folded.get_submodule(name).weight,
+    masks = {name: keep_salient(tensor, layer_of(float_folded, name).weight,
                                 keep_count(tensor.codes.numel(), density[name])) for name, tensor in seen.items()}
     task = ready(model, task, config)
     if config.aware is not None:

@@ -51,6 +51,7 @@ from .core.fit.norms import following
 from .core.fit.windows import OPTIONS, find_window, keep_24, windowed_sum
 from .core.graph.build import NORMS, apply, assemble, own_copy, weight_layers
 from .core.graph.graph import Graph, trace
+from .core.graph.weights import layer_of
 from .core.settings import check_idle
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
@@ -165,7 +166,7 @@ def quantize_weights(model: nn.Module, bits: Mapping[str, int], chosen: list[str
     """Codes of every layer; the biases of the chosen ones are quantized in `model`, in place."""
     weights = {}
     for name in bits:
-        layer = model.get_submodule(name)
+        layer = layer_of(model, name)
         mask = keep_24(layer.weight) if sparse24 and name in chosen else torch.ones_like(layer.weight, dtype=torch.bool)
         weights[name] = quantize_filters(layer.weight * mask, bits[name])
         if name in chosen and layer.bias is not None:

@@ -241,7 +241,5 @@ def test_weights_that_cannot_be_compressed_are_named(tiny):
     model[1].weight = model[0].weight
     with pytest.raises(CompressError, match="0 and 1 share one weight"):
         check_finite(model)
-    model[1], again = model[0], nn.ReLU()
-    with pytest.raises(CompressError, match="0 and 1 are one module"):
-        check_finite(model)
-    check_finite(nn.Sequential(nn.Linear(3, 3), again, nn.Linear(3, 3), again))
+    model[1] = model[0]  # one module of two names is one layer
+    check_finite(model)

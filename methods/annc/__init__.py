@@ -49,7 +49,8 @@ from ..core.artifact import Codebook, CompressedModel, CompressedTensor
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.project import SortedValues, boundaries, nearest
-from ..core.graph.build import assemble, own_copy, weight_layers
+from ..core.graph.build import assemble, own_copy
+from ..core.graph.weights import Layer, layer_of, place_of, weight_layers
 from ..core.settings import check_idle
 from ..core.train.finetune import Hooks, Recipe, check_trained, train
 from ..core.train.run import NullRun, Run
@@ -280,7 +281,7 @@ class OnCodebook(nn.Module):
 class Refresh(Hooks):
     """Warm-started k-means of every layer 20 times an epoch, and a longer one after it."""
 
-    def __init__(self, layers: list[nn.Module], steps: int):
+    def __init__(self, layers: list[Layer], steps: int):
         self.layers, self.every, self.step = layers, max(steps // REFRESHES, 1), 0
 
     def after_step(self, model: nn.Module, lr: float) -> None:
@@ -294,15 +295,17 @@ class Refresh(Hooks):
 
     def refresh(self, iterations: int) -> None:
         for layer in self.layers:
-            layer.parametrizations.weight[0].refresh(layer.parametrizations.weight.original, iterations)
+            module, attribute = place_of(layer)
+            on_codebook = module.parametrizations[attribute]
+            on_codebook[0].refresh(on_codebook.original, iterations)
 
 
 def finetune(model: nn.Module, task: Task, bits: Mapping[str, int], config: Config, generator: torch.Generator,
              run: Run) -> None:
     """Train through the codebooks with zeros and widths fixed; leaves the quantized weights in `model`."""
-    layers = [model.get_submodule(name) for name in bits]
+    layers = [layer_of(model, name) for name in bits]
     for layer, width in zip(layers, bits.values(), strict=True):
-        parametrize.register_parametrization(layer, "weight", OnCodebook(layer.weight, width, config.mode == "joint"))
+        parametrize.register_parametrization(*place_of(layer), OnCodebook(layer.weight, width, config.mode == "joint"))
     train(model, task, config.finetune, generator, hooks=Refresh(layers, len(task.train)), run=run.stage("finetune"))
     for layer in layers:
-        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+        parametrize.remove_parametrizations(*place_of(layer), leave_parametrized=True)

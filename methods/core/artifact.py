@@ -15,6 +15,7 @@ from .errors import CompressError
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (  # of what stays as it is, in `rest`
     torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.bool)}
+PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
 MAX_BITS = 16  # wider codes are not integers any kernel runs: such a tensor stays float, in `rest`
 
 
@@ -257,11 +258,16 @@ class Topology:
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
 
+def tensor_name(layer: str) -> str:
+    """The state-dict name of the weight that is called `layer` (see `core/graph/weights.py`)."""
+    return layer if layer.rpartition(".")[2] in PACKED else f"{layer}.weight".removeprefix(".")
+
+
 @dataclass(frozen=True, eq=False)
 class CompressedModel:
     """What a method returns and a file holds.
 
-    weights      {layer: CompressedTensor} of the `weight` of conv and linear layers
+    weights      {layer: CompressedTensor} of the `weight` of layers, and of packed projections (`tensor_name`)
     rest         {state-dict name: Tensor}: all that stays float (biases, batch norm, excluded layers)
     activations  {edge: ActivationQuantizer}; empty where the method leaves activations float
     windows      {edge: Window}
@@ -279,7 +285,7 @@ class CompressedModel:
     notes: Mapping[str, object] = field(default_factory=dict)
 
     def __post_init__(self):
-        twice = [layer for layer in self.weights if f"{layer}.weight" in self.rest]
+        twice = [layer for layer in self.weights if tensor_name(layer) in self.rest]
         if twice:
             raise CompressError(f"the weights of {', '.join(twice)} are stored twice: as codes and as float")
         if self.ranges_by not in ("method", "harness"):
@@ -290,4 +296,4 @@ class CompressedModel:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer that evaluation needs, decoded to float."""
-        return {**{f"{layer}.weight": t.decode() for layer, t in self.weights.items()}, **self.rest}
+        return {**{tensor_name(layer): t.decode() for layer, t in self.weights.items()}, **self.rest}

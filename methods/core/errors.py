@@ -5,6 +5,10 @@ class CompressError(ValueError):
     """Base of every error that is the caller's to fix; the command line prints it without a traceback."""
 
 
+class CompressWarning(UserWarning):
+    """What a caller should know of a result, though nothing went wrong."""
+
+
 class BudgetError(CompressError):
     """A budget field that the method cannot honour, is missing, or is out of range."""
 

@@ -20,6 +20,7 @@ from torch import nn
 from ..artifact import CompressedModel, CompressedTensor
 from ..errors import CompressError, ConfigError, FormatError
 from ..graph.build import apply
+from ..graph.weights import float_layers, float_share
 from . import blocks, coding, container
 from .rest import pack_rest, read_rest
 
@@ -79,6 +80,7 @@ def load(path: str | os.PathLike, skeleton: nn.Module) -> nn.Module:
 def inspect(path: str | os.PathLike) -> dict:
     """What a file holds and what its bytes are for, as JSON values.
 
+    `float_layers` {name: bytes} are weights without codes, `float_share` is their part of the float32 network.
     Per layer bytes, `mask_entropy` in bits per weight and `code_entropy` in bits per kept weight (zero order).
     """
     data = container.read_file(path)
@@ -87,6 +89,7 @@ def inspect(path: str | os.PathLike) -> dict:
         "version": container.VERSION, "mode": mode, "bytes": len(data), "split": asdict(sizes),
         "layers": [_describe(name, model.weights[name], *about) for name, about in found.items()],
         "rest": {name: list(tensor.shape) for name, tensor in model.rest.items()},
+        "float_layers": float_layers(model), "float_share": float_share(model),
         "activations": len(model.activations), "windows": len(model.windows), "ranges_by": model.ranges_by,
     }
 

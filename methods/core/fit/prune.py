@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BudgetError
+from ..graph.weights import layer_of
 from ..train.hooks import Hooks
 
 
@@ -56,7 +57,7 @@ class MaskHooks(Hooks):
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, lr: float) -> None:
-        self.masks = {name: mask.to(model.get_submodule(name).weight.device) for name, mask in self.masks.items()}
+        self.masks = {name: mask.to(layer_of(model, name).weight.device) for name, mask in self.masks.items()}
         apply_masks(model, self.masks)  # moved to the device once, not in every step
 
 
@@ -64,5 +65,5 @@ class MaskHooks(Hooks):
 def apply_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """weight *= mask, in place, for every layer named in `masks`."""
     for name, mask in masks.items():
-        weight = model.get_submodule(name).weight
+        weight = layer_of(model, name).weight
         weight.mul_(mask.to(weight.device))

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 
 from ..artifact import Affine, CompressedTensor
 from ..errors import ConfigError
+from ..graph.weights import layer_of, place_of
 from ..train.hooks import Hooks
 
 EPS = torch.finfo(torch.float32).eps  # least scale: an all-zero channel gets it instead of 0
@@ -130,13 +131,14 @@ class QuantizationAware(Hooks):
 
     def __enter__(self):
         for name, quantizer in self.quantizers.items():
-            layer = self.model.get_submodule(name)
-            parametrize.register_parametrization(layer, "weight", quantizer.to(layer.weight.device))
+            layer = layer_of(self.model, name)
+            parametrize.register_parametrization(*place_of(layer), quantizer.to(layer.weight.device))
         return self
 
     def __exit__(self, *error):
         for name, quantizer in self.quantizers.items():
-            layer = self.model.get_submodule(name)
-            master = layer.parametrizations.weight.original.detach() * quantizer.mask
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            layer = layer_of(self.model, name)
+            module, attribute = place_of(layer)
+            master = module.parametrizations[attribute].original.detach() * quantizer.mask
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
             layer.weight = nn.Parameter(master)

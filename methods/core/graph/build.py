@@ -1,21 +1,18 @@
 """Between a module and a compressed model: collecting what stays float, and rebuilding the module."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..artifact import DTYPES, CompressedModel, CompressedTensor, Topology
+from ..artifact import DTYPES, CompressedModel, CompressedTensor, Topology, tensor_name
 from ..errors import CompressError
+from .weights import float_layers, warn_of_float, weight_layers
 from .wrapped import copy_inside, inside
 
 COUNTER = "num_batches_tracked"  # counts training batches; evaluation never reads it
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
-
-
-def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every Conv2d and Linear, by module name, in definition order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def frozen_layers(model: nn.Module) -> list[str]:
@@ -38,15 +35,23 @@ def own_copy(model: nn.Module) -> nn.Module:
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict without what modules add through `get_extra_state`: that stays with the skeleton."""
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """The state dict without what modules add through `get_extra_state`, which stays with the skeleton, and with one
+    name for each tensor of a module that has several."""
+    again = tuple(f"{path}." for path in second_names(model))
+    return {name: value for name, value in model.state_dict().items()
+            if isinstance(value, Tensor) and not (again and name.startswith(again))}
+
+
+def second_names(model: nn.Module) -> dict[str, nn.Module]:
+    """{path: module} of the modules that are there under an earlier path already."""
+    first = dict(model.named_modules())
+    return {path: module for path, module in model.named_modules(remove_duplicate=False) if path not in first}
 
 
 def check_finite(model: nn.Module) -> None:
     """Raise CompressError naming the first tensor of `model` that holds NaN or infinity.
 
-    Also where the weight of a conv or linear is not a float32 parameter of its own, a module has two names, or a
-    tensor is of a kind that no file holds.
+    Also where the weight of a layer is not a float32 parameter of its own, or a tensor is of a kind that no file holds.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise CompressError("a TorchScript module has no layers to compress: give the network it was made from")
@@ -60,11 +65,6 @@ def check_finite(model: nn.Module) -> None:
         if layer.weight in owners:
             raise CompressError(f"{owners[layer.weight]} and {name} share one weight: give each a copy of its own")
         owners[layer.weight] = name
-    names: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if module in names and module.state_dict():
-            raise CompressError(f"{names[module]} and {name} are one module: give each a copy of its own")
-        names.setdefault(module, name)
     for name, tensor in tensors_of(model).items():
         if str(tensor.dtype).removeprefix("torch.") not in DTYPES or tensor.layout != torch.strided:
             what = "sparse" if tensor.layout != torch.strided else str(tensor.dtype).removeprefix("torch.")
@@ -74,11 +74,17 @@ def check_finite(model: nn.Module) -> None:
 
 
 def assemble(model: nn.Module, weights: Mapping[str, CompressedTensor], **fields) -> CompressedModel:
-    """A CompressedModel of `weights` (any subset of the layers) and all else that `model` holds, as float."""
-    taken = {f"{layer}.weight" for layer in weights}
+    """A CompressedModel of `weights` (any subset of the layers) and all else that `model` holds, as float.
+
+    Warns where weights that have no codes make up more than 5 % of the network, and names them in the notes.
+    """
+    taken = {tensor_name(layer) for layer in weights}
     rest = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors_of(model).items()
             if name not in taken and not name.endswith(COUNTER)}
-    return CompressedModel(dict(weights), rest, **fields)
+    compressed = CompressedModel(dict(weights), rest, **fields)
+    warn_of_float(compressed)
+    left = float_layers(compressed) if weights else {}
+    return replace(compressed, notes={**compressed.notes, "float_layers": left}) if left else compressed
 
 
 def apply(compressed: CompressedModel, skeleton: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..artifact import Affine, CompressedTensor, Topology
 from ..errors import CompressError
+from .build import second_names
 from .graph import trace
 
 
@@ -41,10 +42,10 @@ def fold_codes(model: nn.Module, weights: Mapping[str, CompressedTensor]
 
 
 def norms_after(model: nn.Module) -> dict[str, str]:
-    """{conv or linear: the batch norm that directly follows it}."""
-    graph = trace(model)
-    found = {node.name: graph.norm_after(node.name) for node in graph if node.op in ("conv", "linear")}
-    return {layer: norm for layer, norm in found.items() if norm is not None}
+    """{conv or linear: the batch norm that directly follows it}; a batch norm of two names cannot be taken out."""
+    graph, twice = trace(model), set(second_names(model).values())
+    found = {node.name: graph.norm_after(node.name) for node in graph.layers()}
+    return {layer: norm for layer, norm in found.items() if norm is not None and graph.nodes[norm].module not in twice}
 
 
 def norm_ratio(norm: nn.Module) -> Tensor:

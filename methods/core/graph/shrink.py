@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..artifact import Affine, Codebook, CompressedModel, CompressedTensor, Grid, Levels, Topology
+from ..artifact import Affine, Codebook, CompressedModel, CompressedTensor, Grid, Levels, Topology, tensor_name
 from .build import apply
 from .channel_flow import Reading
 from .graph import Graph, trace
@@ -82,7 +82,7 @@ def _cut_layer(name: str, graph: Graph, flow: Flow, weights: dict[str, Compresse
     inputs = _inputs(name, graph, flow, reading, groups)
     useful = torch.from_numpy(reading.uses & flow.live[name][:, None])
     columns = inputs if groups == 1 else torch.ones(useful.shape[1], dtype=torch.bool)  # whole groups go, by row
-    key = f"{name}.weight"
+    key = tensor_name(name)
     if name in weights:
         weights[name] = cut_tensor(weights[name], useful, rows, columns)
     else:
