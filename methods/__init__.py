@@ -6,6 +6,13 @@
 
 Every method module has DATA ("train", "calibration" or "none"), a frozen `Config`, and `compress`. A `Config` with a
 property `data` says itself what its settings need (`data_of`).
+
+For a method of one's own: `own_copy` the network, `ready` the task, `train` with `Hooks`, `assemble` the codes. To go
+on training what was pruned, with its zeros kept:
+
+    masks = {name: tensor.mask for name, tensor in compressed.weights.items()}
+    network = apply(compressed, skeleton)
+    train(network, task, Recipe(epochs=5, lr=1e-3), torch.Generator().manual_seed(0), hooks=MaskHooks(masks))
 """
 
 import importlib
@@ -34,17 +41,25 @@ from .core.errors import (
     TrainingDiverged,
 )
 from .core.file.storage import decode, encode, inspect, load
-from .core.graph.build import apply
+from .core.fit.calibrate import calibrate
+from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_largest, keep_local
+from .core.graph.build import apply, assemble, frozen_layers, own_copy, weight_layers
 from .core.graph.shrink import shrink
 from .core.graph.weights import float_layers
-from .core.train.finetune import Recipe
+from .core.train.finetune import Hooks, Recipe, train
+from .core.train.metric import Metric
+from .core.train.recipe import Distill, Link
+from .core.train.run import NullRun, Run
+from .core.train.start import ready
 from .core.train.task import Task
 
 __all__ = [
     "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressWarning",
-    "CompressedModel", "CompressedTensor", "ConfigError", "FormatError", "GraphError", "Levels", "Recipe", "Task",
-    "Topology", "TrainingDiverged", "Window", "apply", "data_of", "decode", "encode", "find_method",
-    "float_layers", "inspect", "load", "method_names", "shrink",
+    "CompressedModel", "CompressedTensor", "ConfigError", "Distill", "FormatError", "GraphError", "Hooks", "Levels",
+    "Link", "MaskHooks", "Metric", "NullRun", "Recipe", "Run", "Task", "Topology", "TrainingDiverged", "Window",
+    "apply", "apply_masks", "assemble", "calibrate", "data_of", "decode", "encode", "find_method", "float_layers",
+    "frozen_layers", "inspect", "keep_global", "keep_largest", "keep_local", "load", "method_names", "own_copy",
+    "ready", "shrink", "train", "weight_layers",
 ]
 
 ROOMS = ("core", "engine")

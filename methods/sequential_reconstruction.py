@@ -44,7 +44,7 @@ from .core.fit.grids import ODD, check_grid, on_grid
 from .core.fit.images import distill_images, input_shape
 from .core.fit.merging import least_squares, merge_pairs
 from .core.fit.norms import batch_statistics
-from .core.graph.build import assemble, check_finite, weight_layers
+from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import Filters, Pair, changed_widths, require_pairs
 from .core.graph.graph import Graph, Node, trace
 from .core.train.run import NullRun, Run
@@ -93,14 +93,16 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     budget.require("sequential_reconstruction", optional=("channel_density", "bits"))
     if budget.channel_density is None and budget.bits is None:
         raise BudgetError("sequential_reconstruction needs the budget field 'channel_density' or 'bits'")
-    check_finite(model)
-    given = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    layers = weight_layers(given)
-    bits = {} if budget.bits is None else {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
+    given = own_copy(model).cpu().eval().requires_grad_(False)
+    bits = {}
+    if budget.bits is not None:
+        bits = budget.every_layer("bits", weight_layers(given), "sequential_reconstruction")
+        bits = {name: int(b) for name, b in bits.items()}
     small, kept = copy.deepcopy(given), {}
     if budget.channel_density is not None:
         pairs = require_pairs(small, "sequential_reconstruction")
-        densities = budget.per_layer("channel_density", [pair.first for pair in pairs])
+        names = [pair.first for pair in pairs]  # what the budget does not name keeps its channels
+        densities = {**dict.fromkeys(names, 1.0), **budget.per_layer("channel_density", names)}
         kept = merge_pairs(small, pairs, densities, config.criterion, combination(config.alpha1))
     images = images_for(given, config, generator, run.stage("images"))
     rows = {name: chosen for pair, chosen in kept.items() for name in (pair.first, pair.norm)}
@@ -111,7 +113,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
         ridge = min(tried, key=tried.get)
     walk = Walk(given, small, rows, bits, config, ridge, images)
     walk.over(len(images))
-    return assemble(walk.student, walk.weights, topology=Topology(widths=changed_widths(walk.student, model)),
+    return assemble(walk.student, walk.weights, topology=Topology(widths=changed_widths(walk.student, given)),
                     notes={"ridge": ridge, "block_error": {str(value): error for value, error in tried.items()},
                            "channels": {pair.first: len(channels) for pair, channels in kept.items()}})
 
