@@ -1,8 +1,11 @@
 """Trained weights in and out of files: state dicts, without ever running code that a file carries."""
 
+import argparse
+import codecs
 import hashlib
 import json
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,8 +19,14 @@ from methods.core.errors import ConfigError
 from methods.core.file.container import write_file
 from methods.core.graph.build import COUNTER
 
-NESTED = ("state_dict", "model", "net")  # where training scripts keep the state dict
-PREFIX = "module."  # nn.DataParallel puts it before every name
+NESTED = ("state_dict", "model_state_dict", "model", "net")  # where training scripts keep the state dict
+WRAPPERS = ("module.", "_orig_mod.")  # nn.DataParallel and torch.compile put them before names
+ATTRIBUTE = "model."  # Lightning's modules keep the network under it
+EXTRA = "_extra_state"  # of modules that keep more than tensors; nothing here reads it
+# What training scripts store beside the weights. These classes hold numbers and texts and run no code of a file.
+HARMLESS = [argparse.Namespace, codecs.encode, np.dtype, *(type(np.dtype(code)) for code in "?bhilBHILefd"),
+            (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+            (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar")]
 PROVENANCE = "provenance"
 SHOWN = 4  # names listed in an error message
 
@@ -25,32 +34,44 @@ SHOWN = 4  # names listed in an error message
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The state dict in `path` on the CPU, floating-point tensors as float32.
 
-    Formats: .safetensors; .npz (one array per name); .pt .pth .th .tar (a state dict, or a dict that holds
-    one as "state_dict", "model" or "net"; no object is unpickled). A "module." common to all names is
-    removed. Raises ConfigError for a file that is missing, damaged, of another format, or holds anything
-    but tensors.
+    Formats: .safetensors; .npz (one array per name); .pt .pth .th .tar .bin .ckpt (a state dict, or a dict that holds
+    one, as "state_dict", "model_state_dict", "model", "net", or as its only dict of tensors; no object is unpickled).
+    "module." before every name and "_orig_mod." anywhere are removed. Raises ConfigError for a file that is missing,
+    damaged, of another format, or holds anything but tensors.
     """
     path = _existing(path)
     if path.suffix not in _READERS:
         raise ConfigError(f"checkpoint {path} has the suffix {path.suffix!r}; allowed: {', '.join(_READERS)}")
     try:
         found = _READERS[path.suffix](path)
-    except pickle.UnpicklingError:
-        raise ConfigError(f"checkpoint {path} is damaged or holds pickled objects; allowed is a state "
-                          "dict of plain tensors") from None
+    except pickle.UnpicklingError as error:
+        kind = re.search(r"GLOBAL ([\w.]+)", str(error))
+        raise ConfigError(f"checkpoint {path} is damaged or holds pickled objects{f' ({kind[1]})' if kind else ''}; "
+                          "allowed is a state dict of plain tensors, as torch.save(model.state_dict(), path) "
+                          "writes") from None
     except Exception as error:  # noqa: BLE001 - the readers raise whatever damaged bytes lead them to
         raise ConfigError(f"checkpoint {path} is no readable {path.suffix}: {_first_line(error)}") from error
-    state = {name: _plain(path, name, value) for name, value in _inner(path, found).items()}
-    if all(name.startswith(PREFIX) for name in state):
-        state = {name.removeprefix(PREFIX): value for name, value in state.items()}
-    return state
+    inner = {name: value for name, value in _inner(path, found).items() if not str(name).endswith(EXTRA)}
+    state = {name: _plain(path, name, value) for name, value in inner.items()}
+    return _unwrapped(state)
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` under the names of the network inside its wrappers."""
+    for wrapper in (*WRAPPERS, WRAPPERS[0]):  # each may be inside the other
+        if state and all(name.startswith(wrapper) for name in state):
+            state = {name.removeprefix(wrapper): value for name, value in state.items()}
+    return {name.replace(WRAPPERS[1], ""): value for name, value in state.items()}
 
 
 def load_into(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy `state` into `model`: same names, same shapes, or a ConfigError with the first few differences.
 
-    Only the batch norms' `num_batches_tracked` may be missing or superfluous: evaluation never reads it.
+    Only the batch norms' `num_batches_tracked` may be missing or superfluous: evaluation never reads it. A "model."
+    before every name of `state`, and of none of the model's, is passed over.
     """
+    if all(name.startswith(ATTRIBUTE) for name in state) and not any(map(_under_attribute, model.state_dict())):
+        state = {name.removeprefix(ATTRIBUTE): tensor for name, tensor in state.items()}
     want = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(COUNTER)}
     have = {name: tensor for name, tensor in state.items() if not name.endswith(COUNTER)}
     shapes = [f"{name} {list(have[name].shape)} instead of {list(want[name].shape)}"
@@ -110,7 +131,8 @@ def digest_of(path: str | Path) -> str:
 
 
 def _read_torch(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with torch.serialization.safe_globals(HARMLESS):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -122,7 +144,12 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 _READERS = {".safetensors": safetensors.torch.load_file, ".npz": _read_npz,
-            ".pt": _read_torch, ".pth": _read_torch, ".th": _read_torch, ".tar": _read_torch}
+            ".pt": _read_torch, ".pth": _read_torch, ".th": _read_torch, ".tar": _read_torch,
+            ".bin": _read_torch, ".ckpt": _read_torch}
+
+
+def _under_attribute(name: str) -> bool:
+    return name.startswith(ATTRIBUTE)
 
 
 def _existing(path: str | Path) -> Path:
@@ -134,12 +161,22 @@ def _existing(path: str | Path) -> Path:
 
 def _inner(path: Path, found: object) -> Mapping[str, object]:
     """The state dict in what the file holds."""
-    if isinstance(found, Mapping):
-        nested = [found[key] for key in NESTED if isinstance(found.get(key), Mapping)]
-        found = nested[0] if nested else found
+    if isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
+        nested = [key for key in NESTED if isinstance(found.get(key), Mapping)]
+        dicts = [key for key, value in found.items() if _all_tensors(value)]
+        if nested:
+            return _inner(path, found[nested[0]])
+        if len(dicts) > 1:
+            raise ConfigError(f"checkpoint {path} holds several state dicts, {_some(list(map(str, dicts)))}: save the "
+                              "one that is meant alone")
+        found = found[dicts[0]] if dicts else found
     if not isinstance(found, Mapping) or not found:
         raise ConfigError(f"checkpoint {path} holds no state dict; allowed is a non-empty {{name: tensor}}")
     return found
+
+
+def _all_tensors(value: object) -> bool:
+    return isinstance(value, Mapping) and len(value) > 0 and all(isinstance(item, Tensor) for item in value.values())
 
 
 def _plain(path: Path, name: str, value: object) -> Tensor:

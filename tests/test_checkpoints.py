@@ -1,5 +1,6 @@
 """Checkpoints: every format in and out, and what must be refused."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -42,6 +43,45 @@ def test_torch_files(state, tmp_path, wrap, suffix):
     assert same(read_checkpoint(tmp_path / f"x{suffix}"), dict(state))
 
 
+AS_SCRIPTS_WRITE = {
+    "a.pt": lambda s: {"epoch": 5, "model_state_dict": s, "loss": 0.1, "optimizer_state_dict": {"state": {}}},
+    "b.ckpt": lambda s: {"state_dict": {f"model.{k}": v for k, v in s.items()}, "global_step": 7, "loops": {}},
+    "c.bin": dict, "d.pth": lambda s: {f"_orig_mod.{k}": v for k, v in s.items()},
+    "e.pt": lambda s: {f"module._orig_mod.{k}": v for k, v in s.items()},
+    "f.pt": lambda s: {f"_orig_mod.module.{k}": v for k, v in s.items()},
+    "g.pt": lambda s: {k.replace("layer1.", "layer1._orig_mod."): v for k, v in s.items()},
+    "h.pt": lambda s: {"net": s, "acc": np.float64(98.7), "seen": np.int64(3), "best": np.bool_(True)},
+    "i.pth": lambda s: {"model": s, "args": argparse.Namespace(lr=0.1, names=["a"], seed=np.int32(1)), "epoch": 3},
+    "j.pt": lambda s: {"model": {"state_dict": s}}, "k.pt": lambda s: {"student": s, "epoch": 1, "note": "x"},
+    "l.pt": lambda s: {**s, "head._extra_state": {"version": 1}},
+}
+
+
+@pytest.mark.parametrize("name", AS_SCRIPTS_WRITE)
+def test_checkpoints_as_training_scripts_write_them(state, tmp_path, name):
+    torch.save(AS_SCRIPTS_WRITE[name](dict(state)), tmp_path / name)
+    model = networks.build("resnet18w4", 10, 1)
+    load_into(model, read_checkpoint(tmp_path / name))
+    assert same(model.state_dict(), state)
+
+
+def test_a_file_of_two_networks_says_what_to_do(state, tmp_path):
+    torch.save({"generator": dict(state), "critic": dict(state), "epoch": 1}, tmp_path / "x.pt")
+    assert refused(lambda: read_checkpoint(tmp_path / "x.pt"), "several state dicts, generator, critic", "alone")
+
+
+def test_a_network_under_an_attribute_called_model_keeps_its_names(tmp_path):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Linear(2, 2)
+
+    own, other = Own(), Own()
+    torch.save(own.state_dict(), tmp_path / "x.pt")
+    load_into(other, read_checkpoint(tmp_path / "x.pt"))
+    assert same(own.state_dict(), other.state_dict())
+
+
 def test_npz_and_safetensors(state, tmp_path):
     np.savez(tmp_path / "x.npz", **{name: tensor.numpy() for name, tensor in state.items()})
     safetensors.torch.save_file(dict(state), tmp_path / "x.safetensors")
@@ -78,21 +118,21 @@ def test_nothing_in_a_file_is_executed(tmp_path):
     np.savez(tmp_path / "x.npz", a=np.array([Runs(trap)], dtype=object))
     assert refused(lambda: read_checkpoint(tmp_path / "x.npz"), "x.npz")
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
-    assert refused(lambda: read_checkpoint(tmp_path / "whole.pt"), "pickled objects")
+    assert refused(lambda: read_checkpoint(tmp_path / "whole.pt"), "pickled objects (torch.nn.modules.linear.Linear)")
     assert not trap.exists()
 
 
 def test_what_is_no_state_dict(tmp_path):
     assert refused(lambda: read_checkpoint(tmp_path / "none.pt"), "no checkpoint file")
     assert refused(lambda: read_checkpoint(tmp_path), "no checkpoint file")
-    (tmp_path / "x.bin").write_bytes(b"")
-    assert refused(lambda: read_checkpoint(tmp_path / "x.bin"), "'.bin'", ".safetensors", ".npz", ".pt")
+    (tmp_path / "x.onnx").write_bytes(b"")
+    assert refused(lambda: read_checkpoint(tmp_path / "x.onnx"), "'.onnx'", ".safetensors", ".npz", ".pt", ".ckpt")
     for suffix in (".pt", ".npz", ".safetensors"):
         for content in (b"", b"garbage" * 50, b"PK\x03\x04" + bytes(100)):
             (tmp_path / f"x{suffix}").write_bytes(content)
             assert refused(lambda path=tmp_path / f"x{suffix}": read_checkpoint(path), f"x{suffix}")
     for content, word in (({"a": 3}, "'a' of int"), ({}, "non-empty"), ([torch.zeros(1)], "no state dict"),
-                          ({"a": {"b": torch.zeros(1)}}, "'a' of dict"), ({3: torch.zeros(1)}, "3")):
+                          ({"a": {"b": 3}}, "'a' of dict"), ({3: torch.zeros(1)}, "3")):
         torch.save(content, tmp_path / "x.pt")
         assert refused(lambda: read_checkpoint(tmp_path / "x.pt"), word)
     np.savez(tmp_path / "x.npz", a=np.array(["text"]))
