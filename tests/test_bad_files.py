@@ -7,6 +7,7 @@ import resource
 import tracemalloc
 import zlib
 from hashlib import blake2b
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,7 +144,8 @@ def test_the_hand_made_file_is_right():
     layer(shape=(2**100, 2**100)), layer(shape=(2, 3, 1, 2**24)), {"w": layer()["w"] * 2}, layer(h="yes"),
     layer(h=1.0), layer(r=[["a", [2**40]]]), layer(r=[["a", [1]], ["a", [1]]]), layer(r=[["fc.weight", [0]]]),
     layer(t={"a": "int64"}), layer(r=[["a", [0]]], t={"a": "object"}), layer(f=[]), layer(f={"a": 1}),
-    layer(s={"a": [1]}), layer(s={"a": [1, "2"]}), layer(r=[["a", [1]]]),
+    layer(s={"a": [1]}), layer(s={"a": [1, "2"]}), layer(r=[["a", [1]]]), layer(s={"a": [1, -1]}),
+    layer(s={"a": [2**62, 1]}), layer(s={"a": [0, 1]}), layer(name="\ud800"), layer(f={"\udfff": "a"}),
 ], ids=lambda header: json.dumps(header)[:50])
 def test_malicious_headers(header):
     refused(container.frame("best", header, DENSE_ONES + END))
@@ -227,6 +229,45 @@ def test_malicious_activations(value, scales):
 def test_malicious_rest(rest):
     refused(container.frame("best", {"r": [["a", [2]]]}, varint(0) + rest))
     refused(container.frame("best", {"r": [["a", [2]]], "t": {"a": "bool"}}, varint(0) + b"\0\2\0"), "bool")
+
+
+def test_what_is_no_plain_file_is_not_read(tmp_path):
+    for read in (decode, inspect):
+        with pytest.raises(FormatError, match="no plain file"):
+            read("/dev/zero")
+    (tmp_path / "zeros").write_bytes(b"")
+    os.truncate(tmp_path / "zeros", 2**40)  # a sparse terabyte
+    for path in (tmp_path / "zeros", "a\0b"):
+        with pytest.raises(FormatError):
+            decode(path)
+
+
+def test_an_option_raises_the_limit_and_a_network_lowers_it(tmp_path):
+    bits = CompressedTensor.of(torch.zeros(3, 50, dtype=torch.int32), Codebook(torch.zeros(1)), 1)
+    data, _ = to_bytes(CompressedModel({"fc": bits}, {}))
+    assert from_bytes(data, max_elements=150).weights["fc"].codes.shape == (3, 50)
+    with pytest.raises(FormatError, match="more values than the 149"):
+        from_bytes(data, max_elements=149)
+    encode(CompressedModel({"fc": bits}, {}), tmp_path / "net.jc")
+    with pytest.raises(FormatError, match="more values than the 8 that"):
+        load(tmp_path / "net.jc", nn.Sequential(nn.Linear(1, 2)))
+
+
+MODELS = Path(__file__).parent.parent / "results" / "models"
+
+
+@pytest.mark.parametrize("table", ["admm_lenet", "annc_lenet", "clip_q_table4"])
+def test_damage_to_stored_files_under_a_valid_checksum(table):
+    data = min((path.read_bytes() for path in (MODELS / table).glob("*.jc")), key=len)
+    rng = np.random.default_rng(2)
+    for _ in range(12):
+        body = bytearray(data[:-8])
+        for place in rng.integers(6, len(body), rng.integers(1, 3)):
+            body[place] ^= 1 << int(rng.integers(8))
+        try:
+            from_bytes(sealed(bytes(body)))
+        except FormatError as error:
+            assert "content cannot be read" not in str(error)
 
 
 def test_a_small_file_cannot_ask_for_much_memory():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from methods.core.artifact import ActivationQuantizer, Affine, Codebook, CompressedTensor, Levels, Topology, Window
-from methods.core.errors import CompressError, GraphError
+from methods.core.errors import CompressError
 from methods.core.file.storage import from_bytes, to_bytes
 from methods.core.fit.calibrate import calibrate
 from methods.core.graph.build import apply, assemble, weight_layers
@@ -67,7 +67,8 @@ class Dense(nn.Module):
         x = self.relu(self.a(x))
         x = torch.cat([x, self.relu(self.b(x))], 1)
         x = torch.cat([x, self.relu(self.c(x))], 1)
-        return self.fc(torch.flatten(self.pool(x), 1))
+        x = self.pool(x)
+        return self.fc(x.view(x.size(0), -1))
 
 
 def chain(*between):
@@ -81,7 +82,7 @@ NETWORKS = {
     "vgg": lambda: nn.Sequential(conv(3, 8), *norm_relu(8), conv(8, 8), *norm_relu(8), nn.MaxPool2d(2), conv(8, 12),
                                  *norm_relu(12), nn.Flatten(), nn.Linear(192, 16), nn.BatchNorm1d(16), nn.ReLU(),
                                  nn.Dropout(), nn.Linear(16, 4)),
-    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 20), nn.ReLU(), nn.Linear(20, 12), nn.ReLU(),
+    "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 20), nn.Tanh(), nn.Linear(20, 12), nn.Hardtanh(),
                                  nn.Linear(12, 4)),
 }
 
@@ -94,10 +95,6 @@ def made(name, density, seed=0):
 
 def pruned(model, density):
     model.eval()
-    try:
-        trace(model)
-    except GraphError as error:
-        pytest.skip(str(error))
     for module in model.modules():
         if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             for tensor in (module.weight, module.bias, module.running_mean):
@@ -293,8 +290,9 @@ def test_a_network_in_which_nothing_varies_keeps_one_channel_of_each_layer():
 
 def test_a_convolution_loses_whole_groups():
     model = nn.Sequential(nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 1, groups=3))
-    for widths in ((3, 3), (0, 0), (4, 2)):
-        with pytest.raises(CompressError, match="its groups have 2 and 2"):
+    for widths, fault in (((3, 3), "its groups have 2 and 2"), ((4, 2), "its groups"), ((0, 0), "it has 6 and 6"),
+                          ((8, 6), "it has 6 and 6"), ((2, -1), "it has 6 and 6"), ((2**62, 2), "it has 6 and 6")):
+        with pytest.raises(CompressError, match=fault):
             apply(assemble(model, {}, topology=Topology(widths={"1": widths})), model)
 
 

@@ -25,7 +25,7 @@ DENSE, MASK, ROWS, COLUMNS = range(4)  # layouts; the gap layouts ROWS and COLUM
 AFFINE, LEVELS, CODEBOOK = range(3)  # kinds of grid, to which these flags are added:
 PER_CHANNEL, HAS_ZEROS, UNSIGNED = 4, 8, 16
 TABLE_BITS = 6  # of a code table per symbol, roughly
-MAX_GRID = 1 << 24  # levels of a grid
+MAX_GRID = 1 << 20  # levels of a grid
 
 
 @dataclass(frozen=True)

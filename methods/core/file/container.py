@@ -13,6 +13,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import zlib
 from hashlib import blake2b
 from pathlib import Path
@@ -30,7 +31,8 @@ DIGEST_BYTES = 8
 MAX_JSON = 1 << 21  # bytes of text
 MAX_DIMENSIONS = 8
 FEW_ELEMENTS = 1 << 24  # a file of any size may hold this many numbers; beyond, so many per byte:
-ELEMENTS_PER_BYTE = 1 << 16
+ELEMENTS_PER_BYTE = 1 << 10
+MAX_WIDTH = 1 << 24  # channels of a layer
 
 # [[layer, shape, bits]], [[name, shape]] of the rest, {name: dtype other than float32}, topology, 1 = ranges by harness
 HEADER = {"w": [(str, [int], int)], "r": [(str, [int])], "t": {str: str}, "f": {str: str}, "s": {str: (int, int)},
@@ -45,9 +47,9 @@ PRESET = (b'"t":{"float16"bfloat16"int64"},"f":{"s":{"downsample.1features.class
 
 
 
-def max_elements(file_bytes: int) -> int:
-    """Numbers that a file of this size may declare: a tiny file cannot ask for all memory."""
-    return max(FEW_ELEMENTS, ELEMENTS_PER_BYTE * file_bytes)
+def max_elements(file_bytes: int, stated: int | None = None) -> int:
+    """Numbers that a file may declare: as stated, else by its size, so that a tiny file cannot ask for all memory."""
+    return max(FEW_ELEMENTS, ELEMENTS_PER_BYTE * file_bytes) if stated is None else stated
 
 
 # --- JSON parts --------------------------------------------------------------------------------------------
@@ -87,14 +89,20 @@ def _no_float(text: str) -> None:
 def fits(value: object, form: object) -> bool:
     """Whether JSON `value` has a form: a type, [form of every item], (forms of the items) or {str: form}."""
     if isinstance(form, type):
-        return type(value) is form
+        return type(value) is form and not (form is str and _is_torn(value))
     if isinstance(form, dict):
-        return type(value) is dict and all(fits(item, form[str]) for item in value.values())
+        return type(value) is dict and all(
+            fits(key, str) and fits(item, form[str]) for key, item in value.items())
     if type(value) is not list:
         return False
     if isinstance(form, list):
         return all(fits(item, form[0]) for item in value)
     return len(value) == len(form) and all(map(fits, value, form))
+
+
+def _is_torn(text: str) -> bool:
+    """Whether a text holds half a letter (a lone surrogate), which no terminal and no file takes."""
+    return any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 # --- header ------------------------------------------------------------------------------------------------
@@ -127,10 +135,13 @@ def check_header(header: object, limit: int) -> dict:
         if len({entry[0] for entry in header[part]}) != len(header[part]):
             raise FormatError("the header names a tensor twice")
     shapes = [entry[1] for entry in header["w"] + header["r"]]
-    if not all(len(shape) <= MAX_DIMENSIONS and all(0 <= size <= limit for size in shape) for shape in shapes):
+    if not all(len(shape) <= MAX_DIMENSIONS and all(0 <= size for size in shape) for shape in shapes):
         raise FormatError("the header holds an impossible shape")
     if sum(math.prod(max(size, 1) for size in shape) for shape in shapes) > limit:
-        raise FormatError("the header declares more values than a file of this size may hold")
+        raise FormatError(f"the header declares more values than the {limit} that a file of this size, or for this "
+                          "network, may hold (decode takes max_elements)")
+    if not all(1 <= width <= MAX_WIDTH for widths in header["s"].values() for width in widths):
+        raise FormatError("the header holds an impossible width of a layer")
     if not all(len(shape) > 1 and 1 <= bits <= MAX_BITS for _, shape, bits in header["w"]):
         raise FormatError("the header holds an impossible shape or bit width")
     if not set(header["t"]) <= {name for name, _ in header["r"]} or not set(header["t"].values()) <= set(DTYPES):
@@ -234,10 +245,16 @@ def write_file(path: str | os.PathLike, data: bytes | memoryview) -> None:
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """All bytes of a file; FormatError where it cannot be read."""
+    """All bytes of a file that begins as a compressed model does; FormatError where it does not, or cannot be read."""
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FormatError(f"{path}: no plain file")  # a device or a pipe may never end
+            start = file.read(len(MAGIC))
+            return start + file.read() if start == MAGIC else start
     except FileNotFoundError:
         raise FormatError(f"{path}: there is no such file") from None
-    except OSError as error:
-        raise FormatError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a path with a null character
+        raise FormatError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except MemoryError:
+        raise FormatError(f"{path}: too large for the memory there is") from None

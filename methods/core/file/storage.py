@@ -67,14 +67,20 @@ def encode(compressed: CompressedModel, path: str | os.PathLike, *, mode: str = 
     return sizes
 
 
-def decode(path: str | os.PathLike) -> CompressedModel:
-    """The model that `encode` wrote, bit for bit, without notes; FormatError for anything else."""
-    return from_bytes(container.read_file(path), str(path))
+def decode(path: str | os.PathLike, *, max_elements: int | None = None) -> CompressedModel:
+    """The model that `encode` wrote, bit for bit, without notes; FormatError for anything else.
+
+    max_elements  numbers that the file may hold, checked before any memory is taken; default 2^24, or 2^10 for each
+                  byte of the file if that is more
+    """
+    return from_bytes(container.read_file(path), str(path), max_elements=max_elements)
 
 
 def load(path: str | os.PathLike, skeleton: nn.Module) -> nn.Module:
-    """The network in a file: `apply(decode(path), skeleton)`."""
-    return apply(decode(path), skeleton)
+    """The network in a file: `apply(decode(path), skeleton)`; the file may hold no more than the skeleton can."""
+    parts = skeleton.state_dict().values()
+    room = sum(tensor.numel() for tensor in parts) + sum(len(t) for t in parts if t.ndim)  # a fold adds biases
+    return apply(decode(path, max_elements=room), skeleton)
 
 
 def inspect(path: str | os.PathLike) -> dict:
@@ -114,24 +120,25 @@ def to_bytes(compressed: CompressedModel, *, mode: str = "best",
     return data, sizes
 
 
-def from_bytes(data: bytes, name: str = "the data") -> CompressedModel:
-    """The model in the bytes of a file; `name` is for the FormatError."""
-    return _open(data, name)[1]
+def from_bytes(data: bytes, name: str = "the data", *, max_elements: int | None = None) -> CompressedModel:
+    """The model in the bytes of a file; `name` is for the FormatError, `max_elements` as in `decode`."""
+    return _open(data, name, max_elements)[1]
 
 
-def _open(data: bytes, name: str) -> tuple[str, CompressedModel, Sizes, dict[str, tuple[blocks.Layer, str]]]:
+def _open(data: bytes, name: str, limit: int | None = None
+          ) -> tuple[str, CompressedModel, Sizes, dict[str, tuple[blocks.Layer, str]]]:
     try:
-        return _parse(data)
+        return _parse(data, limit)
     except CompressError as error:  # names in the file may hold line ends
         raise FormatError(f"{name}: {' '.join(str(error).split())}") from None
     except (ArithmeticError, LookupError, MemoryError, RuntimeError, ValueError) as error:
         raise FormatError(f"{name}: the content cannot be read ({type(error).__name__})") from error
 
 
-def _parse(data: bytes) -> tuple[str, CompressedModel, Sizes, dict[str, tuple[blocks.Layer, str]]]:
+def _parse(data: bytes, limit: int | None) -> tuple[str, CompressedModel, Sizes, dict[str, tuple[blocks.Layer, str]]]:
     """(mode, model, bytes by purpose, {layer: its bytes and coder})."""
     mode, found, reader = container.unframe(data)
-    header = container.check_header(found, container.max_elements(len(data)))
+    header = container.check_header(found, container.max_elements(len(data), limit))
     weights, layers, frame = {}, {}, len(data) - reader.left()
     for name, shape, bits in header["w"]:
         weights[name], *layers[name] = blocks.read_tensor(reader, shape, bits)

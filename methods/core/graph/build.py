@@ -127,6 +127,7 @@ def _fold(model: nn.Module, topology: Topology) -> None:
 def _resize(model: nn.Module, topology: Topology) -> None:
     for name, (out, into) in topology.widths.items():
         module = _module(model, name)
+        _check_width(name, module, out, into)
         shape: dict[str, tuple[int, ...]] = {}
         if isinstance(module, nn.Conv2d):
             _resize_conv(name, module, out, into)
@@ -134,14 +135,26 @@ def _resize(model: nn.Module, topology: Topology) -> None:
         elif isinstance(module, nn.Linear):
             module.out_features, module.in_features = out, into
             shape = {"weight": (out, into), "bias": (out,)}
-        elif isinstance(module, NORMS):
+        else:
             module.num_features = out
             shape = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), (out,))
-        else:
-            raise CompressError(f"{name} is no layer whose width can change (conv, linear, batch norm)")
         for key, size in shape.items():
             if isinstance(getattr(module, key), Tensor):
                 _replace(module, key, torch.empty(size))
+
+
+def _check_width(name: str, module: nn.Module, out: int, into: int) -> None:
+    """CompressError unless a layer can lose channels and keep so many."""
+    if isinstance(module, nn.Conv2d):
+        there = module.out_channels, module.in_channels
+    elif isinstance(module, nn.Linear):
+        there = module.out_features, module.in_features
+    elif isinstance(module, NORMS):
+        there = module.num_features, module.num_features
+    else:
+        raise CompressError(f"{name} is no layer whose width can change (conv, linear, batch norm)")
+    if not (1 <= out <= there[0] and 1 <= into <= there[1]):
+        raise CompressError(f"{name} cannot have {out} outputs and {into} inputs: it has {there[0]} and {there[1]}")
 
 
 def _resize_conv(name: str, conv: nn.Conv2d, out: int, into: int) -> None:

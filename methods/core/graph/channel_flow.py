@@ -219,7 +219,7 @@ def keeps_batch(flatten: Node) -> bool:
     """Whether a flatten joins all dimensions but the first: only then are a channel's columns side by side."""
     try:
         return flatten.run(torch.empty(2, 3, 4, 5, device="meta")).shape == (2, 60)
-    except (RuntimeError, TypeError, IndexError):  # a view to fixed sizes
+    except (RuntimeError, TypeError, IndexError, AttributeError):  # a view to fixed sizes
         return False
 
 
@@ -228,6 +228,6 @@ def _joins_channels(node: Node, inputs: list[Value]) -> bool:
     tail = (4, 5) if inputs[0].layout == SPATIAL else ()
     try:
         joined = node.run(*(torch.empty(2, len(v.classes), *tail, device="meta") for v in inputs))
-    except (RuntimeError, TypeError, IndexError):
+    except (RuntimeError, TypeError, IndexError, AttributeError):
         return False
     return joined.shape == (2, sum(len(v.classes) for v in inputs), *tail)

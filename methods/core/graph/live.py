@@ -73,6 +73,8 @@ def _live(graph: Graph, forward: Forward, fixed: Collection[str], uses: Mapping[
     live[graph.output][:] = True
     for node in reversed(list(graph)):
         start = 0
+        for name in node.shaped_by if node.op != "flatten" else ():  # it may count the channels
+            live[name][:] = True
         for name in node.inputs:
             if values[name].classes is None:
                 continue
