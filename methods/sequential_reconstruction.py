@@ -154,6 +154,8 @@ class Walk:
         order, errors = in_order(self.graph, self.takers), []
         judged = slice(fitted, None) if fitted < self.count else slice(None)
         last = {name: node.name for node in order for name in node.inputs}
+        shapes = [{name: images.shape for name, images in zip(self.values, pair, strict=False)}
+                  for pair in zip(*self.values.values(), strict=True)]  # of the given network, of the student
         for node in order:
             theirs, ours = zip(*(self.values[name] for name in node.inputs), strict=True)
             if node.op in ("conv", "linear"):
@@ -161,10 +163,13 @@ class Walk:
             elif node.op == "bn":
                 self.values[node.name] = self.renew(node, theirs[0], ours[0])
             else:
-                self.values[node.name] = node.run(*theirs), self.own.nodes[node.name].run(*ours)
+                self.values[node.name] = (node.at(shapes[0]).run(*theirs),
+                                          self.own.nodes[node.name].at(shapes[1]).run(*ours))
+            for known, value in zip(shapes, self.values[node.name], strict=True):
+                known[node.name] = value.shape
             if node.op == "add" or node.name == self.graph.output:
                 errors.append(relative_error(*(part[judged] for part in self.values[node.name])))
-            for name in node.inputs:
+            for name in dict.fromkeys(node.inputs):
                 if last[name] == node.name:
                     del self.values[name]
         return sum(errors) / len(errors)

@@ -29,7 +29,9 @@ Departures (from the authors' code where the paper is silent; numbers in parenth
     0, which they do not have, leaves batch norm as it is and takes ranges from plain images.
   * Statistics of batches are summed in float64 in a fixed order (`core/fit/norms.py`).
   * Dropout is off. Weights and ranges stay as they are in (6).
-  * Inputs without negative values are taken; the authors' code also wants a zero among them. Groups are refused.
+  * Inputs without negative values are taken; the authors' code also wants a zero among them. What windows cannot act
+    on is treated as the first and the last layer are, and listed in the notes (left_alone): layers with groups, with
+    other padding than zeros, and those whose input may be negative (no ReLU, clamp at 0 or sigmoid before it).
   * sparse24 keeps the two largest of four weights along the input channels (as NVIDIA's ASP does), without training:
     start from a network that was trained under this mask, which it then leaves as it is.
   * A bias of a quantized layer is put on a grid (1) of its own and added in float. paired = False is not in their code.
@@ -109,7 +111,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     budget.require("sparq", optional=("bits",))
     model = task.placed(own_copy(model)).eval()
     graph, window = trace(model), config.window()
-    chosen = quantized_layers(graph)
+    chosen, left = quantized_layers(graph, task.calibration_inputs(1).to(task.device))
     bits = weight_bits(budget, config, list(weight_layers(model)), chosen)
     chosen = [name for name in chosen if name in bits]
     weights = quantize_weights(model, bits, chosen, config.sparse24)
@@ -124,25 +126,35 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     if config.recalibrations == 2:
         pass_over(model, quantized, draw(task, config, True, generator), True, run.stage("batch norm"))  # (6)
 
-    compressed = assemble(model, weights, notes={"windowed": chosen if window is not None else []})
+    compressed = assemble(model, weights, notes={"windowed": chosen if window is not None else [], "left_alone": left})
     others = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs), WIDTH)
     ranges = {name: layer.quantizer() for name, layer in layers.items()}
     return replace(compressed, activations=others | ranges,
                    windows={} if window is None else dict.fromkeys(chosen, window))
 
 
-def quantized_layers(graph: Graph) -> list[str]:
-    """Every conv and linear but the first and the last, in order of execution."""
-    nodes = [node for node in graph if node.op in ("conv", "linear")]
-    if len(nodes) < 3:
-        raise GraphError(f"sparq leaves the first and the last of the layers {[node.name for node in nodes]} as they "
-                         "are: there must be others")
+@torch.no_grad()
+def quantized_layers(graph: Graph, inputs: Tensor) -> tuple[list[str], dict[str, str]]:
+    """Every conv and linear but the first and the last, in order of execution; and {layer: why} of those that windows
+    cannot act on, which are left with the first and the last. `inputs` [1, ...] show what the layers read."""
+    nodes, least, seen, left = graph.layers(), graph.nonnegative(), {}, {}
+    if len(nodes) > 2:
+        graph.run(inputs, lambda node, values, output: seen.update({node.name: values[0].ndim if values else 0}))
     for node in nodes[1:-1]:
-        if getattr(node.module, "groups", 1) != 1:
-            raise GraphError(f"{node.name} has {node.module.groups} groups: sparq pairs the inputs of one group only")
-        if getattr(node.module, "padding_mode", "zeros") != "zeros":
-            raise GraphError(f"{node.name} has padding_mode = {node.module.padding_mode!r}: sparq pads with zeros")
-    return [node.name for node in nodes[1:-1]]
+        groups, mode = getattr(node.module, "groups", 1), getattr(node.module, "padding_mode", "zeros")
+        reasons = ((groups != 1, f"it has {groups} groups"), (mode != "zeros", f"it pads with {mode}"),
+                   (node.inputs[0] not in least, "its input may be negative"),
+                   (seen[node.name] != node.module.weight.ndim, f"its input has {seen[node.name]} dimensions"))
+        found = [reason for holds, reason in reasons if holds]
+        if found:
+            left[node.name] = found[0]
+    chosen = [node.name for node in nodes[1:-1] if node.name not in left]
+    if not chosen:
+        names, why = [node.name for node in nodes], [f"{name}: {reason}" for name, reason in left.items()]
+        raise GraphError(f"sparq leaves the first and the last of the layers {names[:6]} as they are, and what its "
+                         f"windows cannot act on ({', '.join(why[:3]) or 'none'}): there must be others"
+                         f"{graph.why_opaque()}")
+    return chosen, left
 
 
 # --- weights -----------------------------------------------------------------------------------------------

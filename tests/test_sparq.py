@@ -18,6 +18,7 @@ from methods.core.graph.build import apply, weight_layers
 from methods.core.graph.graph import trace
 from methods.core.train.task import Task
 from methods.engine.exact import IntegerNetwork
+from methods.engine.reference import ReferenceRun
 from methods.sparq import Config, QuantizedLayer, quantize_filters
 
 
@@ -306,15 +307,30 @@ def test_windows_cost_more_the_narrower_they_are():
 # --- what is refused ---------------------------------------------------------------------------------------
 
 
-def test_signed_inputs_are_refused_by_name():
+def test_layers_with_signed_inputs_are_left_alone():
     model = chain()
     model[5] = nn.Identity()
-    with pytest.raises(CompressError, match="input of 6 goes down to -.*a ReLU") as caught:
-        compress(model, draw(8))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(CompressError, match="input of conv2 goes down"):  # Caffe's LeNet has no ReLU there
-        lenet = networks.build("lenet5_caffe", 10, 1)
+    made = compress(model, draw(8))
+    assert made.notes["left_alone"] == {"6": "its input may be negative"} and list(made.windows) == ["3"]
+    assert made.activations["6"].zero > 0 and made.weights["6"].bits == 8  # ranges as of the first and the last
+    lenet = networks.build("lenet5_caffe", 10, 1)  # no ReLU between its convolutions
+    with pytest.raises(GraphError, match="conv2: its input may be negative, ip1"):
         compress(lenet, torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
+
+
+def reflecting():
+    return nn.Sequential(*chain()[:3], nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), *chain()[4:])
+
+
+@pytest.mark.parametrize("make, why", [(lambda: chain(4, groups=2), "it has 2 groups"),
+                                       (reflecting, "it pads with reflect")])
+def test_layers_with_groups_or_other_padding_are_left_alone(make, why):
+    model = make()
+    made = compress(model, draw(8))
+    assert made.notes["left_alone"] == {"3": why} and "3" not in made.windows and made.windows
+    network, x = IntegerNetwork(made, model), draw(8)
+    assert network.float_nodes == [] and torch.equal(network(x), torch.from_numpy(
+        ReferenceRun(network, x).real(network.graph.output)))
 
 
 def test_positive_inputs_without_a_zero_are_taken():
@@ -324,9 +340,8 @@ def test_positive_inputs_without_a_zero_are_taken():
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda: chain(4, groups=2), "3 has 2 groups"), (lambda: chain()[-2:], r"layers \['9'\]"),
-    (lambda: nn.Sequential(*chain()[:3], nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), *chain()[4:]),
-     "3 has padding_mode = 'reflect'")])
+    (lambda: chain()[-2:], r"layers \['9'\]"),
+    (lambda: nn.Sequential(*chain()[:2], *chain()[3:5], *chain()[-2:]), "2: its input may be negative")])
 def test_networks_it_cannot_take(change, message):
     with pytest.raises(GraphError, match=message):
         compress(change(), draw(8))

@@ -39,21 +39,25 @@ def quantize_in_order(model: nn.Module, inputs: Tensor, fit: Fit, generator: tor
     ranges = EdgeRanges(graph, bits, range_method)
     values: dict[str, list[Tensor]] = {next(iter(graph.nodes)): list(inputs.split(BATCH))}
     last_use = {name: node.name for node in graph for name in node.inputs}
+    shapes: list[dict[str, torch.Size]] = [{name: x.shape for name in values} for x in values[next(iter(values))]]
     weights = {}
     for node in graph:
         if node.op == "input":
             continue
         batches = list(zip(*(values[name] for name in node.inputs), strict=True))
-        if node.name in layers:
+        if node.op in ("conv", "linear"):
             moments = Moments(layers[node.name], generator, second=second)
             for (x,) in batches:
                 moments.update(x)
             weights[node.name] = _replace(node.name, layers[node.name], moments, fit, correct)
-        values[node.name] = [node.run(*batch) for batch in batches]
+        values[node.name] = [node.at(known).run(*batch) for known, batch in zip(shapes, batches, strict=True)]
+        if graph.needs_shape(node.name):
+            for known, output in zip(shapes, values[node.name], strict=True):
+                known[node.name] = output.shape
         for batch, output in zip(batches, values[node.name], strict=True):
             ranges.see(node, batch, output)
         del batches
-        for name in node.inputs:
+        for name in dict.fromkeys(node.inputs):
             if last_use[name] == node.name:
                 values.pop(name, None)
     return model, {name: weights[name] for name in layers if name in weights}, ranges.quantizers()
