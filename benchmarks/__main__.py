@@ -113,6 +113,7 @@ def _add_tools(command) -> None:
     sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
     sub = command("speed", tools.speed, "CPU time of the integer kernels beside float32, and of a training step of "
                   "each method beside a plain one, on random pictures")
+    sub.add_argument("files", type=Path, nargs="*", help="compressed files of --network (default: forms made of it)")
     sub.add_argument("--part", choices=("all", "kernels", "training"), default="all")
     sub.add_argument("--network", default="resnet18")
     sub.add_argument("--batch", type=int, default=64, help="of the kernels")

@@ -88,9 +88,8 @@ def _speed_of_training(options: Namespace, console: Console) -> None:
 
 
 def _speed_of_kernels(options: Namespace, console: Console) -> None:
-    found = measure_speed(options.network, options.batch, options.rounds, options.threads)
+    found = measure_speed(options.network, options.files, options.batch, options.rounds, options.threads)
     console.print(as_table(found.timings, found.batch))
-    console.print(f"{options.network}, {options.threads} threads; kernels: {found.backend}; CPU: {found.cpu}",
-                  soft_wrap=True)
-    console.print(f"without a fast form: {', '.join(found.slow_nodes) or 'nothing'}; "
-                  f"outputs that differ from the exact ones: {found.wrong}", soft_wrap=True)
+    console.print(f"{options.network}, {options.threads} threads; CPU: {found.cpu}", soft_wrap=True)
+    for name, profile in found.profiles.items():
+        console.print(f"{name}: {profile.line()}", soft_wrap=True)

@@ -56,10 +56,10 @@ def test_digits(rows, columns):
     integers[0], integers[1] = 32767, -32768
     digits = wide.digits_of(integers)
     assert digits == [] or torch.equal(sum(factor * plane for factor, plane in digits), integers)
-    for _, plane in digits:
-        assert plane.min() >= -128 and plane.max() <= 127
+    for factor, plane in digits:
+        assert plane.abs().max() <= (128 if factor == 1 else 255)
         assert largest_partial_sum(plane, 0, 255) <= 1 << 24
-    assert (digits == []) == (columns == 9000)
+    assert (digits == []) == (columns == 9000) and (columns > 300 or len(digits) == 2)
 
 
 EDGES = {  # (in, out, kernel), what else, sides of the picture, whether the int8 kernels take such a layer

@@ -6,7 +6,10 @@ import torch
 from benchmarks import speed, speed_training
 from benchmarks.__main__ import main
 from benchmarks.networks import build
+from methods.core.file.storage import encode
+from methods.core.fit.quantize import fit_symmetric, quantize
 from methods.core.train.task import Task
+from methods.engine import onednn
 
 
 def test_candidates_run_in_turn(monkeypatch):
@@ -18,13 +21,6 @@ def test_candidates_run_in_turn(monkeypatch):
     assert [t.ratios for t in timings] == [[1, 1], [9 / 13, 17 / 21]]
 
 
-def test_windows_where_codes_allow_them():
-    model = build("resnet20", 10, 3).eval()
-    plain = speed.eight_bit(model, torch.randn(2, 3, 8, 8))
-    found = speed.with_windows(plain, model).windows
-    assert "conv1" not in found and "fc" not in found and "layer1.0.conv1" in found and "layer3.2.conv2" in found
-
-
 def test_the_command(capsys):
     threads = torch.get_num_threads()
     try:
@@ -32,9 +28,29 @@ def test_the_command(capsys):
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
-    for words in (speed.BASELINE, speed.EXACT, speed.FAST, speed.WINDOWED, "1.00 to 1.00",
-                  "outputs that differ from the exact ones: 0", "CPU: "):
+    for words in (speed.BASELINE, speed.EXACT, *speed.SPARQ, "8 bits, symmetric", "8 bits, asymmetric by channel",
+                  "tables of 16 bits", "1.00 to 1.00", "CPU: "):
         assert words in out
+    lines = [line for line in out.splitlines() if "outputs that differ" in line]
+    assert len(lines) == 7 and all("outputs that differ from the exact ones: 0" in line for line in lines)
+    assert onednn.unsupported() or all("no slow node" in line for line in lines)
+
+
+def test_stored_files_are_timed(tmp_path):
+    """Products a MAC: 1 for symmetric weights, 2 and more for two digits."""
+    threads, model = torch.get_num_threads(), build("lenet5_caffe", 10, 1).eval()
+    x, paths = torch.randn(8, 1, 28, 28), {}
+    for name, made in {"plain": lambda w: quantize(w, fit_symmetric(w, 8), 8), "table": speed.wide_table}.items():
+        paths[name] = tmp_path / f"{name}.jc"
+        encode(speed.on_grid(model, x, made), paths[name])
+    try:
+        found = speed.measure_speed("lenet5_caffe", list(paths.values()), 2, 1, 1)
+    finally:
+        torch.set_num_threads(threads)
+    assert [timing.name for timing in found.timings] == [speed.BASELINE, "plain", "table"]
+    if not onednn.unsupported():
+        plain, table = (profile.products for profile in found.profiles.values())
+        assert plain == 1 and 2 <= table <= 3  # inputs of the largest weights are read twice for the higher digit
 
 
 def test_the_training_command(capsys):

@@ -1,5 +1,6 @@
 """Activation codes as bytes: code - lowest code of the quantizer, uint8; pictures in channels_last memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,6 +106,37 @@ def summed(kernel: Kernel, x: Tensor, other: Tensor, source: ActivationQuantizer
         y.add_(codes.mul_(factor)).round_().clamp_(low, high)
         out[part] = (y.sub_(low) if low else y).to(VIA)
     return out
+
+
+def summed_in_forms(kernel: Kernel, x: Tensor, other: Tensor, source: ActivationQuantizer,
+                    parts: Sequence["Part"]) -> dict[Form, Tensor]:
+    """{form: the same bytes}, all from one run of `kernel`, which gives f32(acc)."""
+    pictures = max(1, CHUNK // max(1, other[0].numel()))
+    codes, y, more = (torch.empty_like(other[:pictures], dtype=torch.float32) for _ in range(3))
+    out = {part.form: torch.empty_like(other) for part in parts}
+    for start in range(0, len(other), pictures):
+        some = slice(start, start + pictures)
+        total = kernel(x[some], torch.float32)
+        n = len(total)
+        codes[:n].copy_(other[some])
+        if source.code_range[0]:
+            codes[:n].add_(source.code_range[0])
+        for part in parts:
+            low, high = part.form.code_range
+            torch.mul(total, part.gain, out=y[:n]).add_(part.offset).add_(
+                torch.mul(codes[:n], part.factor, out=more[:n])).round_().clamp_(low, high)
+            out[part.form][some] = (y[:n].sub_(low) if low else y[:n]).to(VIA)
+    return out
+
+
+@dataclass(frozen=True)
+class Part:
+    """acc * gain + offset + code * factor in units of `form`; gain and offset float32 [1, C, 1, 1] or [1, C]."""
+
+    form: ActivationQuantizer
+    gain: Tensor
+    offset: Tensor
+    factor: float
 
 
 def summed_at_once(kernel: Kernel, x: Tensor, other: Tensor, source: ActivationQuantizer, factor: float,

@@ -5,6 +5,7 @@ norm, and the add that takes its accumulators, is one call of oneDNN (`onednn.py
 in float, wider codes, uncommon pools) takes the step of `IntegerNetwork`, on codes in float32.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,11 +19,13 @@ from ..core.graph.operations import CLAMPS
 from . import onednn
 from .bytecodes import (
     Kernel,
+    Part,
     Sum,
     in_memory_order,
     is_narrow,
     on_bytes,
     rounded,
+    summed_in_forms,
     to_bytes,
     to_float,
     zero_byte,
@@ -40,6 +43,7 @@ class Pending:
     codes: Tensor  # uint8, after a window
 
 
+PRODUCTS = 1000  # of a sum: from about there on, another sum costs more than float32 operations on this one
 FastForms = dict[Form | tuple, Tensor | Terms | Pending]
 Step = Callable[[list[FastForms]], FastForms]
 
@@ -49,6 +53,7 @@ class FastNetwork:
 
     exact     the IntegerNetwork that defines every number
     steps     {node: its fast form}; what is missing there is done by `exact`
+    kernels   the int8 kernels of the layers
     Layers run in float get the same inputs in the same memory format, and so give the same numbers.
     """
 
@@ -58,6 +63,7 @@ class FastNetwork:
         self.layers, self.float_nodes = self.exact.layers, self.exact.float_nodes
         self.unsupported = onednn.unsupported()
         self.steps: dict[str, Step] = {}
+        self.kernels: list[tuple[str, Kernel]] = []  # (layer, one for each form that is wanted)
         self.read: dict[str, Callable[[FastForms], Tensor]] = {}  # {layer with an int8 kernel: the bytes it multiplies}
         if not self.unsupported:
             self._compile()
@@ -157,15 +163,20 @@ class FastNetwork:
         step, zero = (1.0, 0) if form == REAL else (form.scale, form.zero)
         return self._of(layer, (layer.gain / step).float(), (shift / step + zero).float())
 
+    def _sums_of(self, layer: IntegerLayer) -> Kernel:
+        """f32(acc)."""
+        return self._of(layer, torch.ones(len(layer.gain)), torch.zeros(len(layer.gain)))
+
     def _of(self, layer: IntegerLayer, factor: Tensor, offset: Tensor) -> Kernel:
         integers = _multiplied(layer)
         kind = find_kernel(layer.node.module, integers, layer.source.bits)
-        return kind(layer.node.module, integers, zero_byte(layer.source), factor, offset)
+        self.kernels.append((layer.node.name, kind(layer.node.module, integers, zero_byte(layer.source), factor,
+                                                   offset)))
+        return self.kernels[-1][1]
 
     def _accumulator_step(self, node: Node) -> Step:
         """The sums from an int8 kernel, the rest as `IntegerNetwork` does it."""
-        layer, read = self.layers[node.name], self.read[node.name]
-        kernel = self._of(layer, torch.ones(len(layer.gain)), torch.zeros(len(layer.gain)))
+        layer, read, kernel = self.layers[node.name], self.read[node.name], self._sums_of(self.layers[node.name])
 
         def step(inputs: list[FastForms]) -> FastForms:
             total = kernel(read(inputs[0]), torch.float32)
@@ -179,25 +190,41 @@ class FastNetwork:
         return lambda inputs: {ACCUMULATORS: Pending(layer, read(inputs[0]))}
 
     def _sum_step(self, node: Node) -> Step:
-        """The conv and the add, once for each form: in one call where the codes' product is exact, else in float32."""
+        """The conv and the add, once for each form: in one call where the codes' product is exact, else in float32.
+
+        A sum of many products that is read in several forms is taken once, and scaled in float32 for each.
+        """
         ours = next(i for i, edge in enumerate(node.edges()) if edge in self.exact.pending)
         layer, source = self.layers[self._fused_layer(node)], self.exact._form(node.edges()[1 - ours])
-        sums = sorted((self._sum(layer, source, form) for form in self.exact.wanted[node.name]),
-                      key=lambda one: one.in_place)  # the last one may overwrite the codes that are added
-        last = self._is_last_reader(node, 1 - ours)
+        forms, last = self.exact.wanted[node.name], self._is_last_reader(node, 1 - ours)
+        several = len(forms) > 1 and REAL not in forms and layer.weight.integers[0].numel() >= PRODUCTS
+        kernel = self._sums_of(layer) if several else None
+        parts = [self._part(layer, source, form) for form in forms] if several else []
+
+        @functools.cache
+        def sums() -> list[Sum]:  # the last one may overwrite what it adds
+            return sorted((self._sum(layer, source, form) for form in forms), key=lambda one: one.in_place)
+        if not several:
+            sums()
 
         def step(inputs: list[FastForms]) -> FastForms:
             codes, other = inputs[ours][ACCUMULATORS].codes, inputs[1 - ours][source]
-            return {one.form: one(codes, other, last and one is sums[-1]) for one in sums}
+            if kernel is not None and kernel.output_shape(codes) == other.shape:
+                return summed_in_forms(kernel, codes, other, source, parts)
+            return {one.form: one(codes, other, last and one is sums()[-1]) for one in sums()}
         return step
 
     def _sum(self, layer: IntegerLayer, source: ActivationQuantizer, form: Form) -> Sum:
-        step = 1.0 if form == REAL else form.scale
-        factor = float(short(torch.tensor(source.scale, dtype=torch.float64) / step))
         kernel = self._kernel(layer, form, layer.shift - source.zero * source.scale)
         unsigned = form != REAL and source.code_range[0] == form.code_range[0] == 0
-        return Sum(kernel, source, factor, form,
-                   unsigned and kernel.adds_codes and onednn.exact_product(factor))
+        factor = _added(source, form)
+        return Sum(kernel, source, factor, form, unsigned and kernel.adds_codes and onednn.exact_product(factor))
+
+    def _part(self, layer: IntegerLayer, source: ActivationQuantizer, form: ActivationQuantizer) -> Part:
+        shape = (1, -1, *[1] * (layer.weight.integers.ndim - 2))
+        shift = layer.shift - source.zero * source.scale
+        return Part(form, (layer.gain / form.scale).float().reshape(shape),
+                    (shift / form.scale + form.zero).float().reshape(shape), _added(source, form))
 
     def _is_last_reader(self, add: Node, side: int) -> bool:
         """Whether an add may overwrite its input: nobody reads that tensor, under any name, beside or after it."""
@@ -235,6 +262,11 @@ class FastNetwork:
             gain = torch.tensor(quantizer.scale / area, dtype=torch.float64)
             return _all_bytes(self.exact._from_terms(node, Terms((total.float(),), (gain,), gain.new_zeros(()))))
         return step
+
+
+def _added(source: ActivationQuantizer, form: Form) -> float:
+    """The factor of an added code."""
+    return float(short(torch.tensor(source.scale, dtype=torch.float64) / (1.0 if form == REAL else form.scale)))
 
 
 def _first(inputs: list[FastForms]) -> FastForms:

@@ -44,6 +44,7 @@ class Int8Layer:
         integers, self.again = in_bytes(integers, getattr(module, "groups", 1))
         self.factor, self.no_zeros = factor.contiguous(), torch.zeros(len(factor), dtype=torch.int32)
         self.integers = integers.to(torch.int8).contiguous()
+        self.products = integers.numel()  # for each output pixel
         self.geometry = None if isinstance(module, nn.Linear) else _geometry(module)
         self.adds_codes = self.geometry is not None
         self.packed: dict[tuple[int, ...], Tensor] = {}  # {shape of the input: weights in the order it is computed in}

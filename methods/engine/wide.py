@@ -12,6 +12,7 @@ from .accumulate import EXACT, largest_partial_sum
 from .onednn import Int8Layer
 
 DIGITS = (8, 6, 4)  # bits of the digits that wide weights are split into
+HIGHEST = 255  # of the highest digit
 CHUNK = 1 << 18  # float32 numbers of a sum, few enough to stay in the caches
 
 
@@ -24,6 +25,7 @@ class DigitLayer:
         noughts = torch.zeros_like(offset)
         self.kernels = [Int8Layer(module, plane, zero, torch.full_like(factor, scale), noughts)
                         for scale, plane in digits_of(integers)]
+        self.products = sum(kernel.products for kernel in self.kernels)
         shape = (1, -1, *[1] * (integers.ndim - 2))
         self.factor, self.offset = factor.reshape(shape), offset.reshape(shape)
 
@@ -52,14 +54,16 @@ class DigitLayer:
 
 
 def digits_of(integers: Tensor) -> list[tuple[int, Tensor]]:
-    """[(factor, digits)] with integers = sum of factor * digits, digits of 8 bits whose sums are exact in float32.
+    """[(factor, digits)] with integers = sum of factor * digits, digits whose sums are exact in float32.
 
-    The least factor first; empty where that takes digits of fewer bits than DIGITS has.
+    Of 8 bits, the highest of 9 where that saves one more. The least factor first; empty where that takes digits of
+    fewer bits than DIGITS has.
     """
     for bits in DIGITS:
         base, rest, planes = 1 << bits, integers.to(torch.int64), []
         while bool((rest != 0).any()) or not planes:
-            digits = (rest + base // 2) % base - base // 2
+            last = bool((rest.abs() <= HIGHEST).all()) and bits == DIGITS[0]
+            digits = rest if last else (rest + base // 2) % base - base // 2
             planes.append((base ** len(planes), digits))
             rest = (rest - digits) // base
         if all(largest_partial_sum(digits, 0, 255) <= EXACT[torch.float32] for _, digits in planes):
