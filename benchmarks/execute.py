@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods import data_of
+from methods import compress_to_size, data_of
 from methods.core.artifact import CompressedModel
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
@@ -88,7 +88,9 @@ def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, 
         task = task_for(method, config, setup, dataset, job.network, place.device)
         run = DiskRun(place.states / key, job.name, place.screen, resume=place.resume or waited)
         generator = torch.Generator().manual_seed(job.seed)
-        compressed = method.compress(start.baseline.model, task, budget, config, generator, run=run)
+        calibration = setup.task(dataset, job.network, torch.device("cpu"))
+        compressed = compress_to_size(method, start.baseline.model, task, budget, config, generator, run=run,
+                                      finish=lambda found: as_stored(found, job, network, calibration))
         cpu, wall = run.clock.seconds()
         given = described(job, setup, dataset, start.baseline) | {
             "table": table, "order": order, "job": key, "budget": plain(budget), "config": plain(config),
@@ -143,13 +145,17 @@ def store(given: Mapping[str, Any], compressed: CompressedModel, job: Job, netwo
     return row
 
 
+def as_stored(compressed: CompressedModel, job: Job, network: nn.Module, calibration: Task) -> CompressedModel:
+    """What the file holds of a result: no dead units if the job says so, ranges of the harness where it has none."""
+    return with_ranges(shrink(compressed, network) if job.shrink else compressed, network, calibration)
+
+
 def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network: nn.Module, dataset: Dataset,
                       setup: Setup, start: Start, scores: dict[str, Tensor]) -> dict:
-    """Write the file, without dead units if the job says so and with the harness's activation ranges where the method
-    has none, then measure the file."""
+    """Write the file of a result (see `as_stored`), then measure that file."""
     scaling = find(job.network).scaling
     calibration = setup.task(dataset, job.network, torch.device("cpu"))
-    small = with_ranges(shrink(compressed, network) if job.shrink else compressed, network, calibration)
+    small = as_stored(compressed, job, network, calibration)
     encode(small, path, mode="best")
     whole = replace(compressed, activations=small.activations, ranges_by=small.ranges_by)
     height, width, channels = dataset.image_shape

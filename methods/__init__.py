@@ -43,6 +43,7 @@ from .core.errors import (
 from .core.file.storage import decode, encode, inspect, load
 from .core.fit.calibrate import calibrate
 from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_largest, keep_local
+from .core.fit.size import Knob, compress_to_size
 from .core.graph.build import apply, assemble, frozen_layers, own_copy, weight_layers
 from .core.graph.shrink import shrink
 from .core.graph.weights import float_layers
@@ -55,11 +56,11 @@ from .core.train.task import Task
 
 __all__ = [
     "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressWarning",
-    "CompressedModel", "CompressedTensor", "ConfigError", "Distill", "FormatError", "GraphError", "Hooks", "Levels",
-    "Link", "MaskHooks", "Metric", "NullRun", "Recipe", "Run", "Task", "Topology", "TrainingDiverged", "Window",
-    "apply", "apply_masks", "assemble", "calibrate", "data_of", "decode", "encode", "find_method", "float_layers",
-    "frozen_layers", "inspect", "keep_global", "keep_largest", "keep_local", "load", "method_names", "own_copy",
-    "ready", "shrink", "train", "weight_layers",
+    "CompressedModel", "CompressedTensor", "ConfigError", "Distill", "FormatError", "GraphError", "Hooks", "Knob",
+    "Levels", "Link", "MaskHooks", "Metric", "NullRun", "Recipe", "Run", "Task", "Topology", "TrainingDiverged",
+    "Window", "apply", "apply_masks", "assemble", "calibrate", "compress_to_size", "data_of", "decode", "encode",
+    "find_method", "float_layers", "frozen_layers", "inspect", "keep_global", "keep_largest", "keep_local", "load",
+    "method_names", "own_copy", "ready", "shrink", "train", "weight_layers",
 ]
 
 ROOMS = ("core", "engine")

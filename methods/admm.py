@@ -47,6 +47,7 @@ from .core.budget import Budget
 from .core.errors import ConfigError
 from .core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
 from .core.fit.prune import MaskHooks, apply_masks, keep_count
+from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.weights import layer_of
 from .core.settings import check_idle
@@ -56,6 +57,7 @@ from .core.train.start import ready
 from .core.train.task import Task
 
 DATA = "train"
+SIZE_KNOB = Knob("density", 1e-3, 1.0)
 GRIDS = {"levels": Intervals, "clusters": Clusters}
 Weights = dict[str, nn.Parameter]
 Projection = Callable[[str, Tensor], Tensor]  # (layer, values) -> nearest point of the layer's set

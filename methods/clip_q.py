@@ -54,6 +54,7 @@ from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError
 from .core.file.coding import filler_count
 from .core.fit.bayes import SEARCHES, minimize
+from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy
 from .core.graph.weights import layer_of, place_of, weight_layers
 from .core.settings import check_idle
@@ -63,6 +64,7 @@ from .core.train.start import ready
 from .core.train.task import First, Task
 
 DATA = "train"
+SIZE_KNOB = Knob("density", 1e-3, 1.0)
 P_GRID = tuple(i / 100 for i in range(99))  # searched shares of clipped weights
 BITS_GRID = tuple(range(2, 9))  # searched code widths
 SPLITS = ("A", "B")

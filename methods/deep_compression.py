@@ -42,6 +42,7 @@ from .core.budget import Budget
 from .core.errors import BudgetError, ConfigError
 from .core.fit.cluster import INITS, kmeans
 from .core.fit.prune import MaskHooks, apply_masks, keep_count, keep_largest
+from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy
 from .core.graph.weights import layer_of, place_of, weight_layers
 from .core.settings import check_idle
@@ -51,6 +52,7 @@ from .core.train.start import ready
 from .core.train.task import Task
 
 DATA = "train"
+SIZE_KNOB = Knob("density", 1e-3, 1.0)
 
 
 @dataclass(frozen=True)

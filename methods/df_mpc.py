@@ -37,12 +37,14 @@ from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError
 from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.odd_levels import quantize_odd
+from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, fit_scales, read_filters, require_pairs, scale_outputs
 from .core.train.run import Run
 from .core.train.task import Task
 
 DATA = "none"
+SIZE_KNOB = Knob("bits", 2, 8, whole=True)
 EPS = torch.finfo(torch.float32).eps
 
 

@@ -45,6 +45,7 @@ from .core.errors import ConfigError, GraphError
 from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.calibrate import quantizer_of
 from .core.fit.quantize import find_scheme, quantize
+from .core.fit.size import Knob
 from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, find_pairs
 from .core.graph.fold import fold_batchnorm, fold_codes
@@ -53,6 +54,7 @@ from .core.train.run import Run
 from .core.train.task import Task
 
 DATA = "none"
+SIZE_KNOB = Knob("bits", 2, 8, whole=True)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from .core.artifact import CompressedModel, Topology
 from .core.budget import Budget
 from .core.errors import ConfigError
 from .core.fit.batchnorm import check_mode, needed_data, renew
+from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy
 from .core.graph.channels import (
     Pair,
@@ -58,6 +59,7 @@ from .core.train.run import Run
 from .core.train.task import Task
 
 DATA = "none"
+SIZE_KNOB = Knob("channel_density", 0.02, 1.0)
 TARGETS = {"conv": nn.Conv2d, "linear": nn.Linear}
 ROUNDED = {"conv": math.floor, "linear": round}
 MODES = ("official", "derived")

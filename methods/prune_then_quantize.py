@@ -33,6 +33,7 @@ from .core.fit.calibrate import calibrate, check_calibration
 from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_local
 from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
 from .core.fit.rounding import check_rounding, round_again
+from .core.fit.size import Knob
 from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.fold import fold_codes
 from .core.graph.graph import trace
@@ -43,6 +44,7 @@ from .core.train.start import ready
 from .core.train.task import Task
 
 DATA = "train"
+SIZE_KNOB = Knob("density", 1e-3, 1.0)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from .core.budget import Budget
 from .core.fit.calibrate import calibrate, check_calibration
 from .core.fit.prune import keep_count
 from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
+from .core.fit.size import Knob
 from .core.graph.build import apply, assemble, own_copy
 from .core.graph.fold import fold_batchnorm, fold_codes
 from .core.graph.weights import layer_of, weight_layers
@@ -35,6 +36,7 @@ from .core.train.start import ready
 from .core.train.task import Task
 
 DATA = "train"
+SIZE_KNOB = Knob("density", 1e-3, 1.0)
 
 
 @dataclass(frozen=True)

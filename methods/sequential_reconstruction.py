@@ -44,6 +44,7 @@ from .core.fit.grids import ODD, check_grid, on_grid
 from .core.fit.images import distill_images, input_shape
 from .core.fit.merging import least_squares, merge_pairs
 from .core.fit.norms import batch_statistics
+from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import Filters, Pair, changed_widths, require_pairs
 from .core.graph.graph import Graph, Node, trace
@@ -51,6 +52,7 @@ from .core.train.run import NullRun, Run
 from .core.train.task import Task
 
 DATA = "none"
+SIZE_KNOB = Knob("channel_density", 0.02, 1.0)
 RIDGES = (0.03, 0.1, 0.3)
 LEAST_GAIN = 1e-3  # |gamma| of a channel that takes over its share of the shortcut's error
 LAST: dict[bytes, Tensor] = {}  # images of the last network: the rows of a table share them

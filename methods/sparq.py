@@ -50,6 +50,7 @@ from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError, GraphError
 from .core.fit.calibrate import BATCH, calibrate, check_calibration, quantizer_of
 from .core.fit.norms import following
+from .core.fit.size import Knob
 from .core.fit.windows import OPTIONS, find_window, keep_24, windowed_sum
 from .core.graph.build import NORMS, apply, assemble, own_copy, weight_layers
 from .core.graph.graph import Graph, trace
@@ -59,6 +60,7 @@ from .core.train.run import NullRun, Run
 from .core.train.task import Task
 
 DATA = "calibration"
+SIZE_KNOB = Knob("bits", 2, 8, whole=True)
 WIDTH = 8  # of weights and activations, where nothing else is asked for
 EPS = torch.finfo(torch.float32).eps  # least scale, of a filter without weights
 

@@ -53,6 +53,7 @@ from .core.errors import BudgetError, ConfigError
 from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.grids import ODD, check_grid, on_grid
 from .core.fit.merging import least_squares, least_squares_nonneg, merge_pairs
+from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import (
     Filters,
@@ -67,6 +68,7 @@ from .core.train.run import Run
 from .core.train.task import Task
 
 DATA = "none"
+SIZE_KNOB = Knob("channel_density", 0.02, 1.0)
 FORMS = ("paper", "folded", "raw")
 
 

@@ -49,6 +49,7 @@ from ..core.artifact import Codebook, CompressedModel, CompressedTensor
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.project import SortedValues, boundaries, nearest
+from ..core.fit.size import Knob
 from ..core.graph.build import assemble, own_copy
 from ..core.graph.weights import Layer, layer_of, place_of, weight_layers
 from ..core.settings import check_idle
@@ -59,6 +60,7 @@ from ..core.train.task import Task
 from .knapsack import choose_options, keep_worthiest
 
 DATA = "train"
+SIZE_KNOB = Knob("data_ratio", 1e-4, 0.25)
 MODES = ("joint", "prune", "quantize")
 FLOAT_BITS = 32
 REFRESHES, WARM_ITERATIONS = 20, 5  # fine-tuning: codebook refreshes an epoch, k-means iterations in each

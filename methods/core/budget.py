@@ -19,7 +19,8 @@ class Budget:
     channel_density  kept fraction of the output channels, in (0, 1]; a number, or {layer: number}
     bits             code width of a kept weight, 1..16; a number, or {layer: number}, where 32 is float32
     data_ratio       (bits of kept codes) / (32 bits x number of weights), in (0, 1]: ANNC's budget
-    size_ratio       (bytes of the file) / (bytes of the float32 weights), in (0, 1]
+    size_ratio       (bytes of the file) / (bytes of all float32 values of the network), in (0, 1]; taken by every
+                     method through `compress_to_size`, which turns the knob that the method names
 
     In a mapping "*" stands for every layer it does not name. A layer that a mapping of density or bits leaves out, or
     gives None (bits: or 32), is left alone: neither pruned nor quantized, whatever the other field says.

@@ -1,0 +1,237 @@
+"""`Budget.size_ratio` for every method: the knob that the method names is turned until the real file fits.
+
+    compressed = compress_to_size(deep_compression, model, task, Budget(size_ratio=0.025, bits=4),
+                                  deep_compression.Config(), torch.Generator().manual_seed(0))
+
+The rule. The limit is size_ratio x 4 bytes x every float of the network, and the file, as `encode` writes it in mode
+"best" after `finish`, is never larger.
+
+1. The knob is solved for on a *cheap run* of the method: every recipe of its configuration at 0 epochs, or what its
+   `quick(config)` says. A method that does not train is its own cheap run. What `finish` adds is measured once.
+2. It is run in full at that value, once.
+3. A file of 97 to 100 % of the limit is taken. One that is up to `TRIM` too large loses its smallest weights (against
+   the root mean square of their layer) until it fits; that is part of the rule for methods that train, since another
+   training costs more than a few of the least weights. Any other ratio of file to cheap file corrects the goal, and the
+   search goes on from 1, up to `RUNS` times; of the files that fit the largest is taken.
+
+A knob of whole numbers (bits) takes the largest that fits, however much it leaves. BudgetError, with the smallest size
+that was seen, where no value fits. Every run draws from the same seed, so that equal arguments give equal bytes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..artifact import CompressedModel, CompressedTensor
+from ..budget import Budget
+from ..errors import BudgetError
+from ..file.storage import to_bytes
+from ..train.run import NullRun, Run
+from ..train.task import Task
+
+USED = 0.97  # of the limit, at least
+AIM, CLOSE = 0.995, 0.99  # of the limit, for the cheap run; of that, where the search for it ends
+TRIM, RUNS = 0.05, 4  # see above
+
+Finish = Callable[[CompressedModel], CompressedModel]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """What a method turns to change the size of its file.
+
+    name      a budget field, or "config.FIELD"
+    smallest, largest  its values for the smallest and the largest file, both positive; between them it is geometric
+    whole     only whole numbers;  step  resolution, as a share of the logarithmic range
+    """
+
+    name: str
+    smallest: float
+    largest: float
+    whole: bool = False
+    step: float = 2e-4
+
+    def at(self, share: float) -> float:
+        """The value at a share in [0, 1] of the way to the largest file; the ends exactly."""
+        ends = {0.0: self.smallest, 1.0: self.largest}
+        return ends.get(share, self.smallest * (self.largest / self.smallest) ** share)
+
+    def turned(self, budget: Budget, config: Any, value: float) -> tuple[Budget, Any]:
+        budget = replace(budget, size_ratio=None)
+        if self.name.startswith("config."):
+            return budget, replace(config, **{self.name.removeprefix("config."): value})
+        return replace(budget, **{self.name: value}), config
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of every float of a network in float32: what size ratios divide by."""
+    return 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
+
+
+def file_bytes(compressed: CompressedModel) -> int:
+    """Bytes of the file that `encode` writes."""
+    return len(to_bytes(compressed)[0])
+
+
+def untrained(config: Any) -> Any:
+    """A configuration with every recipe, at any depth, at 0 epochs."""
+    if hasattr(config, "epochs"):
+        return replace(config, epochs=0)
+    if not is_dataclass(config):
+        return config
+    return replace(config, **{field.name: untrained(getattr(config, field.name)) for field in fields(config)
+                              if is_dataclass(getattr(config, field.name))})
+
+
+def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, budget: Budget, config: Any,
+                     generator: torch.Generator, *, run: Run | None = None,
+                     finish: Finish = lambda compressed: compressed) -> CompressedModel:
+    """`method.compress` under budget.size_ratio (and the other fields that it takes); see the rule above.
+
+    finish  what the caller does to a result before writing it, such as ranges for its activations; what is returned is
+            the result before that
+    A method without SIZE_KNOB gets the budget as it is: it honours size_ratio itself, or refuses it.
+    """
+    run, knob = NullRun() if run is None else run, getattr(method, "SIZE_KNOB", None)
+    if budget.size_ratio is None or knob is None:
+        return method.compress(model, task, budget, config, generator, run=run)
+    if getattr(budget, knob.name, None) is not None:
+        raise BudgetError(f"size_ratio chooses {knob.name}: give one of the two")
+    search = _Search(method, knob, model, task, budget, config, int(torch.randint(2**62, (), generator=generator)), run)
+    limit, best, smallest = int(budget.size_ratio * float_bytes(model)), None, math.inf
+    correction, seen, aim = 1.0, set(), limit if search.exact else AIM * limit
+    first = search.solve(aim)
+    if first is not None:
+        search.finishing = file_bytes(finish(search.cheap_run(first))) - search.cheap_bytes(first)
+    for _ in range(RUNS):
+        value = search.solve(aim / correction)
+        if value is None or value in seen:
+            break
+        seen.add(value)
+        found = search.whole_run(value)
+        size = file_bytes(finish(found))
+        if limit < size <= (1 + TRIM) * limit and not search.exact:
+            found, size = _trimmed(found, limit, finish)
+        smallest = min(smallest, size)
+        if size <= limit and (best is None or size > best[0]):
+            best = size, found, value
+        if USED * limit <= size <= limit or size <= limit and value == knob.largest:
+            break
+        correction = size / search.cheap_bytes(value)
+    if best is None:
+        smallest = int(min([smallest, *search.sizes.values()]))
+        raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that "
+                          f"{knob.name} reaches is about {smallest:,} bytes")
+    size, found, value = best
+    said = {"knob": knob.name, "value": value, "limit": limit, "bytes": size, "cheap_runs": len(search.sizes),
+            "whole_runs": len(seen)}
+    return replace(found, notes={**found.notes, "size": said})
+
+
+class _Search:
+    """Cheap and whole runs of a method, each value of the knob once; cheap sizes survive an interruption."""
+
+    def __init__(self, method: ModuleType, knob: Knob, model: nn.Module, task: Task | None, budget: Budget, config: Any,
+                 seed: int, run: Run):
+        self.method, self.knob, self.model, self.task, self.run = method, knob, model, task, run
+        self.budget, self.config, self.seed = budget, config, seed
+        self.quick = getattr(method, "quick", untrained)(config)
+        self.exact = self.quick == config
+        self.log = run.stage("size")
+        saved = self.log.load()
+        self.sizes: dict[float, int] = {} if saved is None else saved["sizes"]
+        self.kept: dict[float, CompressedModel] = {}
+        self.finishing = 0  # bytes that `finish` adds
+
+    def _call(self, config: Any, value: float, run: Run) -> CompressedModel:
+        budget, config = self.knob.turned(self.budget, config, value)
+        return self.method.compress(self.model, self.task, budget, config, torch.Generator().manual_seed(self.seed),
+                                    run=run)
+
+    def cheap_run(self, value: float) -> CompressedModel:
+        if value not in self.kept:
+            self.kept = {value: self._call(self.quick, value, NullRun())}  # only the last: models are large
+        return self.kept[value]
+
+    def cheap_bytes(self, value: float) -> int:
+        if value not in self.sizes:
+            self.sizes[value] = file_bytes(self.cheap_run(value))
+            self.log.save({"sizes": self.sizes})
+        return self.sizes[value] + self.finishing
+
+    def whole_run(self, value: float) -> CompressedModel:
+        if self.exact:
+            return self.cheap_run(value)
+        return self._call(self.config, value, self.run.stage(f"at {self.knob.name} {value:.6g}"))
+
+    def solve(self, goal: float) -> float | None:
+        """The value with the largest cheap file of at most `goal` bytes; None if there is none."""
+        knob = self.knob
+        if knob.whole:
+            step = 1 if knob.largest > knob.smallest else -1
+            values = map(float, range(int(knob.largest), int(knob.smallest) - step, -step))
+            return next((value for value in values if self.cheap_bytes(value) <= goal), None)
+        if self.cheap_bytes(knob.largest) <= goal:
+            return knob.largest
+        low, high = self.least(), 1.0
+        if self.cheap_bytes(knob.at(low)) > goal:
+            return None
+        while high - low > knob.step:  # false position between log sizes, kept off the ends
+            a, b = (math.log(self.cheap_bytes(knob.at(share)) / goal) for share in (low, high))
+            share = low + (high - low) * min(max(a / (a - b), 0.1), 0.9)
+            size = self.cheap_bytes(knob.at(share))
+            low, high = (share, high) if size <= goal else (low, share)
+            if CLOSE * goal <= size <= goal:
+                break
+        return knob.at(low)
+
+    def least(self) -> float:
+        """The first share, in sixteenths, that this network admits: a layer may need a channel."""
+        for part in range(16):
+            try:
+                self.cheap_bytes(self.knob.at(part / 16))
+                return part / 16
+            except BudgetError:
+                continue
+        return 1.0
+
+
+def _trimmed(compressed: CompressedModel, limit: int, finish: Finish) -> tuple[CompressedModel, int]:
+    """`compressed` without its smallest weights, as few of them as it takes to fit, and its bytes.
+
+    Halving the step ends within 0.1 % of the kept weights.
+    """
+    low, high = 0.0, 2 * TRIM  # shares of the kept weights: too few, enough
+    found = without_smallest(compressed, high)
+    size = file_bytes(finish(found))
+    while size <= limit and high - low > 1e-3:
+        middle = (low + high) / 2
+        fewer = without_smallest(compressed, middle)
+        bytes_left = file_bytes(finish(fewer))
+        if bytes_left <= limit:
+            high, found, size = middle, fewer, bytes_left
+        else:
+            low = middle
+    return found, size
+
+
+def without_smallest(compressed: CompressedModel, share: float) -> CompressedModel:
+    """A share of the kept weights of all layers pruned: the smallest against the root mean square of their layer."""
+    heights = {name: tensor.decode().abs()[tensor.mask] for name, tensor in compressed.weights.items()}
+    heights = {name: height / height.square().mean().sqrt() for name, height in heights.items() if len(height)}
+    order = torch.cat(list(heights.values())).argsort(stable=True)
+    keep = torch.ones(len(order), dtype=torch.bool)
+    keep[order[:int(share * len(order))]] = False
+    weights, start = dict(compressed.weights), 0
+    for name, height in heights.items():
+        tensor = compressed.weights[name]
+        mask = tensor.mask.clone()
+        mask[tensor.mask] = keep[start:start + len(height)]
+        weights[name] = CompressedTensor.of(tensor.codes, tensor.grid, tensor.bits, mask)
+        start += len(height)
+    return replace(compressed, weights=weights)

@@ -1,0 +1,188 @@
+"""`size_ratio` for every method: the real file is never over it and uses it, by the rule of core/fit/size.py."""
+
+import types
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from benchmarks.jobs import all_tables
+from benchmarks.measure import with_ranges
+from benchmarks.settings import build
+from methods import Budget, find_method, method_names
+from methods.core.artifact import Affine, Codebook, CompressedTensor
+from methods.core.errors import BudgetError
+from methods.core.file.storage import encode, to_bytes
+from methods.core.fit import size as sizes
+from methods.core.fit.quantize import fit_symmetric, quantize
+from methods.core.fit.size import Knob, compress_to_size, float_bytes, untrained, without_smallest
+from methods.core.graph.build import assemble
+from methods.core.graph.weights import weight_layers
+from methods.core.train.finetune import Recipe
+
+KNOBS = [name for name in method_names() if hasattr(find_method(name), "SIZE_KNOB")]
+RATIO = {"neuron_merging": 0.6, "udfc": 0.2, "sequential_reconstruction": 0.2, "bayesian_bits": 0.16}  # else 0.13, or:
+BITS_RATIO = 0.3  # where bits are turned
+LOOSE = {"bayesian_bits", "annc", "udfc", "neuron_merging", "sequential_reconstruction"}  # files of tiny networks jump
+
+
+def smoke(name):
+    method = find_method(name)
+    found = next(table.smoke for table in all_tables() if table.method == name)
+    knob = method.SIZE_KNOB
+    ratio = RATIO.get(name, BITS_RATIO if knob.whole else 0.13)
+    budget = {key: value for key, value in found["budget"].items() if key != knob.name}
+    return method, Budget(**budget, size_ratio=ratio), build(method.Config, found.get("config", {}))
+
+
+def task_of(method, tiny):
+    task = tiny.task()
+    return {"train": task, "calibration": replace(task, train=None, calibration=task.train), "none": None}[method.DATA]
+
+
+def test_every_method_takes_a_size():
+    """By a knob, or by itself."""
+    for name in set(method_names()) - set(KNOBS):
+        with pytest.raises(BudgetError, match="it takes: .*size_ratio"):
+            find_method(name).compress(torch.nn.Linear(2, 2), None, Budget(data_ratio=0.5), None, None)
+
+
+@pytest.mark.parametrize("name", KNOBS)
+def test_the_file_fits_and_the_limit_is_used(name, tiny, tmp_path):
+    method, budget, config = smoke(name)
+    model, ranges = tiny.model(), tiny.task()
+
+    def finish(found):
+        return with_ranges(found, model, ranges)
+
+    def compress(run=None):
+        return compress_to_size(method, model, task_of(method, tiny), budget, config, torch.Generator().manual_seed(0),
+                                run=run, finish=finish)
+
+    found = compress()
+    limit = budget.size_ratio * float_bytes(model)
+    size = encode(finish(found), tmp_path / "a.jc").total
+    said, knob = found.notes["size"], method.SIZE_KNOB
+    assert (tmp_path / "a.jc").stat().st_size == size == said["bytes"] <= limit
+    assert said["knob"] == knob.name
+    if not knob.whole and name not in LOOSE:
+        assert size >= 0.97 * limit and said["whole_runs"] == 1
+    states = {}
+    total = tiny.Run(states)
+    assert to_bytes(compress(total))[0] == to_bytes(found)[0]
+    with pytest.raises(tiny.Interrupted):  # cheap sizes survive: the second time begins where the first ended
+        compress(tiny.Run(again := {}, len(total.calls) // 2))
+    assert to_bytes(compress(tiny.Run(again)))[0] == to_bytes(found)[0]
+
+
+# --- the rule, on a method whose sizes are known -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    recipe: Recipe = Recipe(epochs=1, lr=0.1)
+    larger: float = 1.0  # a trained file over a cheap one of the same density
+
+
+class Made:
+    """A method that keeps the largest weights at `density`, and counts its calls; trained, `larger` times as many."""
+
+    def __init__(self, knob):
+        self.calls = []
+        self.module = types.SimpleNamespace(SIZE_KNOB=knob, compress=self.compress)
+
+    def compress(self, model, task, budget, config, generator, *, run=None):
+        density = budget.density if budget.density is not None else budget.bits / 16
+        trained = config.recipe.epochs > 0
+        self.calls.append((trained, density))
+        density = min(density * (config.larger if trained else 1.0), 1.0)
+        layers = weight_layers(model)
+        weights = {}
+        for name, layer in layers.items():
+            mask = torch.zeros(layer.weight.numel(), dtype=torch.bool)
+            mask[layer.weight.detach().abs().flatten().argsort(descending=True)[:int(density * len(mask))]] = True
+            weights[name] = quantize(layer.weight, fit_symmetric(layer.weight, 8), 8, mask.reshape(layer.weight.shape))
+        return assemble(model, weights)
+
+
+def sized(made, tiny, config, ratio=0.2, **more):
+    model = tiny.model()
+    found = compress_to_size(made.module, model, None, Budget(size_ratio=ratio), config,
+                             torch.Generator().manual_seed(0), **more)
+    return found, len(to_bytes(found)[0]) / (ratio * float_bytes(model))
+
+
+@pytest.mark.parametrize("larger, whole_runs", [(1.0, 1), (1.03, 1), (1.3, 2), (0.7, 2)])
+def test_training_changes_sizes(tiny, larger, whole_runs):
+    """A little over: the smallest weights go; more: the knob is corrected and the method run once more."""
+    made = Made(Knob("density", 1e-3, 1.0))
+    found, used = sized(made, tiny, Config(larger=larger))
+    assert 0.97 <= used <= 1 and sum(trained for trained, _ in made.calls) == whole_runs
+    density = [density for trained, density in made.calls if trained][-1]
+    kept = sum(tensor.kept for tensor in found.weights.values()) / sum(t.mask.numel() for t in found.weights.values())
+    assert kept <= density * larger + 1e-9
+
+
+def test_without_training_no_weight_is_trimmed(tiny):
+    made = Made(Knob("density", 1e-3, 1.0))
+
+    def finish(found):
+        return with_ranges(found, tiny.model(), tiny.task())
+
+    found, _ = sized(made, tiny, Config(Recipe(epochs=0, lr=1.0)), finish=finish)
+    assert 0.97 <= len(to_bytes(finish(found))[0]) / (0.2 * float_bytes(tiny.model())) <= 1
+    value = found.notes["size"]["value"]
+    again = made.compress(tiny.model(), None, Budget(density=value), Config(Recipe(epochs=0, lr=1.0)), None)
+    assert tiny.same({n: t.codes for n, t in found.weights.items()}, {n: t.codes for n, t in again.weights.items()})
+
+
+def test_whole_numbers_take_the_largest_that_fits(tiny):
+    config = Config(Recipe(epochs=0, lr=1.0))
+    made = Made(Knob("bits", 1, 16, whole=True))
+    found, used = sized(made, tiny, config, 0.3)
+    bits = int(found.notes["size"]["value"])
+    more = made.compress(tiny.model(), None, Budget(bits=bits + 1), config, None)
+    assert used <= 1 < len(to_bytes(more)[0]) / (0.3 * float_bytes(tiny.model()))
+
+
+def test_ends_of_the_range(tiny):
+    made = Made(Knob("density", 0.5, 0.6))
+    found, used = sized(made, tiny, Config(), ratio=1.0)
+    assert found.notes["size"]["value"] == 0.6 and used < 0.97
+    with pytest.raises(BudgetError, match=r"size_ratio = 0.05 is 365 bytes; the smallest file that density reaches is "
+                                          r"about [\d,]{3,5} bytes"):
+        sized(made, tiny, Config(), ratio=0.05)
+    with pytest.raises(BudgetError, match="size_ratio chooses density: give one of the two"):
+        compress_to_size(made.module, tiny.model(), None, Budget(size_ratio=0.3, density=0.1), Config(), None)
+    assert not any(trained for trained, density in made.calls if density < 0.5)
+
+
+def test_untrained():
+    @dataclass(frozen=True)
+    class Outer:
+        a: Recipe = Recipe(epochs=3, lr=0.1)
+        b: Config = Config()
+        c: Recipe | None = None
+        d: int = 7
+
+    found = untrained(Outer())
+    assert (found.a.epochs, found.b.recipe.epochs, found.c, found.d) == (0, 0, None, 7) and found.a.lr == 0.1
+
+
+def test_without_smallest_by_sorting():
+    """Against the root mean square of the kept weights of a layer; layers keep their grids."""
+    codes = torch.tensor([[1, -2, 3], [0, 5, -100]])
+    one = CompressedTensor.of(codes, Affine(torch.tensor(0.1), torch.tensor(0, dtype=torch.int32)), 8)
+    two = CompressedTensor.of(torch.tensor([[0, 1], [2, 1]]), Codebook(torch.tensor([5.0, -1.0, 9.0])), 2)
+    layers = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+    model = assemble(layers, {"0": one, "1": two})
+    relative = []
+    for name, tensor in model.weights.items():
+        values = tensor.decode()
+        rms = (values[values != 0] ** 2).mean().sqrt()
+        relative += [(float(abs(v) / rms), name, i) for i, v in enumerate(values.flatten().tolist()) if v != 0]
+    gone = {(name, i) for _, name, i in sorted(relative)[:6]}
+    found = without_smallest(model, 6.1 / 8)
+    assert gone == {(name, i) for name, tensor in model.weights.items() for i in range(tensor.mask.numel())
+                    if tensor.mask.flatten()[i] and not found.weights[name].mask.flatten()[i]}
+    assert sizes.file_bytes(found) > 0 and {"0", "1"} == {name for name, _ in gone}
