@@ -14,7 +14,7 @@ WORKERS ?= 1
 .PHONY: compare test results environment clean
 
 compare: $(VENV)/.installed
-	$(BIN)/python -m benchmarks compare --task digits
+	$(BIN)/python -m benchmarks compare --task digits --results results/local
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

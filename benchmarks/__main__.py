@@ -67,13 +67,23 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-shrink", action="store_true", help="leave dead units in the file")
     sub.add_argument("--name", help="of the row and file (default: method, budget and settings)")
     sub.add_argument("--rows-name", default="own", help="table of the row: a folder under results/rows (default: own)")
-    sub = command("report", commands.report, "tables, plots and page from existing rows")
-    sub.add_argument("name", nargs="?", default="compare_digits", help="table: a folder under results/rows")
-    sub.add_argument("--rows", type=Path, help="any other folder of rows")
-    sub.add_argument("--all", action="store_true", help="every table, and the tables of README.md")
-    sub.add_argument("--results", type=Path, default=RESULTS)
+    _add_reports(command)
     _add_tools(command)
     return top
+
+
+def _add_reports(command) -> None:
+    sub = command("report", commands.report, "table and page from existing rows")
+    sub.add_argument("name", nargs="?", default="compare_digits", help="table: a folder under results/rows")
+    sub.add_argument("--rows", type=Path, help="any other folder of rows")
+    sub.add_argument("--results", type=Path, default=RESULTS)
+    sub = command("docs", commands.docs, "the site: a page a paper and a table, an index, the library's pages")
+    sub.add_argument("--out", type=Path, default=Path("site"), help="folder (default: site)")
+    sub.add_argument("--no-api", action="store_true", help="without the pages of the library")
+    sub.add_argument("--readme", action="store_true", help="refresh README's tables and picture, too")
+    sub.add_argument("--results", type=Path, default=RESULTS)
+    sub = command("cite", tools.cite, "BibTeX of methods")
+    sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
 
 
 def _add_tools(command) -> None:
@@ -109,8 +119,6 @@ def _add_tools(command) -> None:
         sub.add_argument("--network", required=True)
         sub.add_argument("--data-dir", type=Path)
         sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
-    sub = command("cite", tools.cite, "BibTeX of methods")
-    sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
     sub = command("speed", tools.speed, "CPU time of the integer kernels beside float32, and of a training step of "
                   "each method beside a plain one, on random pictures")
     sub.add_argument("files", type=Path, nargs="*", help="compressed files of --network (default: forms made of it)")

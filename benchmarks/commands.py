@@ -11,22 +11,23 @@ from pathlib import Path
 from rich.console import Console
 
 from methods.core.errors import CompressError, ConfigError
-from methods.core.file import container
 
 from .baselines import find_setup, shipped_path, shorter
 from .checkpoints import read_provenance
 from .data import Dataset, open_dataset
+from .docs import readme
+from .docs.site import build_site, table_page, title_of
 from .execute import Place
 from .jobs import Job, Table, all_tables, file_name, prepare, read_table
 from .networks import network_names
-from .report import against_paper, plots, readme, scores, table
-from .report.page import page, searches
+from .report import against_paper, table
 from .rows import RESULTS, ROOT, Row, read_rows, slug, tables
 from .runs import Screen, clean_up
 from .settings import from_assignments, plain
 from .specs import Session, Spec, check_results, device_of, is_trained, run_one, trained
 
 NETWORK_OF = {"digits": "resnet18w16", "mnist": "lenet5_caffe", "cifar10": "resnet18"}  # what compare runs by default
+HEADLINE = "compare_cifar10"  # the table that README and the index of the site show
 PLACES = ("--data-dir", "--results")
 
 
@@ -86,7 +87,7 @@ def compare(options: Namespace, console: Console) -> None:
     title = f"{network} on {dataset.name}: float32 baseline {rows[0]['baseline_top1']:.2f} %"
     console.print(table.terminal(table.listed(rows), title, console.width))
     rows = read_rows(options.results / "rows" / name, say)  # of earlier commands, too
-    console.print(f"report: {write_reports(rows, name, title_of(rows), options)}", soft_wrap=True)
+    console.print(f"report: {write_report(rows, name, options)}", soft_wrap=True)
 
 
 def run_all(specs: Sequence[Spec], options: Namespace) -> list[Row]:
@@ -148,23 +149,29 @@ def chosen(entry: Table, options: Namespace) -> list[tuple[int, Job]]:
 
 
 def report(options: Namespace, console: Console) -> None:
-    """Tables, plots and page from rows that are already there."""
+    """The table of rows that are already there, and its page."""
     folder = options.rows if options.rows is not None else options.results / "rows" / options.name
-    folders = tables(options.results) if options.all else [folder]
-    rows_of = {folder.name: read_rows(folder, say) for folder in folders}
-    empty = [folder for folder in folders if not rows_of[folder.name]]
-    if empty or not folders:
-        raise ConfigError(f"{(empty or [options.results / 'rows'])[0]} holds no rows")
-    for folder in folders:
-        try:
-            _report(rows_of[folder.name], folder.name, options, console)
-        except CompressError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CompressError(f"{folder}: a row holds values that no report can show ({error!r})") from error
-    if options.all and options.results.resolve() == RESULTS:
+    rows = read_rows(folder, say)
+    if not rows:
+        raise ConfigError(f"{folder} holds no rows")
+    title = title_of(rows)
+    console.print(table.terminal(table.listed(rows), title, console.width))
+    if any(row["paper"] for row in rows):
+        console.print(against_paper.terminal(rows, "beside the paper"))
+    console.print(f"report: {write_report(rows, folder.name, options)}", soft_wrap=True)
+
+
+def docs(options: Namespace, console: Console) -> None:
+    """The site of all tables; --readme also refreshes README and its picture."""
+    rows_of = {folder.name: read_rows(folder, say) for folder in tables(options.results)}
+    rows_of = {name: rows for name, rows in rows_of.items() if rows}
+    if not rows_of:
+        raise ConfigError(f"{options.results / 'rows'} holds no rows")
+    summaries = build_site(rows_of, options.out, headline=HEADLINE, api=not options.no_api, say=say)
+    if options.readme:
         trained = [read_provenance(path) for path in sorted((RESULTS / "baselines").glob("*.safetensors"))]
-        readme.refresh(ROOT / "README.md", rows_of | {"shipped": trained})
+        readme.refresh(ROOT / "README.md", rows_of, summaries, trained)
+    console.print(f"{options.out / 'index.html'}", soft_wrap=True)
 
 
 def say(line: str) -> None:
@@ -172,33 +179,14 @@ def say(line: str) -> None:
     sys.stderr.write(line + "\n")
 
 
-def _report(rows: Sequence[dict], name: str, options: Namespace, console: Console) -> None:
-    title = title_of(rows)
-    console.print(table.terminal(table.listed(rows), title, console.width))
-    if any(row["paper"] for row in rows):
-        console.print(against_paper.terminal(rows, "beside the paper"))
-    console.print(f"report: {write_reports(rows, name, title, options)}", soft_wrap=True)
-
-
-def title_of(rows: Sequence[dict]) -> str:
-    return " and ".join(dict.fromkeys(f"{row['network']} on {row['task']}" for row in rows))
-
-
-def write_reports(rows: Sequence[dict], name: str, title: str, options: Namespace) -> Path:
-    """NAME.html, .md, .csv and the plots as .png under results/reports; returns the page's path."""
-    folder = options.results / "reports"
-    folder.mkdir(parents=True, exist_ok=True)
-    listed = table.listed(rows)
-    text = table.markdown(listed)
-    if any(row["paper"] for row in rows):
-        text += "\n" + scores.markdown(rows) + "\n" + against_paper.markdown(rows)
-    files = {".md": f"# {title}\n\n{text}".encode(), ".csv": table.comma_separated(listed).encode(),
-             **{f"_{axis}.png": plots.as_png(plots.pareto_plot(rows, axis)) for axis in plots.AXES},
-             **{f"_search_{network}.png": plots.as_png(figure) for network, figure in searches(rows)},
-             ".html": page(rows, title, _again(options.words)).encode()}
-    for end, data in files.items():
-        container.write_file(folder / f"{name}{end}", data)
-    return folder / f"{name}.html"
+def write_report(rows: Sequence[Row], name: str, options: Namespace) -> Path:
+    """The page of a table under results/reports, with the table as CSV, Markdown and LaTeX; returns its path."""
+    try:
+        return table_page(rows, name, title_of(rows), _again(options.words), options.results / "reports")
+    except CompressError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CompressError(f"{name}: a row holds values that no report can show ({error!r})") from error
 
 
 def _again(words: Sequence[str]) -> str:

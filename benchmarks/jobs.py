@@ -60,6 +60,7 @@ class Table:
     rows: tuple[Job, ...]
     compare: tuple[Job, ...]
     smoke: Mapping[str, Any]
+    path: Path
 
 
 def read_table(path: Path) -> Table:
@@ -73,7 +74,7 @@ def read_table(path: Path) -> Table:
     if texts or not isinstance(content.get("smoke", {}), Mapping):
         raise ConfigError(f"{path.name}: {(texts or ['smoke'])[0]} must be a {'text' if texts else 'table'}")
     return Table(path.stem, content["method"], content.get("title", path.stem), _jobs(path, content, "row"),
-                 _jobs(path, content, "compare"), content.get("smoke", {}))
+                 _jobs(path, content, "compare"), content.get("smoke", {}), path)
 
 
 def _jobs(path: Path, content: Mapping[str, Any], key: str) -> tuple[Job, ...]:

@@ -62,7 +62,7 @@ def run(place, capsys):
 
     def run(text, *more):
         words = [*(word.replace("{here}", str(place)) for word in text.split()), *map(str, more)]
-        if words[0] in ("compare", "reproduce", "compress", "report") and "--results" not in words:
+        if words[0] in ("compare", "reproduce", "compress", "report", "docs") and "--results" not in words:
             words += ["--results", str(place / "results")]
         capsys.readouterr()
         code = main(words)
@@ -334,11 +334,12 @@ def test_compare_from_training_to_report(run, place):
     made = rows_of(place, "compare_digits")
     assert [row["name"] for row in made] == ["8 bits, ünï", "4 bits"]
     assert made[0]["setup"] == {"batch_size": 64, "augment": "digits", "autocast": False}
-    page = (place / "results" / "reports" / "compare_digits.html").read_text(encoding="utf-8")
+    page = (place / "results" / "reports" / "table_compare_digits.html").read_text(encoding="utf-8")
     assert "python -m benchmarks compare --task digits --network resnet18w2 --epochs 1<" in page
     assert str(place) not in page and str(place) not in str(made)
     names = {path.name for path in (place / "results" / "reports").iterdir()}
-    assert names == {f"compare_digits{end}" for end in (".html", ".md", ".csv", "_bytes.png", "_bops.png")}
+    assert names == {"table_compare_digits.html", "style.css", "tables.js",
+                     *(f"compare_digits.{end}" for end in ("md", "csv", "tex"))}
     assert run("report compare_digits")[0] == 0
 
 
@@ -390,24 +391,29 @@ def test_reproduce_prints_ours_beside_the_paper(run, place):
     assert code == 0 and names == ["first", "second"]
     assert run("reproduce {here}/quick.toml --checkpoint {here}/start.safetensors --network resnet18w2 --row second "
                "--resume")[0] == 0
-    assert run("report quick")[0] == 0
-    assert "| first | error_float | 1.5 |" in (place / "results" / "reports" / "quick.md").read_text(encoding="utf-8")
+    code, out, _ = run("report quick")
+    page = (place / "results" / "reports" / "table_quick.html").read_text(encoding="utf-8")
+    assert code == 0 and "error_float" in out and "error, float arithmetic, %" in page
 
 
-def test_report_of_all_rows_fills_the_readme(run, place, made, monkeypatch):
+def test_docs_are_the_site_of_all_rows_and_fill_the_readme(run, place, made, monkeypatch):
     assert run("reproduce {here}/quick.toml --checkpoint {here}/start.safetensors --row first")[0] == 0
-    text = "<!-- rows: own -->\n<!-- end -->\n<!-- paper: quick -->\n<!-- end -->\n"
+    text = "<!-- headline: compare_cifar10 -->\n<!-- end -->\n<!-- papers: all -->\n<!-- end -->\n"
     (place / "README.md").write_text(text)
     monkeypatch.setattr(commands, "ROOT", place)
-    assert run("report --all")[0] == 0 and (place / "README.md").read_text() == text  # not the project's results
-    monkeypatch.setattr(commands, "RESULTS", (place / "results").resolve())
-    assert run("report --all")[0] == 0
-    filled = (place / "README.md").read_text(encoding="utf-8")
-    assert "| prune_then_quantize density=0.5 bits=8 |" in filled and "| first | error_float | 1.5 |" in filled
-    assert {path.stem for path in (place / "results" / "reports").glob("*.html")} == {"own", "quick"}
-    (place / "results" / "rows" / "empty").mkdir()
-    code, _, err = run("report --all")
-    assert code == 1 and "empty holds no rows" in err
+    monkeypatch.setattr(commands, "HEADLINE", "own")
+    code, out, err = run("docs --no-api --out {here}/site")
+    assert code == 0, err
+    assert "index.html" in out and (place / "README.md").read_text() == text  # not asked for
+    assert {path.stem for path in (place / "site").glob("table_*.html")} == {"table_own", "table_quick"}
+    assert "All methods, resnet18w2 on digits" in (place / "site" / "index.html").read_text(encoding="utf-8")
+    code, _, err = run("docs --no-api --readme --out {here}/site")
+    assert code == 1 and "README asks for the rows of 'compare_cifar10'" in err
+    (place / "README.md").write_text(text.replace("compare_cifar10", "own"))
+    assert run("docs --no-api --readme --out {here}/site")[0] == 0
+    assert "| prune_then_quantize density=0.5 bits=8 |" in (place / "README.md").read_text(encoding="utf-8")
+    code, _, err = run("docs --no-api --out {here}/README.md")
+    assert code == 1 and "README.md: this is a file; a folder is needed" in err
 
 
 def test_train_writes_a_checkpoint_that_compress_takes(run, place):

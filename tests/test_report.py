@@ -1,85 +1,13 @@
-"""Reports: tables that parse back, fronts against brute force, and a page that loads nothing."""
+"""Reports on the terminal: the comparison, ours beside the paper, and plots of what methods noted."""
 
-import copy
-import csv
 import io
 import re
-from html.parser import HTMLParser
 
 import pytest
 from rich.console import Console
 
-from benchmarks.report import against_paper, courses, plots, readme, scores, table
-from benchmarks.report.page import page, searches
-from methods.core.errors import CompressError
-
-EVIL = 'a|b <script>alert("x")</script> & [bold]x[/] \\ `c` ünï 中'
-LAYER = {"weights": 10, "density": 0.5, "bits": 4, "macs": 90}
-
-
-def row(name, method="m", top1=90.0, size=1000, **more):
-    cost = {"macs": 500, "bops": 16_000, "sparse_bops": 8_000 * size / 1000, "bops_float_activations": 64_000,
-            "weights": 100, "kept_weights": 50, "density": 0.5, "mean_bits": 4.0}
-    return {"name": name, "method": method, "task": "digits", "network": "net", "seed": 0, "top1_float": top1 + 0.25,
-            "top1_integer": top1, "baseline_top1": 95.5, "bytes": size, "float32_bytes": 4000, "dense_macs": 700,
-            "bytes_split": {"codes": size - 10, "header": 10}, "cost": cost, "paper": {},
-            "accounting": {"bits": {}, "ratios": {"data_only": 12.5, "prune_quantize_huffman": 9.0}},
-            "layers": {"conv1": dict(LAYER), "fc": {**LAYER, "index_bits": 5, "levels": 15}}, "paper_mode_bytes": 900,
-            "difficulty": {"data": "train", "knobs": 3, "lines": 60, "cpu_seconds": 1.25}, "notes": {},
-            "checkpoint": {"digest": "d", "source": "s"}, **more}
-
-
-# --- Pareto ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_front_by_brute_force(seed):
-    """On the front: no other point is at least as cheap and as accurate, and better in one of them."""
-    import random
-
-    draw = random.Random(seed)
-    points = [(draw.randint(1, 6), draw.randint(1, 6)) for _ in range(draw.randint(1, 15))]
-    best = {(c, a) for c, a in points
-            if not any((x <= c and y >= a) and (x, y) != (c, a) for x, y in points)}
-    front = plots.pareto_front(points)
-    assert set(front) == best and len(front) == len(best) and front == sorted(front)
-    assert [a for _, a in front] == sorted(a for _, a in front)
-
-
-def test_no_points_no_front():
-    assert plots.pareto_front([]) == []
-
-
-def test_plot_shows_every_row_once():
-    rows = [row("a", "x", 90, 1000), row("b", "x", 92, 1500), row("c", "y", 80, 2000), row("d", "z", 70, 10)]
-    for axis in plots.AXES:
-        panel = plots.pareto_plot(rows, axis).axes[0]
-        lines = {line.get_label(): list(zip(*line.get_data(), strict=True)) for line in panel.lines}
-        cost = [1000, 1500, 2000, 10] if axis == "bytes" else [8_000, 12_000, 16_000, 80]
-        assert lines["x"] == [(cost[0], 90), (cost[1], 92)] and lines["y"] == [(cost[2], 80)]
-        assert lines["Pareto front"] == [(cost[3], 70), (cost[0], 90), (cost[1], 92), (cost[2], 92)]
-        assert panel.get_xscale() == "log" and set(lines["float32 baseline"]) == {(0, 95.5), (1, 95.5)}
-    several = [rows[0], {**row("e", baseline_top1=50.0), "checkpoint": {"digest": "another"}}]
-    lines = {line.get_label(): line.get_data()[1] for line in plots.pareto_plot(several, "bytes").axes[0].lines}
-    tops = {label: data[0] for label, data in lines.items() if label.startswith("float32 baseline")}
-    assert sorted(tops.values()) == [50.0, 95.5]
-    assert all(label.endswith(f" of {top:.2f} %") for label, top in tops.items())
-    assert sum(label.startswith("Pareto front, ") for label in lines) == 2
-
-
-@pytest.mark.parametrize("sizes", [[1000], [1000, 1010], [72_000, 469_000], [10, 10**9]])
-def test_ticks_are_few_and_in_units(sizes):
-    figure = plots.pareto_plot([row(str(i), size=size) for i, size in enumerate(sizes)], "bytes")
-    figure.canvas.draw()
-    low, high = figure.axes[0].get_xlim()
-    shown = [label.get_text() for label in figure.axes[0].get_xticklabels() if low <= label.get_position()[0] <= high]
-    assert 1 <= len(shown) <= 12 and all(re.fullmatch(r"[\d.]+ (B|KB|MB|GB)", text) for text in shown)
-
-
-def test_svg_is_the_same_every_time_and_holds_text():
-    one, two = (plots.as_svg(plots.pareto_plot([row("a")], "bytes")) for _ in range(2))
-    assert one == two and one.startswith("<svg") and "size of the file" in one
-
+from benchmarks.report import against_paper, courses, table
+from tests.made_rows import EVIL, row
 
 # --- the table ---------------------------------------------------------------------------------------------
 
@@ -120,22 +48,6 @@ def test_rows_stand_under_their_own_baseline():
     assert [r["name"] for r in table.listed([row("a")])] == ["float32 baseline", "a"]
 
 
-@pytest.mark.parametrize("name", ["a", EVIL, "*x* _y_", "line\nbreak"])
-def test_markdown_parses_back(name):
-    lines = table.markdown(table.listed([row(name)])).splitlines()
-    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
-    assert len(lines) == 4 and {len(line) for line in cells} == {len(table.COLUMNS)}
-    assert "<script>" not in "".join(lines)
-
-
-def test_csv_parses_back():
-    rows = table.listed([row(EVIL + '"\n', top1=90 / 7)])
-    head, base, ours = csv.reader(io.StringIO(table.comma_separated(rows)))
-    assert head == [column.header for column in table.COLUMNS]
-    assert ours[0] == EVIL + '"\n' and float(ours[2]) == 90 / 7 and float(ours[3]) == 1000
-    assert base[2] == "" and len(base) == len(ours) == len(head)
-
-
 @pytest.mark.parametrize("width", [60, 80, 120, 200])
 def test_terminal_fits_and_loses_nothing(width):
     out = io.StringIO()
@@ -170,78 +82,6 @@ def test_compared_with_the_paper():
     assert max(map(len, out.getvalue().splitlines())) <= 80 and "…" not in out.getvalue()
 
 
-def test_readme_blocks_are_filled_again_and_again():
-    rows_of = {"one": [row("a")], "two": [row("b", paper={"error_float": 1})]}
-    text = "x\n<!-- rows: one -->\nold\n<!-- end -->\ny\n<!-- paper: two -->\n<!-- end -->\n"
-    once = readme.filled(text, rows_of)
-    assert readme.filled(once, rows_of) == once and "old" not in once
-    assert "| a |" in once and "| b | error_float |" in once
-    trained = {"task": "t", "network": "n", "test_top1": 91.239, "held_out_top1": 92.0, "seed": 3,
-               "commit": "0123456789", "setup": {"recipe": {"epochs": 7}}}
-    block = readme.filled("<!-- baselines: shipped -->\n<!-- end -->", {"shipped": [trained]})
-    assert "\n| t | n | 91.24 | 92.00 | 7 | 3 | 0123456 |\n" in block
-    with pytest.raises(CompressError, match="'two'"):
-        readme.filled(text, {"one": rows_of["one"]})
-
-
-# --- the page ----------------------------------------------------------------------------------------------
-
-
-class Reader(HTMLParser):
-    """Collects tags, attributes and text, and checks that what is opened is closed."""
-
-    VOID = {"meta", "path", "use", "br", "link", "img"}
-
-    def __init__(self):
-        super().__init__(convert_charrefs=True)
-        self.tags, self.attributes, self.text, self.open = set(), [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += [(tag, *pair) for pair in attrs]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        if tag not in self.VOID:
-            assert self.open.pop() == tag
-
-    def handle_startendtag(self, tag, attrs):
-        self.attributes += [(tag, *pair) for pair in attrs]
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
-def test_the_page_is_self_contained():
-    rows = [row(EVIL, note=EVIL, commit="abc", budget={"bits": EVIL}), row("b", paper={"error_float": 1.0})]
-    text = page(rows, EVIL, f"python -m benchmarks {EVIL}")
-    reader = Reader()
-    reader.feed(text)
-    assert reader.open == []
-    assert not reader.tags & {"script", "link", "img", "iframe", "object", "embed", "base"}
-    loads = [value for _, name, value in reader.attributes if name in ("src", "href", "xlink:href", "srcset", "action")]
-    assert all(value.startswith("#") for value in loads)
-    assert not any(name.startswith("on") for _, name, _ in reader.attributes)
-    styles = re.findall(r"url\(([^)]*)\)|@import", text)
-    assert all(value.startswith("#") for value in styles)
-    shown = "".join(reader.text)
-    assert shown.count(EVIL) >= 4 and "beside the paper" in shown and "charset=utf-8" in text
-    assert {column.meaning for column in table.COLUMNS} <= set(reader.text)
-
-
-def test_details_show_columns_that_the_first_layer_lacks():
-    text = page([row("a")], "t", "c")
-    assert "<th>index bits</th>" in text and "<th>levels</th>" in text
-    assert text.count("<tr><td>conv1</td>") == 1
-
-
-def test_pages_of_rows_of_an_older_harness():
-    """A row without what later versions added is still shown."""
-    old = copy.deepcopy(row("a"))
-    del old["dense_macs"], old["paper_mode_bytes"]
-    assert "a</summary>" in page([old], "t", "c") and against_paper.texts(old)
-
 
 # --- courses -----------------------------------------------------------------------------------------------
 
@@ -263,8 +103,6 @@ def test_a_search_is_drawn_as_the_best_so_far():
              for axes in figure.axes}
     assert drawn == {"a": {"bayes": [3, 1, 1], "random": [2, 2, 1]}, "b": {"bayes": [5, 4, 0], "random": []}}
     assert courses.search_plot(rows[2:]) is None
-    assert [network for network, _ in searches([*rows, searched("c", {"a": trace(1)}, "second")])] \
-        == ["net", "second"]
 
 
 @pytest.mark.parametrize("method, notes, titles", [
@@ -280,25 +118,3 @@ def test_courses(method, notes, titles):
     assert (None if figure is None else [axes.get_title() for axes in figure.axes if axes.axison]) == titles
     if method == "annc":
         assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[2, 3]]
-
-
-# --- scores ------------------------------------------------------------------------------------------------
-
-
-def test_scores():
-    rows = [row("same", paper={"top1_float": 90.24}), row("worse", paper={"error_float": 9.0}),
-            row("near", paper={"cost": {"macs": 3}, "top1_integer": 90.05}),
-            row("other", paper={"accounting.ratios.data_only": 5}, note="a|b", top1_float_bn_reestimated=91.128)]
-    assert scores.verdict(rows[0]) == (90.24, 0.01, "the same")
-    assert scores.verdict(rows[1]) == (91.0, -0.75, "not reached")
-    assert scores.verdict(rows[2]) == (90.05, -0.05, "reached")
-    assert scores.verdict(rows[3]) is None
-    lines = scores.markdown(rows).splitlines()
-    assert lines[0].count("|") == lines[1].count("|") == 10 and r"a\|b" in lines[5] and "91.13" in lines[5]
-    assert lines[2] == "| same | 90.24 | 90.25 | 90.00 | +0.01 | the same |  | 1 KB |  |"
-    twice = scores.markdown([row("x"), {**row("x"), "network": "other"}])
-    assert "| x, other, seed" in twice and "| x |" not in twice
-    bare = scores.markdown([row("x")]).splitlines()
-    assert bare == ["| row | top-1 float | top-1 integer | file |", "| --- | ---: | ---: | ---: |",
-                    "| x | 90.25 | 90.00 | 1 KB |"]
-    assert "| x | 90.25" in readme.filled("<!-- scores: t -->\n<!-- end -->", {"t": [row("x")]})

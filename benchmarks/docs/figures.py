@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
-from ..report.plots import pareto_front
 from .words import Row, count, look, method_name, points_lost, size
 
 Z95 = 1.959964
@@ -28,6 +27,15 @@ def interval(row: Row) -> float:
         return (change["high"] - change["low"]) / 2
     share = row["top1_integer"] / 100
     return 100 * Z95 * (share * (1 - share) / row.get("n_test", 10_000)) ** 0.5
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points (cost, accuracy) that no other one beats in both, by ascending cost."""
+    front: list[tuple[float, float]] = []
+    for cost, accuracy in sorted(points, key=lambda p: (p[0], -p[1])):
+        if not front or accuracy > front[-1][1]:
+            front.append((cost, accuracy))
+    return front
 
 
 def has_axis(rows: Sequence[Row], axis: str) -> bool:

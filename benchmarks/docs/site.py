@@ -1,161 +1,133 @@
-"""Builds the site: one page a paper, an index, the tables in every form, and the API pages."""
+"""Builds the site: one page a paper, one a table, an index, the tables in every form, and the API pages."""
 
-import json
-import re
+import pkgutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+import methods
 from methods.core.errors import ConfigError
 from methods.core.file.container import write_file
 
-from ..accounting import COUNTED
-from ..jobs import CONFIGS, all_tables
-from ..report.against_paper import compared
-from ..report.courses import course_plot
+from ..jobs import Table, all_tables
 from ..report.table import comparable, told_apart
-from .figures import AXES, as_svg, bytes_plot, front_plot, has_axis
+from .content import front, story, table_part
 from .papers import Paper, papers
-from .tables import Table, comma_separated, latex, markdown, table_of
-from .words import Row, metric, times
+from .tables import comma_separated, latex, markdown, table_of
+from .words import Row
 
 TEMPLATES = Path(__file__).parent / "templates"
-FACTS = ("note", "file", "file_digest", "task", "network", "seed", "budget", "config", "setup", "checkpoint", "data",
-         "ranges_by", "commit", "dirty", "mixed", "device", "threads", "torch", "numpy", "python", "cpu", "gpu")
-DETAILED = 12  # rows of a table that get pictures of their layers; more would make a page of megabytes
 RowsOf = Mapping[str, Sequence[Row]]
 
 
-def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Callable[[str], None]) -> list[Path]:
-    """Write the site into the folder `out` and return its pages.
+@dataclass(frozen=True)
+class Site:
+    """A folder of pages. `known` are the papers in the navigation; `api` says whether there are API pages."""
 
-    rows_of   {table: its rows};  headline  the table that the index shows
-    api       whether the pages of the library are built as well (with pdoc)
-    Raises ConfigError where `out` is a file.
-    """
+    out: Path
+    known: list[Paper]
+    api: bool
+
+    def page(self, template: str, file: str, title: str, **values: Any) -> Path:
+        """Render a template into the file of that name."""
+        environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
+                                         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        text = environment.get_template(template).render(title=title, here=file, pages=self.known, api=self.api,
+                                                         **values)
+        write_file(self.out / file, text.encode())
+        return self.out / file
+
+    def table(self, part: Mapping[str, Any]) -> Path:
+        """The page of a table, and the table as CSV, Markdown and LaTeX."""
+        table = part["table"]
+        for suffix, form in (("csv", comma_separated), ("md", markdown), ("tex", latex)):
+            write_file(self.out / f"{table.stem}.{suffix}", form(table).encode())
+        return self.page("table.html", part["file"], part["title"], table=part)
+
+
+def open_site(out: Path, *, api: bool = False, linked: bool = True) -> Site:
+    """A folder with style and script; ConfigError where `out` is a file. `linked`: pages name those of papers."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: this is a file; a folder is needed")
     out.mkdir(parents=True, exist_ok=True)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
-                                     undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     for name in ("style.css", "tables.js"):
         write_file(out / name, (TEMPLATES / name).read_bytes())
-    known, written, summaries = papers(), [], []
-    for i, one in enumerate(known):
-        say(f"page {i + 1} of {len(known) + 1}: {one.name}")
-        tables = [_table_part(entry, rows_of[entry.name], out) for entry in all_tables()
-                  if entry.method == one.method and entry.name in rows_of]
-        summaries.append(_summary(one, tables))
-        written.append(_page(environment, out, "paper.html", one.file, one.name, known, api, paper=_Shown(one, tables)))
-    say(f"page {len(known) + 1} of {len(known) + 1}: index")
-    first = _headline(rows_of[headline], headline, out) if headline in rows_of else None
-    written.append(_page(environment, out, "index.html", "index.html", "jointcompress", known, api, headline=first,
-                         papers=summaries))
+    return Site(out, papers() if linked else [], api)
+
+
+def table_page(rows: Sequence[Row], name: str, title: str, command: str, out: Path) -> Path:
+    """One table as a page of its own, with nothing around it."""
+    return open_site(out, linked=False).table(table_part(rows, name, title, command, ""))
+
+
+def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Callable[[str], None]) -> list[dict]:
+    """Write the whole site into the folder `out`; returns what the index says of every paper.
+
+    rows_of   {table: its rows};  headline  the table that the index shows
+    api       whether the pages of the library are built as well (with pdoc)
+    """
+    site, configs, shown, summaries = open_site(out, api=api), all_tables(), set(), []
+    for i, one in enumerate(site.known):
+        say(f"page {i + 1} of {len(site.known) + 1}: {one.name}")
+        parts = [part_of(entry, rows_of[entry.name]) for entry in configs
+                 if entry.method == one.method and entry.name in rows_of]
+        for part in parts:
+            site.table(part)
+            shown.add(part["table"].stem)
+        summaries.append(summary(one, parts))
+        names = [f"paper_configs/{entry.name}.toml" for entry in configs if entry.method == one.method]
+        site.page("paper.html", one.file, one.name, paper={**vars(one), "configs": names}, tables=parts)
+    others = [table_part(rows, name, title_of(rows), command_of(name), "") for name, rows in rows_of.items()
+              if name not in shown]
+    for part in others:
+        site.table(part)
+    say(f"page {len(site.known) + 1} of {len(site.known) + 1}: index")
+    first = headline_of(rows_of[headline], headline) if headline in rows_of else None
+    site.page("index.html", "index.html", "jointcompress", headline=first, papers=summaries, others=others)
     if api:
-        say("API pages")
+        say("pages of the library")
         _api(out / "api")
-    return written
+    return summaries
 
 
-def _page(environment, out: Path, template: str, file: str, title: str, known: list[Paper], api: bool,
-          **values: Any) -> Path:
-    text = environment.get_template(template).render(title=title, here=file, pages=known, api=api, **values)
-    write_file(out / file, text.encode())
-    return out / file
+def part_of(entry: Table, rows: Sequence[Row]) -> dict:
+    """A paper's table."""
+    return table_part(rows, entry.name, entry.title, f"python -m benchmarks reproduce paper_configs/{entry.name}.toml",
+                      story(entry.path))
 
 
-class _Shown:
-    """A paper with its tables, as the template reads it."""
-
-    def __init__(self, one: Paper, tables: list[dict]):
-        self.tables = tables
-        self.__dict__.update(vars(one))
+def summary(one: Paper, parts: Sequence[Mapping[str, Any]]) -> dict:
+    """A paper's line on the index."""
+    counts = sum((part["counts"] for part in parts), Counter())
+    return {**vars(one), "counts": counts, "printed": sum(counts.values()), "rows": bool(parts)}
 
 
-def _summary(one: Paper, tables: list[dict]) -> dict:
-    counts = Counter(line["verdict"] for table in tables for line in table["verdicts"])
-    return {**vars(one), "counts": counts, "printed": sum(counts.values())}
-
-
-def _table_part(entry, rows: Sequence[Row], out: Path) -> dict:
-    """Everything a paper's page shows of one table."""
-    rows = told_apart(rows)
-    table = table_of(rows, entry.title, entry.name)
-    _write_forms(table, out)
-    lines = [line for row in rows for line in verdict_lines(row)]
-    tally = ", ".join(f"{count} {verdict}" for verdict, count in Counter(line["verdict"] for line in lines).items())
-    pictures = [_front(group, axis, entry.title) for group in comparable(rows) if len(group) > 1
-                for axis in AXES if has_axis(group, axis)][:3]
-    if len(rows) > 1:
-        pictures.append({"svg": as_svg(bytes_plot(rows), f"bytes of the files of {entry.title}, by what they are for"),
-                         "caption": "What the bytes of each file are for."})
-    return {"title": entry.title, "command": f"python -m benchmarks reproduce paper_configs/{entry.name}.toml",
-            "story": story(CONFIGS / f"{entry.name}.toml"), "verdicts": lines, "tally": tally, "figures": pictures,
-            "table": table, "notes": [{"row": row["name"], "text": row["note"]} for row in rows if row.get("note")],
-            "rows": [_row_part(row) for row in rows[:DETAILED]]}
-
-
-def _row_part(row: Row) -> dict:
-    ratios = [{"name": name.replace("_", " "), "value": times(value), "counts": COUNTED.get(name, "")}
-              for name, value in row["accounting"]["ratios"].items()]
-    course = course_plot(row)
-    figures = [] if course is None else [
-        {"svg": as_svg(course, f"what {row['name']} noted while it ran"), "caption": "While it ran."}]
-    layers = [{"name": name, "density": layer["density"], "bits": layer["bits"], "weights": layer["weights"]}
-              for name, layer in row["layers"].items()]
-    facts = {key: row[key] for key in FACTS if key in row}
-    return {"name": row["name"], "ratios": ratios, "figures": figures, "layers": layers,
-            "provenance": json.dumps(facts, indent=1, ensure_ascii=False)}
-
-
-def _front(rows: Sequence[Row], axis: str, title: str, *, wide: bool = False) -> dict:
-    label = AXES[axis][0]
-    return {"svg": as_svg(front_plot(rows, axis, wide=wide), f"{title}: points of top-1 lost against {label}"),
-            "caption": f"Points of test top-1 lost against {label}; bars are 95 % intervals, the grey line the front."}
-
-
-def _headline(rows: Sequence[Row], name: str, out: Path) -> dict:
+def headline_of(rows: Sequence[Row], name: str) -> dict:
     """The index' first screen: the largest group of rows that can be compared."""
     group = max(comparable(told_apart(rows)), key=len)
     what = f"{group[0]['network']} on {group[0]['task']}, baseline {group[0]['baseline_top1']:.2f} %"
-    table = table_of(group, f"All methods: {what}.", name)
-    _write_forms(table, out)
-    return {"what": what, "figures": [_front(group, axis, what, wide=True) for axis in ("bytes",)], "table": table}
+    return {"what": what, "figures": [front(group, "bytes", what, wide=True)],
+            "table": table_of(group, f"All methods: {what}.", name)}
 
 
-def _write_forms(table: Table, out: Path) -> None:
-    for suffix, form in (("csv", comma_separated), ("md", markdown), ("tex", latex)):
-        write_file(out / f"{table.stem}.{suffix}", form(table).encode())
+def title_of(rows: Sequence[Row]) -> str:
+    """Networks and data sets of rows."""
+    return " and ".join(dict.fromkeys(f"{row['network']} on {row['task']}" for row in rows))
 
 
-def verdict_of(row, path, printed, ours):
-    return "cannot tell" if ours is None else "reached" if ours >= printed else "not reached"
-
-
-def verdict_lines(row: Row) -> list[dict]:
-    """One line for each printed number of a row."""
-    lines = []
-    for path, printed, ours in compared(row):
-        name, show = metric(path)
-        lines.append({"row": row["name"], "metric": name, "printed": show(printed),
-                      "ours": "—" if ours is None else show(ours),
-                      "difference": "" if ours is None else f"{ours - printed:+.3g}",
-                      "verdict": verdict_of(row, path, printed, ours)})
-    return lines
-
-
-def story(path: Path) -> str:
-    """The comment at the head of a configuration, in one paragraph, without the command."""
-    head = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))[0]
-    lines = [line.lstrip("# ") for line in head.splitlines()]
-    return re.sub(r"Run: python -m benchmarks reproduce \S+( --checkpoint FILE)?", "", " ".join(lines)).strip()
+def command_of(name: str) -> str:
+    """The command that makes a table which belongs to no paper."""
+    kind, _, task = name.partition("_")
+    return f"python -m benchmarks compare --task {task}" if kind == "compare" else f"python -m benchmarks report {name}"
 
 
 def _api(out: Path) -> None:
     """The library's pages, from its docstrings."""
     import pdoc
-    pdoc.render.configure(docformat="restructuredtext", show_source=True)
-    pdoc.pdoc("methods", output_directory=out)
+    inside = [info.name for info in pkgutil.walk_packages(methods.__path__, "methods.")]
+    pdoc.render.configure(docformat="restructuredtext", show_source=False)
+    pdoc.pdoc("methods", *inside, output_directory=out)

@@ -1,8 +1,6 @@
 """The comparison table along three axes: capability kept, hardware efficiency, difficulty."""
 
-import csv
 import html
-import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,25 +126,7 @@ def cells(row: Row, columns: Sequence[Column] = COLUMNS) -> list[str]:
     return ["—" if value is None else column.show(value) for column, value in zip(columns, values, strict=True)]
 
 
-def markdown(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
-    """A GitHub table."""
-    lines = [[column.header for column in columns], ["---" if not c.axis else "---:" for c in columns]]
-    lines += [[in_markdown(cell) for cell in cells(row, columns)] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
-
 def in_markdown(text: str) -> str:
     """`text` inside a cell of a GitHub table, shown as it is."""
     text = " ".join(html.escape(text, quote=False).split())
     return re.sub(r"([\\|`*\[\]])", r"\\\1", text)
-
-
-def comma_separated(rows: Sequence[Row], columns: Sequence[Column] = COLUMNS) -> str:
-    """CSV with full-precision values."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([column.header for column in columns])
-    for row in rows:
-        values = [column.value(row) for column in columns]
-        writer.writerow(["" if value is None else value for value in values])
-    return out.getvalue()

@@ -1,0 +1,85 @@
+"""README's tables, made from committed rows: text between `<!-- KIND: NAME -->` and `<!-- end -->`.
+
+KIND is "headline" (all methods of one table, the columns that matter most), "papers" (a line a paper), or "baselines".
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from methods.core.errors import CompressError
+from methods.core.file.container import write_file
+
+from ..report.table import comparable, in_markdown, told_apart
+from .figures import as_png, front_plot
+from .tables import Table, markdown, table_of
+from .words import Row
+
+BLOCK = re.compile(r"(<!-- (headline|papers|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+HEADLINE = ("row", "points lost", "top-1, integer", "file", "smaller", "BOPs, zeros skipped", "energy", "cycles",
+            "data", "CPU s")
+RowsOf = Mapping[str, Sequence[Row]]
+
+
+def refresh(readme: Path, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
+            baselines: Sequence[Mapping[str, Any]]) -> None:
+    """Rewrite the blocks of a README in place, and the pictures that it shows, beside it under results/figures."""
+    text = readme.read_text(encoding="utf-8")
+    write_file(readme, filled(text, rows_of, papers, baselines).encode())
+    for match in BLOCK.finditer(text):
+        if match[2] == "headline":
+            figure = front_plot(largest(rows_of[match[3]]), "bytes", wide=True)
+            path = readme.parent / "results" / "figures" / f"{match[3]}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_file(path, as_png(figure))
+
+
+def filled(text: str, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
+           baselines: Sequence[Mapping[str, Any]]) -> str:
+    """`text` with every block replaced; CompressError for a block without rows."""
+    makers: dict[str, Callable[[str], str]] = {
+        "headline": lambda name: headline(rows_of[name], name), "papers": lambda name: paper_lines(papers),
+        "baselines": lambda name: baseline_lines(baselines)}
+
+    def fill(match: re.Match) -> str:
+        opening, kind, name, closing = match.groups()
+        if kind == "headline" and name not in rows_of:
+            raise CompressError(f"README asks for the rows of {name!r}, which results/rows does not hold")
+        return f"{opening}\n{makers[kind](name)}\n{closing}"
+
+    return BLOCK.sub(fill, text)
+
+
+def largest(rows: Sequence[Row]) -> list[Row]:
+    """The largest group of rows that can be compared."""
+    return max(comparable(told_apart(rows)), key=len)
+
+
+def headline(rows: Sequence[Row], name: str) -> str:
+    """A GitHub table of the columns in HEADLINE."""
+    whole = table_of(largest(rows), name, name)
+    kept = [i for i, column in enumerate(whole.columns) if column.header in HEADLINE]
+    lines = [type(line)(line.kind, [line.cells[i] for i in kept]) for line in whole.lines]
+    return markdown(Table(whole.caption, whole.stem, [whole.columns[i] for i in kept], lines))
+
+
+def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
+    """One line a paper: what it is, what it needs, and what came of its printed numbers."""
+    out = "| method | paper | data | printed numbers: reached, not reached, cannot tell |\n| --- | --- | --- | --- |\n"
+    for one in papers:
+        counts = one["counts"]
+        found = (f"{counts['reached']}, {counts['not reached'] + counts['missing']}, {counts['cannot tell']}"
+                 if one["printed"] else "none for our rows" if one["rows"] else "no rows yet")
+        cited = f"[{in_markdown(one['citation'])}]({one['link']})" if one["link"] else in_markdown(one["citation"])
+        out += f"| [{in_markdown(one['name'])}]({one['code']}) | {cited} | {one['data']} | {found} |\n"
+    return out
+
+
+def baseline_lines(trained: Sequence[Mapping[str, Any]]) -> str:
+    """A GitHub table of trained networks, from the provenance in their files."""
+    lines = "".join(
+        f"| {one['task']} | {one['network']} | {one['test_top1']:.2f} | {one['held_out_top1']:.2f} | "
+        f"{one['setup']['recipe']['epochs']} | {one['seed']} | {one['commit'][:7]} |\n" for one in trained)
+    return ("| task | network | test top-1 | held-out top-1 | epochs | seed | commit |\n"
+            "| --- | --- | ---: | ---: | ---: | ---: | --- |\n" + lines)

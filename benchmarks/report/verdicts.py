@@ -1,0 +1,72 @@
+"""Was a printed number reached? Yes, no, or chance does not let anyone tell.
+
+An accuracy (or error) is a mean over n test inputs: it is reached where ours is at least as good, not reached where
+ours falls short by more than 1.96 standard errors of ours, and between the two nobody can tell. Every other number
+(bytes, ratios, densities, bit operations) is counted, not sampled: it is reached where ours is at least as good to the
+digits that are printed. Where several seeds were run, ours is their mean, and its error that of the mean.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from ..chance import Z95, standard_error
+from .against_paper import compared
+
+Row = Mapping[str, Any]
+REACHED, NOT_REACHED, CANNOT_TELL, MISSING = "reached", "not reached", "cannot tell", "missing"
+ACCURACIES = ("top1_", "error_")
+SMALLER_IS_BETTER = ("error_", "bytes", "density", "bits", "bops", "rate_", "kept", "weights", "macs", "cycles",
+                     "energy")
+LARGER_IS_BETTER = ("top1_", "ratios", "saved")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One printed number of a row beside ours; `gain` is how much better ours is, in the number's own unit."""
+
+    metric: str
+    printed: float
+    ours: float | None
+    gain: float | None
+    verdict: str
+
+
+def verdicts(row: Row) -> list[Verdict]:
+    """Of every printed number of a row, in order."""
+    return [judged(metric, printed, ours, row) for metric, printed, ours in compared(row)]
+
+
+def judged(metric: str, printed: float, ours: float | None, row: Row) -> Verdict:
+    """The verdict on one number; `row` tells how many inputs an accuracy is a mean over."""
+    if ours is None:
+        return Verdict(metric, printed, None, None, MISSING)
+    gain = round(direction(metric) * (ours - printed), 9)
+    name = metric.split(".")[-1]
+    slack = 0.0 if name.startswith(ACCURACIES) else half_unit(printed)
+    short = Z95 * standard_error(100 - ours if name.startswith("error_") else ours, row["n_test"]) if (
+        name.startswith(ACCURACIES)) else 0.0
+    text = REACHED if gain >= -slack else NOT_REACHED if gain < -max(slack, short) else CANNOT_TELL
+    return Verdict(metric, printed, ours, gain, text)
+
+
+def direction(metric: str) -> int:
+    """1 where larger is better, -1 where smaller is."""
+    path = metric.split(" ")[-1]  # of a layer's number the layer comes first
+    if any(part in path for part in LARGER_IS_BETTER):
+        return 1
+    return -1 if any(part in path for part in SMALLER_IS_BETTER) else 1
+
+
+def half_unit(printed: float) -> float:
+    """Half of the last digit of a number as it is printed: 0.005 for 0.36."""
+    exponent = Decimal(repr(printed)).normalize().as_tuple().exponent
+    return 0.5 * 10.0 ** min(int(exponent), 0)
+
+
+def overall(row: Row) -> str | None:
+    """Of a row: reached if all its printed numbers are, not reached if one is not; None without printed numbers."""
+    found = [one.verdict for one in verdicts(row)]
+    worst = [text for text in (NOT_REACHED, MISSING, CANNOT_TELL, REACHED) if text in found]
+    return worst[0] if worst else None

@@ -1,0 +1,235 @@
+"""The site: fronts against brute force, tables that parse back in every form, pages that load nothing else."""
+
+import csv
+import io
+import random
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from benchmarks.citations import bibtex, entries, link, short
+from benchmarks.docs import figures, readme
+from benchmarks.docs.content import story, table_part
+from benchmarks.docs.papers import papers, said
+from benchmarks.docs.site import build_site, table_page
+from benchmarks.docs.tables import COLUMNS, comma_separated, latex, markdown, table_of
+from benchmarks.docs.words import METHODS, count, look, metric, plain, size, times
+from benchmarks.jobs import CONFIGS
+from methods import method_names
+from methods.core.errors import CompressError, ConfigError
+from tests.made_rows import EVIL, row
+
+
+def full(name, method="m", **more):
+    """A row with all that a page reads."""
+    return row(name, method, **{"n_test": 10_000, "hardware": {"energy_ratio_skipping": 0.05, "cycles_channels": 9000},
+                                "commit": "abc", **more})
+
+
+# --- plots -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_front_by_brute_force(seed):
+    """On the front: no other point is at least as cheap and as accurate, and better in one of them."""
+    draw = random.Random(seed)
+    points = [(draw.randint(1, 6), draw.randint(1, 6)) for _ in range(draw.randint(0, 15))]
+    best = {(c, a) for c, a in points if not any((x <= c and y >= a) and (x, y) != (c, a) for x, y in points)}
+    front = figures.pareto_front(points)
+    assert set(front) == best and len(front) == len(best) and front == sorted(front)
+
+
+def test_a_plot_has_each_row_at_its_loss_with_its_interval():
+    rows = [full("a", "udfc", top1=90, size=1000), full("b", "udfc", top1=92, size=1500), full("c", "dfq", top1=80)]
+    panel = figures.front_plot(rows, "bytes").axes[0]
+    drawn = {box.get_label(): box for box in panel.containers}
+    x, y = drawn["UDFC"].lines[0].get_data()
+    assert list(x) == [1000, 1500] and list(y) == [5.5, 3.5] and panel.get_xscale() == "log"
+    (_, low), (_, high) = drawn["UDFC"].lines[2][0].get_segments()[0]
+    assert high - low == pytest.approx(2 * 100 * 1.959964 * (0.9 * 0.1 / 10_000) ** 0.5)
+    bottom, top = panel.get_ylim()
+    assert bottom > top  # less lost is higher
+
+
+def test_the_paired_interval_is_taken_where_there_is_one():
+    assert figures.interval(full("a", change_integer={"low": -0.5, "high": 0.1})) == pytest.approx(0.3)
+
+
+def test_methods_never_look_alike():
+    looks = [look(method, []) for method in METHODS]
+    assert len(set(looks)) == len(looks)
+    assert look("mine", ["mine", "udfc"]) not in looks
+
+
+def test_svg_is_the_same_every_time_and_has_a_text_alternative():
+    one, two = (figures.as_svg(figures.front_plot([full("a")], "bytes"), 'x < "y"') for _ in range(2))
+    assert one == two and one.startswith("<svg") and 'aria-label="x &lt; &quot;y&quot;"' in one
+    assert "size of the file" in one
+
+
+# --- words -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n, text", [(0, "0 B"), (999.6, "1 KB"), (12_345, "12.3 KB"), (999_600, "1 MB")])
+def test_units(n, text):
+    assert size(n) == text and count(n) == text.removesuffix(" B").removesuffix("B")
+
+
+@pytest.mark.parametrize("value, text", [(3.0, "3"), (3.14159, "3.14"), (0.08, "0.08"), (1234567.0, "1,234,567")])
+def test_numbers_have_two_decimals_at_most(value, text):
+    assert plain(value) == text
+    assert times(39.329) == "39.3x" and times(1910.4) == "1910x" and times(1.256) == "1.26x"
+    assert metric("error_float")[0] == "error, float arithmetic, %" and "." not in metric("hardware.some_thing")[0]
+
+
+# --- tables ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", EVIL, "*x* _y_", "line\nbreak"])
+def test_tables_parse_back_in_every_form(name):
+    table = table_of([full(name, top1=90 / 7)], "t", "t")
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in markdown(table).splitlines()]
+    assert len(lines) == 4 and {len(line) for line in lines} == {len(table.columns)}
+    assert "<script>" not in markdown(table)
+    head, base, ours = csv.reader(io.StringIO(comma_separated(table)))
+    assert head == [column.header for column in table.columns] and len(base) == len(ours) == len(head)
+    assert float(ours[head.index("top-1, integer")]) == 90 / 7 and ours[0] == name
+    body = latex(table).split("\\midrule")[1]
+    lines = [re.split(r"(?<!\\)&", line) for line in body.splitlines() if line.endswith("\\\\")]
+    assert lines and {len(line) for line in lines} == {len(table.columns)}
+
+
+def test_a_formula_in_a_name_is_text_in_a_spreadsheet():
+    ours = list(csv.reader(io.StringIO(comma_separated(table_of([full("=1+1")], "t", "t")))))[2]
+    assert ours[0] == "'=1+1"
+
+
+def test_points_lost_and_columns_that_nobody_fills():
+    headers = [column.header for column in table_of([full("a", top1=90.0)], "t", "t").columns]
+    assert "points lost" in headers and "held-out" not in headers and "printed" not in headers
+    assert len({column.header for column in COLUMNS}) == len(COLUMNS)
+    table = table_of([full("a", top1=90.0, paper={"error_float": 9.5})], "t", "t")
+    cells = dict(zip([c.header for c in table.columns], table.lines[1].cells, strict=True))
+    assert cells["points lost"].text == "5.50" and cells["points lost"].key == 5.5 and cells["printed"].text == "9.5"
+
+
+# --- pages -------------------------------------------------------------------------------------------------
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes and text, and checks that what is opened is closed."""
+
+    VOID = {"meta", "path", "use", "br", "link", "img", "rect", "input"}
+
+    def __init__(self):
+        super().__init__(convert_charrefs=True)
+        self.attributes, self.text, self.open = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def checked(path):
+    """The text of a page that is well formed and loads nothing but what lies beside it."""
+    reader, text = Reader(), path.read_text(encoding="utf-8")
+    reader.feed(text)
+    assert reader.open == []
+    loads = {value for _, name, value in reader.attributes if name in ("src", "srcset", "action", "xlink:href")}
+    loads |= {value for tag, name, value in reader.attributes if name == "href" and tag == "link"}
+    assert {value for value in loads if not value.startswith("#")} <= {"style.css", "tables.js"}
+    assert not any(name.startswith("on") for _, name, _ in reader.attributes)
+    assert not re.findall(r"url\((?!#)|@import", text)
+    for tag, name, value in reader.attributes:
+        if tag == "a" and name == "href" and not value.startswith("http") and not value.startswith("api/"):
+            assert (path.parent / value).exists(), value
+    return "".join(reader.text)
+
+
+def test_a_table_page_shows_everything_and_is_safe(tmp_path):
+    rows = [full(EVIL, note=EVIL, budget={"bits": EVIL}), full("b", paper={"error_float": 12.0, "bytes": 10})]
+    text = checked(table_page(rows, "t", EVIL, f"python -m benchmarks {EVIL}", tmp_path))
+    assert text.count(EVIL) >= 5 and "1 reached, 1 not reached" in text
+    names = {"table_t.html", "t.csv", "t.md", "t.tex", "style.css", "tables.js"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_the_site_has_a_page_a_paper_and_a_table(tmp_path):
+    said_ = []
+    rows_of = {"udfc_table2": [full("a", "udfc"), full("b", "udfc", size=2000)], "compare_x": [full("c", "dfq")]}
+    summaries = build_site(rows_of, tmp_path, headline="compare_x", api=False, say=said_.append)
+    assert {one["method"] for one in summaries} == set(method_names())
+    for path in tmp_path.glob("*.html"):
+        checked(path)
+    assert {f"{name}.html" for name in method_names()} <= {path.name for path in tmp_path.iterdir()}
+    assert (tmp_path / "table_compare_x.html").exists() and len(said_) == len(method_names()) + 1
+    assert "All methods, net on digits" in checked(tmp_path / "index.html")
+    with pytest.raises(ConfigError, match="this is a file"):
+        build_site(rows_of, tmp_path / "index.html", headline="", api=False, say=said_.append)
+
+
+def test_every_row_gets_a_verdict_on_its_page():
+    part = table_part([full("a", paper={"top1_float": 95.0, "bytes": 1000})], "t", "t", "c", "")
+    assert [line["verdict"] for line in part["verdicts"]] == ["not reached", "reached"]
+    assert part["verdicts"][1]["printed"] == "1 KB"
+
+
+# --- papers and citations ----------------------------------------------------------------------------------
+
+
+def test_docstrings_are_taken_apart():
+    paragraphs, departures = said("Title (X, 2020).\n\nIt does\nthis.\n\nAlgorithm\n  a\n\nDepartures   First words.\n"
+                                  "  * one\n    more\n  * two\n")
+    assert paragraphs == ["Title (X, 2020).", "It does this."] and departures == ["First words.", "one more", "two"]
+    assert said(None)[1] == []
+
+
+def test_every_method_of_a_paper_can_be_cited():
+    known = entries()
+    for one in papers():
+        assert one.summary and one.code.startswith("methods/")
+        assert one.method in known or one.link is None
+    assert {key for key in known} <= set(method_names())
+    assert all(link(entry).startswith("https://") and short(entry) for entry in known.values())
+    assert bibtex(["clip_q"]).startswith("@inproceedings{clip_q") and len(bibtex([])) > len(bibtex(["admm"]))
+    with pytest.raises(ConfigError, match="no reference for 'x'; there are: deep_compression"):
+        bibtex(["x"])
+
+
+def test_stories_are_the_heads_of_configurations():
+    text = story(CONFIGS / "sparq_tables.toml")
+    assert text.startswith("SPARQ") and "python -m" not in text and "\n" not in text
+
+
+# --- README ------------------------------------------------------------------------------------------------
+
+
+def test_readme_blocks_are_filled_again_and_again(tmp_path):
+    rows_of = {"one": [full("a"), full("b", size=2000)]}
+    trained = {"task": "t", "network": "n", "test_top1": 91.239, "held_out_top1": 92.0, "seed": 3,
+               "commit": "0123456789", "setup": {"recipe": {"epochs": 7}}}
+    summary = {"name": "UDFC", "citation": "X|Y", "link": None, "code": "methods/udfc.py", "data": "no data",
+               "rows": True, "printed": 3, "counts": {"reached": 2, "not reached": 1, "cannot tell": 0, "missing": 0}}
+    text = ("x\n<!-- headline: one -->\nold\n<!-- end -->\n<!-- papers: all -->\n<!-- end -->\n"
+            "<!-- baselines: shipped -->\n<!-- end -->\n")
+    once = readme.filled(text, rows_of, [summary], [trained])
+    assert readme.filled(once, rows_of, [summary], [trained]) == once and "old" not in once
+    assert "| a |" in once and "| points lost |" in once and r"X\|Y" in once and "| 2, 1, 0 |" in once
+    assert "\n| t | n | 91.24 | 92.00 | 7 | 3 | 0123456 |\n" in once
+    with pytest.raises(CompressError, match="'one'"):
+        readme.filled(text, {}, [summary], [trained])
+    (tmp_path / "README.md").write_text(text)
+    readme.refresh(tmp_path / "README.md", rows_of, [summary], [trained])
+    assert (tmp_path / "results" / "figures" / "one.png").read_bytes()[1:4] == b"PNG"
