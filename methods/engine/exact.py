@@ -108,6 +108,7 @@ class IntegerNetwork:
     """
 
     def __init__(self, compressed: CompressedModel, skeleton: nn.Module, float_policy: tuple[str, ...] = ()):
+        self.given = (compressed, skeleton, float_policy)
         self.module = apply(compressed, skeleton)
         self.graph: Graph = trace(self.module)
         self.ranges = compressed.activations

@@ -1,7 +1,7 @@
 """The integer network by its definition: int64 sums, numpy float32 arithmetic, one value at a time. Slow.
 
-It shares with `IntegerNetwork` the graph, the integers and the real factors of every layer, and no arithmetic. What
-computes with real values (see `IntegerNetwork.float_nodes`) is called here as there, on the real values found here.
+It shares nothing with `IntegerNetwork` but the traced graph: wiring, integers, gains and shifts are those of
+`definition`. What computes with real values is called here as there, on the real values found here.
 """
 
 import math
@@ -13,15 +13,19 @@ from torch import Tensor
 from ..core.artifact import ActivationQuantizer
 from ..core.graph.graph import Node
 from .accumulate import accumulate_int64
-from .exact import FACTOR_BITS, IntegerLayer, IntegerNetwork
+from .definition import Definition
+from .exact import IntegerNetwork
 from .reference_windows import average_windows, windowed_sums
+
+FACTOR_BITS = 16  # significant bits of the factor of an added code
 
 
 class ReferenceRun:
     """`codes(name, quantizer)` and `real(name)` of every value of an integer network on one batch."""
 
     def __init__(self, network: IntegerNetwork, x: Tensor):
-        self.network, self.nodes, self.x = network, network.graph.nodes, x
+        self.network = Definition(*network.given)
+        self.nodes, self.x = self.network.nodes, x
         self.known: dict[tuple[str, ActivationQuantizer | None], np.ndarray] = {}
 
     def codes(self, name: str, quantizer: ActivationQuantizer) -> np.ndarray:
@@ -39,7 +43,7 @@ class ReferenceRun:
         return self.known[key]
 
     def _passes(self, node: Node) -> bool:
-        return node.op == "identity" or node.name in self.network.fused
+        return node.op == "identity" or node.name in self.network.norms
 
     def _codes(self, node: Node, quantizer: ActivationQuantizer) -> np.ndarray:
         if self._passes(node):
@@ -68,7 +72,7 @@ class ReferenceRun:
 
     def _is_real(self, node: Node) -> bool:
         """Whether a node computes with real values; so does an average pool whose windows are not alike."""
-        if node.op == "input" or node.name in self.network.float_nodes:
+        if node.op == "input" or node.name in self.network.in_float:
             return True
         return node.op == "avgpool" and self._windows(node) is None
 
@@ -80,7 +84,7 @@ class ReferenceRun:
             values.append(_tensor(self.real(name) if quantizer is None else _decoded(
                 self.codes(name, quantizer), quantizer)))
         y = self._call(node, values)
-        norm = self.network.graph.norm_after(node.name) if node.op in ("conv", "linear") else None
+        norm = self.network.norm_of(node.name)
         return _array(y if norm is None else self.nodes[norm].run(y))
 
     @torch.no_grad()
@@ -113,7 +117,7 @@ class ReferenceRun:
         dimension of the channels."""
         if node.op in ("conv", "linear"):
             layer = self.network.layers[node.name]
-            return [(self._sums(layer), layer.gain.numpy())], layer.shift.numpy(), -1 if node.op == "linear" else 1
+            return [(self._sums(node), layer.gain)], layer.shift, -1 if node.op == "linear" else 1
         if node.op == "avgpool":
             totals, count = self._windows(node)
             return [(totals, self.network.ranges[node.name].scale / count)], 0.0, 1
@@ -130,11 +134,13 @@ class ReferenceRun:
     def _pending(self, side: tuple[str, str]) -> bool:
         return side[0] in self.network.pending
 
-    def _sums(self, layer: IntegerLayer) -> np.ndarray:
-        codes, module = self.codes(layer.node.inputs[0], layer.source), layer.node.module
+    def _sums(self, node: Node) -> np.ndarray:
+        layer = self.network.layers[node.name]
+        codes = self.codes(node.inputs[0], layer.source)
         if layer.window is not None:
-            return windowed_sums(module, codes, layer.weight.integers.long().numpy(), layer.window)
-        return accumulate_int64(module, torch.from_numpy(codes - layer.source.zero), layer.weight.integers).numpy()
+            return windowed_sums(node.module, codes, layer.integers, layer.window)
+        integers = torch.from_numpy(layer.integers)
+        return accumulate_int64(node.module, torch.from_numpy(codes - layer.source.zero), integers).numpy()
 
 
 def _encoded(y: np.ndarray, quantizer: ActivationQuantizer) -> np.ndarray:
