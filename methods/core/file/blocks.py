@@ -1,7 +1,9 @@
 """One compressed tensor as bytes: grid, layout, streams.
 
-    grid    kind and flags[1], then  scale, zero points | scale, number of levels, levels | number of values, values
+    grid    kind and flags[1], then  scale, zero points | scale, number of levels, levels | number of values, values;
+            scale and values in 16 bits, as a flag says, where that gives the same bits back
     layout  code[1], then  dense: values | mask: bits, values of the kept | gap: entries, skipped zeros, their values
+            | classed: the mask by classes of rows and columns (classes.py), values of the kept
 
 A value is what a code means, with one integer for "pruned": code - zero on an affine grid; on any other grid the
 code itself, where the index of the zero, or -1 if there is none, means pruned.
@@ -16,14 +18,18 @@ import torch
 from ..artifact import Affine, Codebook, CompressedTensor, Grid, Levels
 from ..errors import FormatError
 from . import coding
+from .classes import pack_classes, read_classes
+from .rest import bits_of, narrowest, tensor_of
 from .streams import Reader, decode_stream, encode_stream, varint
 
 INDEX_BITS = range(1, 17)  # widths of a relative position
 AUTO = range(2, 9)  # those worth trying
 CODERS = {"paper": ("packed", "huffman"), "best": ("packed", "huffman", "range")}
 DENSE, MASK, ROWS, COLUMNS = range(4)  # layouts; the gap layouts ROWS and COLUMNS add their index bits << 2
+CLASSED = MASK | 1 << 2
 AFFINE, LEVELS, CODEBOOK = range(3)  # kinds of grid, to which these flags are added:
-PER_CHANNEL, HAS_ZEROS, UNSIGNED = 4, 8, 16
+PER_CHANNEL, HAS_ZEROS, UNSIGNED, HALF, BRAIN = 4, 8, 16, 32, 64
+STORED = {torch.float32: 0, torch.float16: HALF, torch.bfloat16: BRAIN}  # how scale and values are stored: a flag
 TABLE_BITS = 6  # of a code table per symbol, roughly
 MAX_GRID = 1 << 20  # levels of a grid
 
@@ -39,7 +45,7 @@ class Layer:
 
 def pack_tensor(tensor: CompressedTensor, mode: str, widths: list[int]) -> tuple[bytes, Layer]:
     values, pruned = values_of(tensor)
-    grid = _pack_grid(tensor.grid, CODERS[mode])
+    grid = _pack_grid(tensor.grid, mode)
     where, what = min(_candidates(values, pruned, tensor.codes.shape[0], mode, widths),
                       key=lambda option: len(option[0]) + len(option[1]))
     return grid + where + what, _layer(where[0], len(grid), len(where), len(what), values != pruned)
@@ -56,6 +62,9 @@ def _candidates(values: np.ndarray, pruned: int, channels: int, mode: str, width
     mask = values != pruned
     yield bytes([DENSE]), encode_stream(values, coders)
     yield bytes([MASK]) + encode_stream(mask.astype(np.int32), coders), encode_stream(values[mask], coders)
+    if mask.any() and not mask.all():
+        rows = mask.reshape(channels, -1)
+        yield bytes([CLASSED]) + pack_classes(rows), encode_stream(values[mask], coders)
     orders = {ROWS: values, COLUMNS: values.reshape(max(channels, 1), -1).T.reshape(-1)}
     layout, width = _best_gaps(orders, pruned, sorted({*AUTO, *widths}))
     yield _gaps(orders[layout], pruned, layout, width, coders)
@@ -98,8 +107,11 @@ def read_tensor(reader: Reader, shape: list[int], bits: int) -> tuple[Compressed
     start, n = reader.at, int(np.prod(shape, dtype=np.int64))
     grid = _read_grid(reader, shape[0])
     grid_end, layout = reader.at, reader.take(1)[0]
-    read = (_read_dense, _read_mask, _read_gaps, _read_gaps)[layout & 3]
-    values, where_end, coder = read(reader, n, _pruned_value(grid), layout >> 2)
+    if layout == CLASSED:
+        values, where_end, coder = _read_classed(reader, shape[0], n, _pruned_value(grid))
+    else:
+        read = (_read_dense, _read_mask, _read_gaps, _read_gaps)[layout & 3]
+        values, where_end, coder = read(reader, n, _pruned_value(grid), layout >> 2)
     if layout & 3 == COLUMNS:
         values, coder = values.reshape(-1, max(shape[0], 1)).T.reshape(-1), f"{coder}, by column"
     tensor = _tensor(values, grid, shape, bits)
@@ -125,6 +137,17 @@ def _read_mask(reader: Reader, n: int, pruned: int, width: int) -> tuple[np.ndar
     values = np.full(n, pruned, np.int64)
     values[mask] = kept
     return values, end, f"mask: {first} + {second}"
+
+
+def _read_classed(reader: Reader, height: int, n: int, pruned: int) -> tuple[np.ndarray, int, str]:
+    if n == 0:
+        raise FormatError("a tensor without weights has classes of rows")
+    mask = read_classes(reader, height, n // height).reshape(-1)
+    end = reader.at
+    kept, coder = decode_stream(reader, int(mask.sum()))
+    values = np.full(n, pruned, np.int64)
+    values[mask] = kept
+    return values, end, f"classes + {coder}"
 
 
 def _read_gaps(reader: Reader, n: int, pruned: int, width: int) -> tuple[np.ndarray, int, str]:
@@ -178,42 +201,46 @@ def _tensor(values: np.ndarray, grid: Grid, shape: list[int], bits: int) -> Comp
                             torch.from_numpy(values.astype(np.int32)).reshape(shape), grid, bits)
 
 
-def _pack_grid(grid: Grid, coders: tuple[str, ...]) -> bytes:
+def _pack_grid(grid: Grid, mode: str) -> bytes:
+    coders, numbers = CODERS[mode], grid.values if isinstance(grid, Codebook) else grid.scale
+    dtype = narrowest(numbers.detach().cpu()) if mode == "best" else torch.float32
+    flags, numbers = STORED[dtype], _floats(numbers, dtype)
     if isinstance(grid, Codebook):
-        return bytes([CODEBOOK]) + varint(len(grid.values)) + _floats(grid.values)
-    flags = PER_CHANNEL if grid.scale.ndim else 0
+        return bytes([CODEBOOK | flags]) + varint(len(grid.values)) + numbers
+    flags |= PER_CHANNEL if grid.scale.ndim else 0
     if isinstance(grid, Levels):
         levels = encode_stream(grid.levels.cpu().numpy(), coders)
-        return bytes([LEVELS | flags]) + _floats(grid.scale) + varint(len(grid.levels)) + levels
+        return bytes([LEVELS | flags]) + numbers + varint(len(grid.levels)) + levels
     zeros = b""
     if bool(grid.zero.any()):
         zeros, flags = encode_stream(grid.zero.cpu().numpy().reshape(-1), coders), flags | HAS_ZEROS
-    return bytes([AFFINE | flags | (0 if grid.signed else UNSIGNED)]) + _floats(grid.scale) + zeros
+    return bytes([AFFINE | flags | (0 if grid.signed else UNSIGNED)]) + numbers + zeros
 
 
 def _read_grid(reader: Reader, channels: int) -> Grid:
     head = reader.take(1)[0]
-    kind, flags = head & 3, head & ~3
-    if kind == CODEBOOK and flags == 0:
-        return Codebook(_read_floats(reader, (reader.varint(),)))
-    shape = (channels,) if flags & PER_CHANNEL else ()
-    if kind == LEVELS and flags & ~PER_CHANNEL == 0:
-        scale = _read_floats(reader, shape)
-        return Levels(scale, _read_int32(reader, reader.varint()))
-    if kind != AFFINE or flags & ~(PER_CHANNEL | HAS_ZEROS | UNSIGNED):
+    kind, flags, width = head & 3, head & ~(3 | HALF | BRAIN), head & (HALF | BRAIN)
+    found = [dtype for dtype, flag in STORED.items() if flag == width]
+    allowed = {CODEBOOK: 0, LEVELS: PER_CHANNEL, AFFINE: PER_CHANNEL | HAS_ZEROS | UNSIGNED}
+    if not found or kind not in allowed or flags & ~allowed[kind]:
         raise FormatError(f"unknown kind of grid {head}")
-    scale = _read_floats(reader, shape)
+    if kind == CODEBOOK:
+        return Codebook(_read_floats(reader, (reader.varint(),), found[0]))
+    scale = _read_floats(reader, (channels,) if flags & PER_CHANNEL else (), found[0])
+    if kind == LEVELS:
+        return Levels(scale, _read_int32(reader, reader.varint()))
     zero = _read_int32(reader, scale.numel()) if flags & HAS_ZEROS else torch.zeros(scale.numel(), dtype=torch.int32)
-    return Affine(scale, zero.reshape(shape), not flags & UNSIGNED)
+    return Affine(scale, zero.reshape(scale.shape), not flags & UNSIGNED)
 
 
-def _floats(tensor: torch.Tensor) -> bytes:
-    return tensor.detach().cpu().numpy().astype("<f4").tobytes()
+def _floats(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
+    return bits_of(tensor.detach().cpu().reshape(-1).to(dtype)).tobytes()
 
 
-def _read_floats(reader: Reader, shape: tuple[int, ...]) -> torch.Tensor:
-    data = reader.take(4 * int(np.prod(shape, dtype=np.int64)))
-    return torch.from_numpy(np.frombuffer(data, "<f4").astype(np.float32)).reshape(shape)
+def _read_floats(reader: Reader, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    count = int(np.prod(shape, dtype=np.int64))
+    data = np.frombuffer(reader.take(dtype.itemsize * count), f"<i{dtype.itemsize}")
+    return tensor_of(data, dtype).to(torch.float32).reshape(shape)
 
 
 def _read_int32(reader: Reader, count: int) -> torch.Tensor:

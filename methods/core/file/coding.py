@@ -211,20 +211,30 @@ def _model(freqs: np.ndarray):
     return constriction.stream.model.Categorical(freqs.astype(np.float64), perfect=False)
 
 
+Part = tuple[np.ndarray, np.ndarray]  # symbols in [0, alphabet), or how many; their frequencies int64 [alphabet]
+
+
 def range_encode(symbols: np.ndarray, freqs: np.ndarray) -> bytes:
     """`symbols` in [0, alphabet) under integer frequencies [alphabet], of which two or more are positive."""
-    used = np.flatnonzero(freqs)
-    rank = np.zeros(len(freqs), np.int32)
-    rank[used] = np.arange(len(used))
+    return range_encode_parts([(symbols, freqs)])
+
+
+def range_encode_parts(parts: list[Part]) -> bytes:
+    """Several sequences of symbols in one stream, each under frequencies of its own."""
     encoder = constriction.stream.queue.RangeEncoder()
-    encoder.encode(rank[symbols], _model(freqs[used]))
+    for symbols, freqs in parts:
+        used = np.flatnonzero(freqs)
+        rank = np.zeros(len(freqs), np.int32)
+        rank[used] = np.arange(len(used))
+        encoder.encode(rank[symbols], _model(freqs[used]))
     data = encoder.get_compressed().astype(">u4").tobytes()
-    return _trim(data, symbols, freqs).rstrip(b"\0")
+    return _trim(data, parts).rstrip(b"\0")
 
 
-def _trim(data: bytes, symbols: np.ndarray, freqs: np.ndarray) -> bytes:
+def _trim(data: bytes, parts: list[Part]) -> bytes:
     """The coder ends on a whole word; most of its bytes can go if the prefix before them is rounded up."""
-    if len(symbols) > TRIM_SYMBOLS:
+    counts = [(len(symbols), freqs) for symbols, freqs in parts]
+    if sum(count for count, _ in counts) > TRIM_SYMBOLS:
         return data
     for length in range(max(len(data) - 7, 1), len(data)):
         head = int.from_bytes(data[:length], "big") + 1
@@ -232,20 +242,28 @@ def _trim(data: bytes, symbols: np.ndarray, freqs: np.ndarray) -> bytes:
             continue
         shorter = head.to_bytes(length, "big")
         try:
-            if np.array_equal(range_decode(shorter, freqs, len(symbols)), symbols):
-                return shorter
+            found = range_decode_parts(shorter, counts)
         except FormatError:
             continue
+        if all(np.array_equal(one, symbols) for one, (symbols, _) in zip(found, parts, strict=True)):
+            return shorter
     return data
 
 
 def range_decode(data: bytes, freqs: np.ndarray, count: int) -> np.ndarray:
     """The `count` symbols, int64, that `range_encode` stored under the same frequencies."""
-    used = np.flatnonzero(freqs)
-    if len(used) < 2:
+    return range_decode_parts(data, [(count, freqs)])[0]
+
+
+def range_decode_parts(data: bytes, parts: list[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+    """The symbols, int64, of (count, frequencies) each that `range_encode_parts` stored."""
+    used = [np.flatnonzero(freqs) for _, freqs in parts]
+    if any(len(one) < 2 for one in used):
         raise FormatError("a frequency table has fewer than two symbols")
     words = np.frombuffer(data + bytes(8 + -len(data) % 4), ">u4").astype(np.uint32)  # zeros were cut off
     try:
-        return used[constriction.stream.queue.RangeDecoder(words).decode(_model(freqs[used]), count)]
+        decoder = constriction.stream.queue.RangeDecoder(words)
+        return [one[decoder.decode(_model(freqs[one]), count)]
+                for one, (count, freqs) in zip(used, parts, strict=True)]
     except AssertionError:  # constriction's word for data that no symbol explains
         raise FormatError("a range-coded stream does not fit its frequency table") from None

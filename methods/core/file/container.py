@@ -5,7 +5,8 @@
     activations  varint(bytes), deflated JSON, see ACTIVATIONS, and the scales as float32 or float64; or varint(0)
     rest         float tensors, see rest.py, to the end of the payload
 
-Version 2 added the packing STREAMS of the float tensors; files of version 1 are read as ever.
+Version 2 added the packing STREAMS of float tensors, the layout CLASSED of masks, and grids in 16 bits; files of
+version 1 are read as ever.
 """
 
 import contextlib

@@ -42,7 +42,7 @@ def pack_rest(rest: Mapping[str, Tensor], mode: str) -> bytes:
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         if size > LZMA_LIMIT:
             return packed
-    raw = b"".join(_bits(tensor).tobytes() for tensor in tensors)
+    raw = b"".join(bits_of(tensor).tobytes() for tensor in tensors)
     packings = [bytes([RAW]) + raw]
     if mode == "best" and tensors:
         packings += [bytes([LZMA]) + lzma.compress(raw, lzma.FORMAT_RAW, filters=FILTERS), packed]
@@ -60,7 +60,7 @@ def read_rest(reader: Reader, header: dict) -> dict[str, Tensor]:
         return {name: tensor.reshape(shape) for (name, (shape, _)), tensor in zip(shapes.items(), flat, strict=True)}
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in shapes.items()}
     whole = Reader(_unpacked(packing, reader.take(reader.left()), sum(sizes.values())))
-    return {name: _tensor(np.frombuffer(whole.take(sizes[name]), f"<i{dtype.itemsize}"), dtype).reshape(shape)
+    return {name: tensor_of(np.frombuffer(whole.take(sizes[name]), f"<i{dtype.itemsize}"), dtype).reshape(shape)
             for name, (shape, dtype) in shapes.items()}
 
 
@@ -78,14 +78,14 @@ def _unpacked(packing: int, data: bytes, size: int) -> bytes:
     return np.frombuffer(data, np.uint8).reshape(PLANE, -1).T.tobytes() if packing == PLANES else data
 
 
-def _bits(tensor: Tensor) -> np.ndarray:
+def bits_of(tensor: Tensor) -> np.ndarray:
     """The bits of a flat tensor as little-endian integers of its width."""
     width = tensor.element_size()
     return tensor.view(SAME_WIDTH[width]).numpy().astype(f"<i{width}", copy=False)
 
 
-def _tensor(integers: np.ndarray, dtype: torch.dtype) -> Tensor:
-    """The inverse of `_bits`; takes integers of any width of which the low bits are the value."""
+def tensor_of(integers: np.ndarray, dtype: torch.dtype) -> Tensor:
+    """The inverse of `bits_of`; takes integers of any width of which the low bits are the value."""
     integers = integers.astype(f"i{dtype.itemsize}")
     if dtype == torch.bool and not np.isin(integers, (0, 1)).all():
         raise FormatError("a bool tensor holds something else")
@@ -119,7 +119,7 @@ def _pack_streams(tensors: list[Tensor]) -> bytes:
     out = [encode_stream(np.array([NARROW.index(stored[i]) for i in wide], np.int64), CODERS)]
     tensors = [tensor.to(stored[i]) if i in stored else tensor for i, tensor in enumerate(tensors)]
     for kind, chosen in _kinds([tensor.dtype for tensor in tensors]):
-        fields = _split(np.concatenate([_bits(tensors[i]) for i in chosen]), kind)
+        fields = _split(np.concatenate([bits_of(tensors[i]) for i in chosen]), kind)
         out += [encode_stream(field, CODERS if _is_worth_coding(field, width) else CODERS[:1])
                 for field, width in zip(fields, FIELDS[kind], strict=True)]
     return b"".join(out)
@@ -144,7 +144,7 @@ def _read_streams(reader: Reader, expected: list[tuple[int, torch.dtype]]) -> li
         sizes = [expected[i][0] for i in chosen]
         whole = _join([_read_field(reader, sum(sizes), width) for width in FIELDS[kind]], kind)
         for i, part in zip(chosen, np.split(whole, np.cumsum(sizes)[:-1]), strict=True):
-            found[i] = _tensor(part, dtypes[i]).to(expected[i][1])
+            found[i] = tensor_of(part, dtypes[i]).to(expected[i][1])
     return [found[i] for i in range(len(expected))]
 
 

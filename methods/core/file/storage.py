@@ -3,9 +3,9 @@
 Mode "paper" is Deep Compression's format (sections 2 and 4): of every tensor the relative positions and the codes
 of the stored entries, fillers included, each stream in a canonical Huffman code whose table is in the file, or at
 fixed width where that is smaller. Mode "best" takes per tensor the smallest of these layouts: dense symbols; a bit
-mask and codes; relative positions and codes, by row or by column. Each stream is range coded, Huffman coded or at
-fixed width; so are the exponents and the mantissas of what stays float, and the few bytes of a small network's go
-through LZMA where that is smaller.
+mask and codes; relative positions and codes, by row or by column; the mask by classes of rows and columns. Each
+stream is range coded, Huffman coded or at fixed width; so are the exponents and the mantissas of what stays float, and
+the few bytes of a small network's go through LZMA where that is smaller.
 
 The payload is one block per tensor (blocks.py), then activation quantizers (container.py) and float tensors (rest.py).
 """
