@@ -16,7 +16,7 @@ from methods.core.fit.rates import entropy_bits
 from methods.core.graph.build import apply
 from methods.rptq.search import Trial, search_size
 
-SHORT = rptq.Config(sensitivity_inputs=16, calibration_inputs=48, search_inputs=24, check_inputs=48, points=20.0)
+SHORT = rptq.Config(sensitivity_inputs=16, calibration_inputs=48, check_inputs=48, points=20.0)
 
 
 def dense_bytes(model):
@@ -83,9 +83,9 @@ def test_the_search_survives_bytes_that_jump():
         def least_bytes(self):
             return 20
 
-        def trial(self, c, few=False):
+        def trial(self, c):
             self.seen += 1
-            return Trial(c, None, 50 * math.ceil(20 / c**0.4) + (30 if few else 0))
+            return Trial(c, None, 50 * math.ceil(20 / c**0.4))
 
     class Quiet:
         def report(self, *args, **kwargs):
@@ -94,7 +94,7 @@ def test_the_search_survives_bytes_that_jump():
     for limit in (260, 400, 999, 5000):
         steps = Steps()
         found = search_size(steps, limit, Quiet())
-        assert min(0.97 * limit, limit - 49) <= found.bytes <= limit and steps.seen <= 19
+        assert min(0.97 * limit, limit - 49) <= found.bytes <= limit and steps.seen <= 16
 
 
 def test_agreement_decides_where_there_is_no_budget(tiny):

@@ -30,8 +30,8 @@ Departures from its specification, and choices that it leaves
     start of a sweep.
   * Biases are stored in 16 bits where they are finite there (`bias_bits`).
   * A layer that the outputs do not depend on gets codes of 0. Codes have at most 16 bits, so that there is a finest c.
-  * The search for a size runs on `search_inputs` inputs first, then on all; it ends at 97 to 100 % of the budget.
-    A network whose finest file is smaller than that gets its finest file.
+  * The search for a size starts where plain rounding has that entropy, and ends at 97 to 100 % of the budget. A network
+    whose finest file is smaller gets that.
   * Without a budget: the largest c found at which at most `points` per cent of `check_inputs` held-out inputs change
     their class. That counts every change, to the better too; their labels are not read.
 
@@ -75,8 +75,7 @@ class Config:
     rounding   "descent" (GPTQ, then error and rate), "gptq", or "nearest"
     lam        price of a bit in units of s^2, for "descent"
     correct    move the mean of the error into the biases
-    sensitivity_inputs for F; calibration_inputs for H, m and ranges, of which search_inputs while a size is searched;
-    check_inputs, held-out ones, for the agreement
+    sensitivity_inputs, calibration_inputs, check_inputs   for F; for H, m and ranges; held-out ones for the agreement
     """
 
     points: float = 1.0
@@ -88,11 +87,10 @@ class Config:
     bias_bits: int = 16
     sensitivity_inputs: int = 96
     calibration_inputs: int = 512
-    search_inputs: int = 128
     check_inputs: int = 1024
 
     def __post_init__(self):
-        least = min(self.sensitivity_inputs, self.calibration_inputs, self.search_inputs, self.check_inputs)
+        least = min(self.sensitivity_inputs, self.calibration_inputs, self.check_inputs)
         check_calibration(self.activation_bits, least, self.range_method)
         check_rounding(self.rounding)
         if not 0 < self.points < 100:
@@ -148,8 +146,8 @@ class Quantizer:
         return {name: min(max(c * unit, 1.1 * self.peaks[name] / TOP), 4 * self.peaks[name])
                 for name, unit in self.units.items()}
 
-    def trial(self, c: float, few: bool = False) -> Trial:
-        """The network at `c`, on all inputs or on those of the search."""
+    def trial(self, c: float) -> Trial:
+        """The network at `c` and the bytes of its file."""
         config, steps = self.config, self.steps(c)
 
         def fit(name: str, weight: Tensor, moments: Moments) -> CompressedTensor:
@@ -158,7 +156,7 @@ class Quantizer:
             return CompressedTensor.of(codes, Affine(scale, torch.zeros_like(scale, dtype=torch.int32)), width(codes))
 
         module, weights, ranges = quantize_in_order(
-            self.folded, self.inputs[:config.search_inputs] if few else self.inputs, fit,
+            self.folded, self.inputs, fit,
             torch.Generator().manual_seed(self.seed), bits=config.activation_bits,
             range_method=config.range_method, correct=config.correct, second=config.rounding != "nearest")
         made = self.stored(module, weights, ranges, notes={"c": c, "steps": steps})

@@ -40,8 +40,8 @@ class Quantizes(Protocol):
     def least_bytes(self) -> int:
         """Bytes of the file in which every code is 0."""
 
-    def trial(self, c: float, few: bool = False) -> Trial:
-        """The network at `c`; `few`: from few inputs, which is quicker."""
+    def trial(self, c: float) -> Trial:
+        """The network at `c`."""
 
 
 class Bracket:
@@ -98,7 +98,6 @@ def search_size(quantizer: Quantizes, limit: int, run: Run) -> Trial:
         raise BudgetError(f"budget size_ratio allows {limit} bytes, but the file of this network without any weight "
                           f"takes {least}: allowed are larger files")
     c, slope = guess(quantizer, AIM * limit - least)
-    c = _approach(quantizer, c, slope, limit, run)
     seen = Bracket(quantizer, slope, limit)
     for step in range(1, PASSES + 1):
         trial = quantizer.trial(c)
@@ -111,19 +110,6 @@ def search_size(quantizer: Quantizes, limit: int, run: Run) -> Trial:
         raise BudgetError(f"no file of at most {limit} bytes was found in {PASSES} passes: the smallest took "
                           f"{seen.above.bytes}; allowed are larger files")
     return seen.best
-
-
-def _approach(quantizer: Quantizes, c: float, slope: float, limit: int, run: Run) -> float:
-    """c that gives about the wanted bytes with few inputs, after three quick passes at most."""
-    seen = Bracket(quantizer, slope, limit)
-    for step in range(1, 4):
-        trial = quantizer.trial(c, few=True)
-        run.report(step, PASSES, c=c, bytes=float(trial.bytes))
-        if abs(trial.bytes / (AIM * limit) - 1) < 0.01:
-            break
-        seen.add(trial)
-        c = seen.next()
-    return c
 
 
 def guess(quantizer: Quantizes, aim: float) -> tuple[float, float]:

@@ -1,0 +1,211 @@
+"""RPTQ, trained form: rate-aware training with the given network as teacher, for the file's own code lengths.
+
+A method of this project, which joins known parts: entropy-constrained training (Wiedemann et al. 2018, arXiv
+1812.07520), entropy-penalized reparameterization (Oktay et al., ICLR 2020), straight-through gradients (Bengio et al.
+2013), distillation (Hinton et al. 2015), and the steps of RPTQ (methods/rptq).
+
+The quantizer of the post-training form stands inside the training. A weight gets the code that costs least in error and
+bits together, and the price of a bit is steered until the file has the size that was asked for. The float weights
+behind the codes go on learning, those at 0 too: what is pruned may come back.
+
+Algorithm
+    s_l as in RPTQ, for the folded weights; of channel o of the unfolded one:  s_o = s_l / |gamma_o / sigma_o|
+    forward with  sign(w) code(|w| / s_o) s_o,  code(u) = number of thresholds that u reaches; backward straight to w
+        threshold between k and k + 1:  k + 1/2 + lam / 2 (bits(k + 1) - bits(k)), made rising
+        bits(k) = -log2 of the share of k in the layer, + 1 for the sign where k > 0
+    every 8 steps:  s_o, bits and thresholds anew;  lam *= (entropy of all codes / wanted)^0.8, by a tenth at most
+        wanted falls from the start's size to that of the budget in the first half of the training, then stays
+    loss = 0.1 hard + 0.9 T^2 KL(teacher, student), T = 2
+    at the end: lam until the file fits, codes, batch norm folded, ranges
+
+Symbols    code, thresholds, bits: Rated and core/fit/rates.py;  lam RateAware.lam, in units of s^2, from ln 2 / 6
+
+Contexts   contexts = True prices "is it 0" by p, the product of the densities of the weight's row and column over that
+           of the layer, at most 1/2: units that are little used become dear and die, and `shrink` removes them.
+
+Departures from its specification, and choices that it leaves
+  * gamma and sigma are those of the batch norm at the time, not of the start: a file then holds one scale a layer.
+  * c = none starts at `start` times the budget. wanted falls geometrically.
+  * After the training the file is made with other lam, weights, prices and batch norm as they are, until it takes 99
+    to 100 % of the budget; ranges are those of the trained lam.
+  * Codes are at most twice the largest of the start. Counts are smoothed by 0.05, densities by half a weight.
+
+Example
+    small = rptq_train.compress(network, task, Budget(size_ratio=0.022), rptq_train.Config(), torch.Generator())
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..core.artifact import ActivationQuantizer, Affine, CompressedModel, CompressedTensor
+from ..core.budget import Budget
+from ..core.errors import BudgetError, ConfigError
+from ..core.file.storage import to_bytes
+from ..core.fit.calibrate import calibrate, check_calibration
+from ..core.fit.rates import LAM, round_to_rate
+from ..core.graph.build import apply, assemble, own_copy, tensors_of, weight_layers
+from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after
+from ..core.graph.graph import trace
+from ..core.graph.shrink import shrink
+from ..core.train.finetune import Recipe, train
+from ..core.train.run import NullRun, Run
+from ..core.train.task import Task
+from ..rptq import Config as Untrained
+from ..rptq import Quantizer, width, with_half_biases
+from .rated import RateAware, Rated
+
+DATA = "train"
+LEAST, AIM, TRIES = 0.99, 0.997, 24
+
+
+@dataclass(frozen=True)
+class Config:
+    """recipe: of the training; c: of the steps, or none for a start at `start` times the budget.
+
+    falling       share of the training in which the wanted size falls from the start's to the budget's
+    temperature, soft   T, and the weight of what the teacher says; soft = 0: labels alone
+    contexts      price zeros by the use of their row and column, and remove dead units
+    sensitivity_inputs, calibration_inputs   for the steps, for ranges
+    """
+
+    recipe: Recipe = Recipe(epochs=6, lr=0.02, weight_decay=0.0)
+    c: float | None = None
+    start: float = 1.5
+    falling: float = 0.5
+    temperature: float = 2.0
+    soft: float = 0.9
+    contexts: bool = False
+    activation_bits: int = 8
+    range_method: str = "minmax"
+    bias_bits: int = 16
+    sensitivity_inputs: int = 96
+    calibration_inputs: int = 1024
+
+    def __post_init__(self):
+        check_calibration(self.activation_bits, min(self.calibration_inputs, self.sensitivity_inputs),
+                          self.range_method)
+        for name in ("c", "start", "temperature"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} = {value}: allowed is a number above 0")
+        for name in ("falling", "soft"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is 0..1")
+        if self.bias_bits not in (16, 32):
+            raise ConfigError(f"bias_bits = {self.bias_bits}: allowed are 16, 32")
+
+
+def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
+             *, run: Run | None = None) -> CompressedModel:
+    """Budget: size_ratio, of the whole file to the float32 parameters and statistics."""
+    run = NullRun() if run is None else run
+    budget.require("rptq_train", "size_ratio")
+    model = own_copy(model).cpu()
+    trace(model)
+    budget.per_layer("size_ratio", weight_layers(model))  # refuses a network without layers
+    limit = int(budget.size_ratio * 4 * sum(v.numel() for v in tensors_of(model).values() if v.is_floating_point()))
+    start = Quantizer(model, task.calibration_inputs(config.sensitivity_inputs).cpu().contiguous(),
+                      Untrained(sensitivity_inputs=config.sensitivity_inputs, bias_bits=config.bias_bits), generator)
+    least = start.least_bytes()
+    if least >= limit:
+        raise BudgetError(f"budget size_ratio allows {limit} bytes, but the file of this network without any weight "
+                          f"takes {least}: allowed are larger files")
+    c = config.c if config.c is not None else starting_c(start, 8 * (config.start * limit - least))
+    student, skeleton = task.placed(own_copy(model)), model
+    total = config.recipe.epochs * len(task.train) if task.train is not None else 0
+    hooks = RateAware(student, start.steps(c), 8 * (limit - least), round(config.falling * total), config.contexts)
+    with hooks:
+        train(student, taught(task, model, config), config.recipe, generator, hooks=hooks, run=run.stage("rate"))
+        hooks.refresh(steer=False)
+    inputs = task.calibration_inputs(config.calibration_inputs)
+    return Ending(student.cpu(), skeleton, hooks, config, inputs.cpu(), c).fitted(limit)
+
+
+def starting_c(quantizer: Quantizer, bits: float) -> float:
+    """c at which rounding with prices gives codes of `bits` bits in all."""
+    low, high = math.log(quantizer.finest), math.log(quantizer.coarsest)
+    for _ in range(14):
+        middle = (low + high) / 2
+        steps = quantizer.steps(math.exp(middle))
+        found = sum(round_to_rate(w / steps[name])[1] for name, w in quantizer.weights.items())
+        low, high = (middle, high) if found > bits else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def taught(task: Task, teacher: nn.Module, config: Config) -> Task:
+    """`task` with a loss that listens to `teacher` (Hinton et al.): T^2 KL of the softened outputs."""
+    if config.soft == 0:
+        return task
+    teacher, hard, t = task.placed(own_copy(teacher)).eval().requires_grad_(False), task.loss, config.temperature
+
+    def loss(outputs: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
+        with torch.no_grad(), task.precision():
+            wanted = teacher(inputs).float()
+        soft = t * t * F.kl_div(F.log_softmax(outputs / t, 1), F.log_softmax(wanted / t, 1), reduction="batchmean",
+                                log_target=True)
+        return config.soft * soft + (1 - config.soft) * hard(outputs, targets, inputs)
+
+    return replace(task, loss=loss)
+
+
+class Ending:
+    """From the trained weights to a file that fits: lam is all that still moves."""
+
+    def __init__(self, student: nn.Module, skeleton: nn.Module, hooks: RateAware, config: Config, inputs: Tensor,
+                 c: float):
+        self.skeleton, self.hooks, self.config = skeleton, hooks, config
+        self.notes = {"c": c, "lam": hooks.lam, "entropy_bits": hooks.entropy, "steps": dict(hooks.units)}
+        self.weights = {name: layer.weight.detach() for name, layer in weight_layers(student).items()}
+        self.signs = {layer: norm_ratio(student.get_submodule(norm)).sign() for layer, norm in
+                      norms_after(student).items()}
+        self.folded, self.topology = fold_batchnorm(student)
+        made = self.store(hooks.charged(hooks.lam), {})
+        self.ranges = calibrate(apply(made, skeleton), inputs, config.activation_bits, config.range_method)
+
+    def store(self, quantizers: dict[str, Rated], ranges: dict[str, ActivationQuantizer]) -> CompressedModel:
+        weights = {}
+        for name, weight in self.weights.items():
+            codes = quantizers[name].codes(weight).cpu()
+            if name in self.signs:  # a batch norm of negative gain mirrors its channel
+                codes = codes * self.signs[name].reshape(-1, *[1] * (codes.ndim - 1))
+            scale = torch.tensor(self.hooks.units[name])
+            grid = Affine(scale, torch.zeros_like(scale, dtype=torch.int32))
+            weights[name] = CompressedTensor.of(codes.to(torch.int32), grid, width(codes))
+        made = assemble(self.folded, weights, topology=self.topology, activations=ranges, notes=self.notes)
+        made = shrink(made, self.skeleton) if self.config.contexts and ranges else made
+        return with_half_biases(made) if self.config.bias_bits == 16 else made
+
+    def at(self, lam: float) -> tuple[CompressedModel, int]:
+        made = self.store(self.hooks.charged(lam), self.ranges)
+        return made, len(to_bytes(made)[0])
+
+    def fitted(self, limit: int) -> CompressedModel:
+        """The file of 99 to 100 % of `limit` bytes whose lam is closest to the trained one; the largest that fits."""
+        lam, best, low, high = max(self.hooks.lam, 1e-3 * LAM), None, 0.0, math.inf
+        for _ in range(TRIES):
+            made, size = self.at(lam)
+            if size <= limit and (best is None or size > best[1]):
+                best = made, size
+            low, high = (max(low, lam), high) if size > limit else (low, min(high, lam))
+            if LEAST * limit <= size <= limit or (high < math.inf and low > 0 and high < low * (1 + 1e-5)):
+                break
+            lam = _between(lam * (size / (AIM * limit)) ** 2, low, high)
+        if best is None:
+            raise BudgetError(f"no file of at most {limit} bytes came out of the training, the smallest took {size}: "
+                              "allowed are more epochs or larger files")
+        return best[0]
+
+
+def _between(lam: float, low: float, high: float) -> float:
+    """`lam` inside its bracket, a tenth of which it leaves on either side."""
+    if high == math.inf:
+        return max(lam, 1.02 * low)
+    if low == 0:
+        return min(lam, 0.98 * high)
+    share = math.log(max(lam, low) / low) / math.log(high / low)
+    return low * (high / low) ** min(max(share, 0.1), 0.9)
+

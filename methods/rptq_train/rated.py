@@ -1,0 +1,157 @@
+"""Weights that are read through a quantizer with prices, and the hook that sets the prices while they train."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from ..core.fit.rates import LAM, entropy_bits, magnitude_bits, thresholds
+from ..core.graph.build import weight_layers
+from ..core.graph.fold import norm_ratio, norms_after
+from ..core.train.finetune import Hooks
+
+EVERY = 8  # steps between two looks at the codes
+POWER, MOST = 0.8, 1.1  # of the steering
+ROUNDS = 3  # prices follow codes and codes prices at each look: with fewer the steering runs behind and overshoots
+TINY = 1e-12
+TOP = (1 << 15) - 1  # largest code
+
+
+class Rated(nn.Module):
+    """Parametrization w -> sign(w) code(|w| / step) step, with a straight-through gradient.
+
+    step   [C_out, 1, ...];  edges [top] thresholds that count the code;  first [C_out, C_in, 1, ...] those of code 1,
+    where contexts price each place on its own, else empty
+    bits   [top + 1] of each magnitude; zero, other [C_out, C_in] of "is 0" and "is not", in contexts
+    """
+
+    def __init__(self, weight: Tensor, step: float, contexts: bool):
+        super().__init__()
+        top = min(max(2 * int((weight.abs() / step).max().round()), 7), TOP)
+        flat = [1] * (weight.ndim - 1)
+        self.unit = step  # of the folded weight
+        self.register_buffer("step", torch.full((len(weight), *flat), step))
+        self.register_buffer("edges", torch.arange(top) + 0.5)
+        bits, one = self.edges.new_zeros(top + 1), weight.new_zeros(1, 1)
+        for name, value in (("bits", bits), ("zero", one), ("other", one)):
+            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("first", torch.full((*weight.shape[:2], *flat[1:]), 0.5) if contexts else torch.empty(0))
+
+    def codes(self, weight: Tensor) -> Tensor:
+        """Signed codes, as float32."""
+        size = weight.detach().abs() / self.step
+        codes = torch.bucketize(size, self.edges, right=True)
+        if self.first.numel():
+            codes = torch.where(size >= self.first, codes.clamp_min(1), 0)
+        return codes * weight.detach().sign()
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (self.codes(weight) * self.step) + (weight - weight.detach())  # value of the first term, exactly
+
+    def price(self, weight: Tensor) -> float:
+        """Set what codes cost after those of `weight`; returns the bits that these take."""
+        codes = self.codes(weight)
+        counts = torch.bincount(codes.abs().long().reshape(-1), minlength=len(self.edges) + 1)
+        signs = float(counts[1:].sum())
+        if not self.first.numel():
+            self.bits = magnitude_bits(counts)
+            return entropy_bits(counts) + signs
+        counts[0] = 0
+        self.bits = magnitude_bits(counts)  # among those that are not 0
+        self.zero, self.other = zero_bits(codes != 0)
+        places = codes[0, 0].numel()
+        kept = (codes != 0).reshape(*codes.shape[:2], -1).sum(2)
+        return float((kept * self.other + (places - kept) * self.zero).sum()) + entropy_bits(counts) + signs
+
+    def charge(self, lam: float) -> None:
+        """Set the thresholds for `lam` and the prices of the codes."""
+        if not self.first.numel():
+            self.edges = thresholds(self.bits, lam)
+            return
+        self.edges = torch.cat([self.edges.new_tensor([0.5]), thresholds(self.bits[1:], lam) + 1])
+        jump = (self.other - self.zero + self.bits[1]).clamp_min(0)
+        self.first = (0.5 + lam / 2 * jump).reshape(self.first.shape)
+
+
+def zero_bits(kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits [C_out, C_in] of "is 0" and of "is not" after the use of rows and columns in `kept` [C_out, C_in, ...]."""
+    used = kept.reshape(*kept.shape[:2], -1).float().mean(2)
+    half = 0.5 / kept[0, 0].numel()
+    row, column = used.mean(1, keepdim=True), used.mean(0, keepdim=True)
+    row, column = row + half / used.shape[1], column + half / used.shape[0]
+    p = (row * column / (used.mean() + half / used.numel())).clamp(TINY, 0.5)
+    return -(1 - p).log2(), -p.log2()
+
+
+class RateAware(Hooks):
+    """Trains a model whose weights are read through `Rated`; use as a context around `train`.
+
+    units    {layer: step of the folded weight};  goal  bits of all codes at the end;  falling  steps until then
+    lam, entropy   price of a bit in units of step^2, and the bits of all codes when they were looked at last
+    Inside the context the weights are parametrized; on leaving it they are the float weights behind the codes.
+    """
+
+    def __init__(self, model: nn.Module, units: Mapping[str, float], goal: float, falling: int, contexts: bool):
+        self.model, self.units, self.goal, self.falling = model, dict(units), goal, falling
+        self.norms = norms_after(model)
+        self.quantizers = {name: Rated(layer.weight.detach(), units[name], contexts)
+                           for name, layer in weight_layers(model).items()}
+        self.lam, self.steps, self.start, self.entropy = LAM, 0, 0.0, 0.0
+
+    def __enter__(self):
+        for name, quantizer in self.quantizers.items():
+            layer = self.model.get_submodule(name)
+            quantizer.to(layer.weight.device)
+            parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+        self.refresh(steer=False)
+        self.start = max(self.entropy, self.goal)
+        return self
+
+    def __exit__(self, *error):
+        for name in self.quantizers:
+            layer = self.model.get_submodule(name)
+            behind = layer.parametrizations.weight.original.detach().clone()
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+            layer.weight = nn.Parameter(behind)
+
+    def wanted(self) -> float:
+        """Bits of all codes that the steering aims at now."""
+        share = min(self.steps / self.falling, 1.0) if self.falling else 1.0
+        return self.start ** (1 - share) * self.goal**share
+
+    @torch.no_grad()
+    def refresh(self, steer: bool = True) -> None:
+        """Steps, prices and thresholds of all layers after their weights, and lam after the bits."""
+        bits = 0.0
+        for name, quantizer in self.quantizers.items():
+            layer = self.model.get_submodule(name)
+            if name in self.norms:
+                ratio = norm_ratio(self.model.get_submodule(self.norms[name])).abs().clamp_min(TINY)
+                quantizer.step = (quantizer.unit / ratio).to(quantizer.step).reshape(quantizer.step.shape)
+            for _ in range(ROUNDS):
+                size = quantizer.price(layer.parametrizations.weight.original)
+                quantizer.charge(self.lam)
+            bits += size
+        self.entropy = bits
+        if steer:
+            self.lam *= min(max((bits / self.wanted()) ** POWER, 1 / MOST), MOST)
+
+    def after_step(self, model: nn.Module, lr: float) -> None:
+        self.steps += 1
+        if self.steps % EVERY == 0:
+            self.refresh()
+
+    def charged(self, lam: float) -> dict[str, Rated]:
+        """Copies of the quantizers on the CPU, with thresholds for `lam` and the prices that codes had last."""
+        found = {name: copy.deepcopy(quantizer).cpu() for name, quantizer in self.quantizers.items()}
+        for quantizer in found.values():
+            quantizer.charge(lam)
+        return found
+
+    def state(self) -> dict:
+        return {"lam": self.lam, "steps": self.steps, "start": self.start, "entropy": self.entropy}
+
+    def restore(self, state: dict) -> None:
+        self.lam, self.steps, self.start, self.entropy = (state[key] for key in ("lam", "steps", "start", "entropy"))

@@ -1,0 +1,189 @@
+"""The trained form: codes and prices against their definitions, the steering, the size at the end, contexts."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from methods import rptq_train
+from methods.core.budget import Budget
+from methods.core.errors import BudgetError, ConfigError
+from methods.core.file.storage import encode, to_bytes
+from methods.core.fit.rates import LAM
+from methods.core.graph.build import apply, weight_layers
+from methods.core.graph.fold import fold_batchnorm
+from methods.core.train.finetune import Recipe
+from methods.rptq_train.rated import RateAware, Rated, zero_bits
+
+SHORT = rptq_train.Config(recipe=Recipe(epochs=2, lr=0.01), sensitivity_inputs=16, calibration_inputs=48)
+
+
+class Plain(nn.Module):
+    """A perceptron of 22,112 weights: enough codes for shares to mean something."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat, self.a, self.r, self.b = nn.Flatten(), nn.Linear(192, 112), nn.ReLU(), nn.Linear(112, 4)
+        drawn = torch.distributions.Laplace(0.0, 0.03)  # trained weights have tails; those of a new layer have none
+        with torch.no_grad():
+            self.a.weight.copy_(drawn.sample(self.a.weight.shape))
+            self.a.weight[40:] *= 0.3
+
+    def forward(self, x):
+        return self.b(self.r(self.a(self.flat(x))))
+
+
+def dense_bytes(model):
+    return 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
+
+
+def compress(tiny, ratio, model=None, **config):
+    return rptq_train.compress(tiny.model() if model is None else model, tiny.task(), Budget(size_ratio=ratio),
+                               replace(SHORT, **config), torch.Generator().manual_seed(0))
+
+
+def entropy(values):
+    share = np.unique(values, return_counts=True)[1] / values.size
+    return -float((share * np.log2(share)).sum())
+
+
+def price(weight, lam, step=1.0, **kwargs):
+    quantizer = Rated(weight, step, **kwargs)
+    quantizer.price(weight)
+    quantizer.charge(lam)
+    return quantizer.codes(weight)
+
+
+def test_without_a_price_codes_are_the_nearest():
+    weight = torch.randn(50, 40) * 3
+    assert torch.equal(price(weight, 0.0, contexts=False), weight.round())
+    quantizer = Rated(weight, 0.5, contexts=False)
+    assert torch.equal(quantizer(weight), (weight / 0.5).round() * 0.5)
+
+
+def test_codes_minimise_error_and_bits():
+    weight = torch.randn(200, 50, generator=torch.Generator().manual_seed(0)) * 1.5
+    near, top = weight.abs().round().long(), 20
+    share = (torch.bincount(near.reshape(-1), minlength=top).double() + 0.05) / (near.numel() + 0.05 * top)
+    bits = -share.log2() + (torch.arange(top) > 0)
+    bits = torch.where(share > 2 / near.numel(), bits, torch.inf)  # where there are hardly any codes lengths jump
+    best = ((weight.abs()[..., None] - torch.arange(top)) ** 2 + LAM * bits).argmin(2) * weight.sign()
+    found = price(weight, LAM, contexts=False)
+    assert float((found != best).float().mean()) < 1e-3 and float((found == 0).float().mean()) > float(
+        (near == 0).float().mean())
+
+
+def test_the_gradient_goes_straight_to_every_weight():
+    weight = nn.Parameter(torch.tensor([[0.2, 1.4, -3.2]]))
+    (Rated(weight.detach(), 1.0, contexts=False)(weight) * torch.tensor([[1.0, 2.0, 3.0]])).sum().backward()
+    assert weight.grad.tolist() == [[1.0, 2.0, 3.0]]
+
+
+def test_context_prices_are_products_of_densities():
+    kept = torch.zeros(4, 8, 5, dtype=torch.bool)
+    kept[0], kept[1, :4], kept[2, 0, 0] = True, True, True
+    zero, other = zero_bits(kept)
+    assert torch.allclose(2**-zero + 2**-other, torch.ones(4, 8)) and bool((other >= zero - 1e-6).all())
+    row, column, all_ = kept[1].float().mean(), kept[:, 3].float().mean(), kept.float().mean()
+    assert float(2**-other[1, 3]) == pytest.approx(min(float(row * column / all_), 0.5), rel=0.1)
+    assert float(other[3, 7]) > 5 > 1.01 > float(other[0, 0])  # a dead row is dear
+
+
+def test_unused_units_die_in_contexts():
+    weight = torch.zeros(40, 40)
+    weight[:20, :20] = torch.randn(20, 20, generator=torch.Generator().manual_seed(0)) * 4
+    weight[30, 30] = 0.7
+    assert float(price(weight, LAM, contexts=True)[30, 30]) == 0 != float(weight[30, 30].round())
+    strong = weight.clone()
+    strong[30, 30] = 3.0
+    assert float(price(strong, LAM, contexts=True)[30, 30]) == 3
+
+
+@pytest.mark.parametrize("contexts, ratio", [(False, 0.07), (True, 0.03)])
+def test_the_steering_reaches_the_size_and_the_file_has_it(tiny, tmp_path, contexts, ratio):
+    torch.manual_seed(1)
+    model = Plain()
+    made = compress(tiny, ratio, model, contexts=contexts, c=None, recipe=Recipe(epochs=60, lr=0.01))
+    limit = ratio * dense_bytes(model)
+    assert 0.99 * limit <= len(to_bytes(made)[0]) <= limit
+    if not contexts:
+        split = encode(made, tmp_path / "a.jc")
+        assert made.notes["entropy_bits"] / 8 == pytest.approx(split.codes + split.positions, rel=0.15)
+        bits = sum(tensor.codes.numel() * entropy(tensor.codes.numpy()) for tensor in made.weights.values())
+        assert split.codes + split.positions == pytest.approx(bits / 8, rel=0.02)
+    else:
+        assert made.topology.widths["a"][0] < 112
+
+
+def test_the_size_is_met_even_where_the_training_is_too_short(tiny):
+    for ratio in (0.12, 0.2):
+        size = len(to_bytes(compress(tiny, ratio))[0])
+        assert 0.98 * ratio * dense_bytes(tiny.net()) <= size <= ratio * dense_bytes(tiny.net())
+
+
+def test_one_scale_a_layer_holds_for_the_trained_network(tiny):
+    made = compress(tiny, 0.3, recipe=Recipe(epochs=3, lr=0.05))
+    assert all(tensor.grid.scale.ndim == 0 for tensor in made.weights.values())
+    assert made.topology.folded == {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
+
+
+def test_steps_follow_the_batch_norm(tiny):
+    model = tiny.model()
+    with torch.no_grad():
+        model.bn1.weight[0] *= -1
+    units = dict.fromkeys(weight_layers(model), 0.05)
+    with RateAware(model, units, 1e4, 10, False) as hooks:
+        with torch.no_grad():
+            model.bn1.weight[2] *= 3
+        hooks.refresh()
+        folded, _ = fold_batchnorm(_plain(model))
+        codes = hooks.quantizers["conv1"].codes(model.conv1.parametrizations.weight.original)
+    sign = torch.ones(8, 1, 1, 1)
+    sign[0] = -1
+    edges = hooks.quantizers["conv1"].edges
+    size = torch.bucketize(folded.conv1.weight.detach().abs() / 0.05, edges, right=True)
+    assert float((size * folded.conv1.weight.detach().sign() != codes * sign).float().mean()) < 0.01
+
+
+def _plain(model):
+    """`model` with the float weights behind its parametrizations."""
+    state = {key.replace("parametrizations.weight.original", "weight"): value
+             for key, value in model.state_dict().items() if "parametrizations.weight.0" not in key}
+    found = type(model)()
+    found.load_state_dict(state)
+    return found
+
+
+def test_the_wanted_size_falls_and_stays():
+    layer = nn.Sequential(nn.Linear(20, 20))
+    hooks = RateAware(layer, {"0": 0.01}, 100.0, 50, False)
+    with hooks:
+        seen = []
+        for hooks.steps in (0, 25, 50, 90):
+            seen.append(hooks.wanted())
+    assert seen[0] == hooks.start > 1000 and seen[2] == seen[3] == pytest.approx(100)
+    assert seen[1] == pytest.approx(math.sqrt(seen[0] * 100))
+    assert type(layer[0].weight) is nn.Parameter
+
+
+def test_mistakes(tiny):
+    for config, message in (({"c": 0.0}, "above 0"), ({"soft": 1.5}, r"0\.\.1"), ({"bias_bits": 8}, "16, 32")):
+        with pytest.raises(ConfigError, match=message):
+            replace(SHORT, **config)
+    with pytest.raises(BudgetError, match="needs the budget field 'size_ratio'"):
+        rptq_train.compress(tiny.model(), tiny.task(), Budget(), SHORT, torch.Generator())
+    with pytest.raises(BudgetError, match="allowed are larger files"):
+        compress(tiny, 0.01)
+
+
+def test_the_teacher_is_listened_to(tiny):
+    inputs = tiny.Batches(60, 7).inputs
+    recipe = Recipe(epochs=12, lr=0.02)
+    students = [apply(compress(tiny, 0.25, soft=soft, recipe=recipe), tiny.net()) for soft in (1.0, 0.0)]
+    with torch.no_grad():
+        wanted = tiny.model().eval()(inputs).softmax(1)
+        gap = [float((student(inputs).softmax(1) - wanted).square().mean()) for student in students]
+    assert gap[0] < 0.8 * gap[1]
