@@ -177,3 +177,22 @@ def test_mistakes(tiny):
         compress(tiny, Budget(bits=4))
     with pytest.raises(CompressError, match="no Conv2d"):
         compress(tiny, model=nn.Sequential(nn.ReLU()))
+
+
+class Mixed(nn.Module):
+    """A one-dimensional convolution and an attention beside a linear layer: weights that the graph does not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv1d(24, 8, 3), nn.MultiheadAttention(6, 2, batch_first=True)
+        self.flat, self.c = nn.Flatten(), nn.Linear(48, 4)
+
+    def forward(self, x):
+        x = self.a(x.reshape(x.shape[0], 24, 8))
+        return self.c(self.flat(self.b(x, x, x, need_weights=False)[0]))
+
+
+def test_every_kind_of_weight_gets_codes(tiny):
+    made = compress(tiny, model=Mixed(), points=30.0)
+    assert set(made.weights) == {"a", "b.in_proj_weight", "b.out_proj", "c"}
+    assert all(tensor.grid.scale.ndim == 0 for tensor in made.weights.values())

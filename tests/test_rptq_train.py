@@ -15,7 +15,7 @@ from methods.core.file.storage import encode, to_bytes
 from methods.core.fit.rates import LAM
 from methods.core.graph.build import apply, weight_layers
 from methods.core.graph.fold import fold_batchnorm
-from methods.core.train.finetune import Recipe
+from methods.core.train.recipe import Distill, Recipe
 from methods.rptq_train.rated import RateAware, Rated, zero_bits
 
 SHORT = rptq_train.Config(recipe=Recipe(epochs=2, lr=0.01), sensitivity_inputs=16, calibration_inputs=48)
@@ -170,7 +170,7 @@ def test_the_wanted_size_falls_and_stays():
 
 
 def test_mistakes(tiny):
-    for config, message in (({"c": 0.0}, "above 0"), ({"soft": 1.5}, r"0\.\.1"), ({"bias_bits": 8}, "16, 32")):
+    for config, message in (({"c": 0.0}, "above 0"), ({"falling": 1.5}, r"0\.\.1"), ({"bias_bits": 8}, "16, 32")):
         with pytest.raises(ConfigError, match=message):
             replace(SHORT, **config)
     with pytest.raises(BudgetError, match="needs the budget field 'size_ratio'"):
@@ -181,8 +181,8 @@ def test_mistakes(tiny):
 
 def test_the_teacher_is_listened_to(tiny):
     inputs = tiny.Batches(60, 7).inputs
-    recipe = Recipe(epochs=12, lr=0.02)
-    students = [apply(compress(tiny, 0.25, soft=soft, recipe=recipe), tiny.net()) for soft in (1.0, 0.0)]
+    recipes = [Recipe(epochs=12, lr=0.02, distill=distill) for distill in (Distill(2.0, 0.0), None)]
+    students = [apply(compress(tiny, 0.25, recipe=recipe), tiny.net()) for recipe in recipes]
     with torch.no_grad():
         wanted = tiny.model().eval()(inputs).softmax(1)
         gap = [float((student(inputs).softmax(1) - wanted).square().mean()) for student in students]

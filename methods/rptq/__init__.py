@@ -29,6 +29,8 @@ Departures from its specification, and choices that it leaves
   * Descent may also leave a code as it was, so that no step raises the objective; bits are those of the codes at the
     start of a sweep.
   * Biases are stored in 16 bits where they are finite there (`bias_bits`).
+  * What is no Conv2d and no Linear of the graph (other convolutions, embeddings, what torch.fx cannot look into) has no
+    H and no m: its codes are the nearest.
   * A layer that the outputs do not depend on gets codes of 0. Codes have at most 16 bits, so that there is a finest c.
   * The search for a size starts where plain rounding has that entropy, and ends at 97 to 100 % of the budget. A network
     whose finest file is smaller gets that.
@@ -150,7 +152,7 @@ class Quantizer:
         """The network at `c` and the bytes of its file."""
         config, steps = self.config, self.steps(c)
 
-        def fit(name: str, weight: Tensor, moments: Moments) -> CompressedTensor:
+        def fit(name: str, weight: Tensor, moments: Moments | None) -> CompressedTensor:
             scale = torch.tensor(steps[name])
             codes = round_weight(config.rounding, weight, moments, scale, -TOP, TOP, lam=config.lam)
             return CompressedTensor.of(codes, Affine(scale, torch.zeros_like(scale, dtype=torch.int32)), width(codes))

@@ -35,10 +35,9 @@ Example
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.artifact import ActivationQuantizer, Affine, CompressedModel, CompressedTensor
@@ -51,8 +50,10 @@ from ..core.graph.build import apply, assemble, own_copy, tensors_of, weight_lay
 from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after
 from ..core.graph.graph import trace
 from ..core.graph.shrink import shrink
-from ..core.train.finetune import Recipe, train
+from ..core.train.finetune import train
+from ..core.train.recipe import Distill, Recipe
 from ..core.train.run import NullRun, Run
+from ..core.train.start import ready
 from ..core.train.task import Task
 from ..rptq import Config as Untrained
 from ..rptq import Quantizer, width, with_half_biases
@@ -64,20 +65,17 @@ LEAST, AIM, TRIES = 0.99, 0.997, 24
 
 @dataclass(frozen=True)
 class Config:
-    """recipe: of the training; c: of the steps, or none for a start at `start` times the budget.
+    """recipe: of the training, with its teacher; c: of the steps, or none for a start at `start` times the budget.
 
     falling       share of the training in which the wanted size falls from the start's to the budget's
-    temperature, soft   T, and the weight of what the teacher says; soft = 0: labels alone
     contexts      price zeros by the use of their row and column, and remove dead units
     sensitivity_inputs, calibration_inputs   for the steps, for ranges
     """
 
-    recipe: Recipe = Recipe(epochs=6, lr=0.02, weight_decay=0.0)
+    recipe: Recipe = Recipe(epochs=6, lr=0.02, weight_decay=0.0, distill=Distill(temperature=2.0, alpha=0.1))
     c: float | None = None
     start: float = 1.5
     falling: float = 0.5
-    temperature: float = 2.0
-    soft: float = 0.9
     contexts: bool = False
     activation_bits: int = 8
     range_method: str = "minmax"
@@ -88,13 +86,12 @@ class Config:
     def __post_init__(self):
         check_calibration(self.activation_bits, min(self.calibration_inputs, self.sensitivity_inputs),
                           self.range_method)
-        for name in ("c", "start", "temperature"):
+        for name in ("c", "start"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} = {value}: allowed is a number above 0")
-        for name in ("falling", "soft"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is 0..1")
+        if not 0 <= self.falling <= 1:
+            raise ConfigError(f"falling = {self.falling}: allowed is 0..1")
         if self.bias_bits not in (16, 32):
             raise ConfigError(f"bias_bits = {self.bias_bits}: allowed are 16, 32")
 
@@ -115,11 +112,13 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         raise BudgetError(f"budget size_ratio allows {limit} bytes, but the file of this network without any weight "
                           f"takes {least}: allowed are larger files")
     c = config.c if config.c is not None else starting_c(start, 8 * (config.start * limit - least))
-    student, skeleton = task.placed(own_copy(model)), model
+    task = ready(model, task, config)
+    student, skeleton = own_copy(model), model.cpu()
+    task.placed(student)
     total = config.recipe.epochs * len(task.train) if task.train is not None else 0
     hooks = RateAware(student, start.steps(c), 8 * (limit - least), round(config.falling * total), config.contexts)
     with hooks:
-        train(student, taught(task, model, config), config.recipe, generator, hooks=hooks, run=run.stage("rate"))
+        train(student, task, config.recipe, generator, hooks=hooks, run=run.stage("rate"))
         hooks.refresh(steer=False)
     inputs = task.calibration_inputs(config.calibration_inputs)
     return Ending(student.cpu(), skeleton, hooks, config, inputs.cpu(), c).fitted(limit)
@@ -134,22 +133,6 @@ def starting_c(quantizer: Quantizer, bits: float) -> float:
         found = sum(round_to_rate(w / steps[name])[1] for name, w in quantizer.weights.items())
         low, high = (middle, high) if found > bits else (low, middle)
     return math.exp((low + high) / 2)
-
-
-def taught(task: Task, teacher: nn.Module, config: Config) -> Task:
-    """`task` with a loss that listens to `teacher` (Hinton et al.): T^2 KL of the softened outputs."""
-    if config.soft == 0:
-        return task
-    teacher, hard, t = task.placed(own_copy(teacher)).eval().requires_grad_(False), task.loss, config.temperature
-
-    def loss(outputs: Tensor, targets: Tensor, inputs: Tensor) -> Tensor:
-        with torch.no_grad(), task.precision():
-            wanted = teacher(inputs).float()
-        soft = t * t * F.kl_div(F.log_softmax(outputs / t, 1), F.log_softmax(wanted / t, 1), reduction="batchmean",
-                                log_target=True)
-        return config.soft * soft + (1 - config.soft) * hard(outputs, targets, inputs)
-
-    return replace(task, loss=loss)
 
 
 class Ending:

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..core.fit.rates import LAM, entropy_bits, magnitude_bits, thresholds
-from ..core.graph.build import weight_layers
 from ..core.graph.fold import norm_ratio, norms_after
-from ..core.train.finetune import Hooks
+from ..core.graph.weights import layer_of, place_of, weight_layers
+from ..core.train.hooks import Hooks
 
 EVERY = 8  # steps between two looks at the codes
 POWER, MOST = 0.8, 1.1  # of the steering
@@ -102,19 +102,23 @@ class RateAware(Hooks):
 
     def __enter__(self):
         for name, quantizer in self.quantizers.items():
-            layer = self.model.get_submodule(name)
-            quantizer.to(layer.weight.device)
-            parametrize.register_parametrization(layer, "weight", quantizer, unsafe=True)
+            layer = layer_of(self.model, name)
+            parametrize.register_parametrization(*place_of(layer), quantizer.to(layer.weight.device))
         self.refresh(steer=False)
         self.start = max(self.entropy, self.goal)
         return self
 
     def __exit__(self, *error):
         for name in self.quantizers:
-            layer = self.model.get_submodule(name)
-            behind = layer.parametrizations.weight.original.detach().clone()
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
-            layer.weight = nn.Parameter(behind)
+            module, attribute = place_of(layer_of(self.model, name))
+            behind = self.behind(name).detach().clone()
+            parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
+            setattr(module, attribute, nn.Parameter(behind))
+
+    def behind(self, name: str) -> Tensor:
+        """The float weight of a layer, inside the context."""
+        module, attribute = place_of(layer_of(self.model, name))
+        return module.parametrizations[attribute].original
 
     def wanted(self) -> float:
         """Bits of all codes that the steering aims at now."""
@@ -126,12 +130,11 @@ class RateAware(Hooks):
         """Steps, prices and thresholds of all layers after their weights, and lam after the bits."""
         bits = 0.0
         for name, quantizer in self.quantizers.items():
-            layer = self.model.get_submodule(name)
             if name in self.norms:
                 ratio = norm_ratio(self.model.get_submodule(self.norms[name])).abs().clamp_min(TINY)
                 quantizer.step = (quantizer.unit / ratio).to(quantizer.step).reshape(quantizer.step.shape)
             for _ in range(ROUNDS):
-                size = quantizer.price(layer.parametrizations.weight.original)
+                size = quantizer.price(self.behind(name))
                 quantizer.charge(self.lam)
             bits += size
         self.entropy = bits

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..artifact import ActivationQuantizer, CompressedTensor
 from ..errors import CompressError, ConfigError
+from ..graph.weights import weight_layers
 from .descent import SWEEPS, descend
 from .gptq import gptq
 from .moments import Moments
@@ -41,15 +42,22 @@ def check_rounding(name: str) -> None:
         raise ConfigError(f"rounding = {name!r}: allowed are {', '.join(ROUNDINGS)}")
 
 
-def round_weight(rounding: str, weight: Tensor, moments: Moments, scale: Tensor, low: Tensor | int, high: Tensor | int,
-                 mask: Tensor | None = None, lam: float = 0.0) -> Tensor:
+def round_weight(rounding: str, weight: Tensor, moments: Moments | None, scale: Tensor, low: Tensor | int,
+                 high: Tensor | int, mask: Tensor | None = None, lam: float = 0.0) -> Tensor:
     """int32 codes of `weight` [C_out, ...] on the grid `scale` times integers in [low, high].
 
     scale, low, high   a number, or one for each output channel [C_out]
     mask     bool like `weight`: False where the code has to be 0
     lam      price of a bit for "descent" (see `rates`); the other roundings count the error alone
+    Without moments of the inputs every rounding is to the nearest.
     """
     check_rounding(rounding)
+    if moments is None:
+        shape = (-1, *[1] * (weight.ndim - 1))
+        scale, low, high = (torch.as_tensor(value, dtype=torch.float32).expand(len(weight)).reshape(shape)
+                            for value in (scale, low, high))
+        codes = torch.round(weight / scale).clamp(low, high)
+        return (codes if mask is None else codes * mask).to(torch.int32)
     channels = torch.ones(len(weight))
     ends = [moments.split(torch.as_tensor(value, dtype=torch.float32) * channels) for value in (scale, low, high)]
     kept = None if mask is None else moments.split(mask.float()).bool()
@@ -63,14 +71,16 @@ def round_again(model: nn.Module, weights: Mapping[str, CompressedTensor], round
     """`weights` (Affine) with the codes of another rounding on the same grids under the same masks, layer by layer.
 
     model    batch norm folded, with the float weights, those that are pruned included: what they gave to the output
-             is then taken over by others
+             is then taken over by others. Layers without codes stay as they are.
     Returns a copy of `model` with decoded weights and corrected biases, the tensors, and ranges of `bits` bits.
     """
-    lost = sorted(set(weights) - {name for name, _ in model.named_modules()})
+    lost = sorted(set(weights) - set(weight_layers(model)))
     if lost:
         raise CompressError(f"the network has no layer {lost[0]!r} to round")
 
-    def fit(name: str, weight: Tensor, moments: Moments) -> CompressedTensor:
+    def fit(name: str, weight: Tensor, moments: Moments | None) -> CompressedTensor | None:
+        if name not in weights:
+            return None
         tensor = weights[name]
         low, high = (end - tensor.grid.zero for end in code_range(tensor.grid, tensor.bits))
         integers = round_weight(rounding, weight, moments, tensor.grid.scale, low, high, tensor.mask)
