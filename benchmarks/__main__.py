@@ -86,7 +86,16 @@ def _add_reports(command) -> None:
     sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
 
 
+def _add_networks(command) -> None:
+    sub = command("networks", tools.try_networks, "torchvision's classifiers, random weights, under every method")
+    sub.add_argument("--networks", nargs="+", default=[], help="only these")
+    sub.add_argument("--methods", nargs="+", default=[], help="only these")
+    sub.add_argument("--out", type=Path, default=RESULTS / "networks.json",
+                     help="what is known already, and is not tried again")
+
+
 def _add_tools(command) -> None:
+    _add_networks(command)
     for name, function, text in (
             ("measure", tools.measure_file, "everything a row says about a file"),
             ("verify", tools.verify_file, "compare the fast integer kernels with the exact ones, code by code")):

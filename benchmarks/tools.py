@@ -12,6 +12,7 @@ from methods.core.file.storage import decode, inspect
 from methods.engine.fast import FastNetwork
 from methods.engine.verify import verify
 
+from . import foreign
 from .baselines import skeleton
 from .citations import bibtex
 from .data import open_dataset, test_batches
@@ -39,6 +40,14 @@ def verify_file(options: Namespace, console: Console) -> None:
     console.print(f"kernels: {network.backend}", soft_wrap=True)
     found = verify(network, test.epoch(None), options.inputs, options.reference)
     console.print_json(data=dataclasses.asdict(found))
+
+
+def try_networks(options: Namespace, console: Console) -> None:
+    networks = options.networks if options.networks else list(foreign.NETWORKS)
+    methods = options.methods if options.methods else list(foreign.SETTINGS)
+    said = Console(stderr=True, markup=False, emoji=False)
+    table = foreign.run_networks(options.out, networks, methods, said.print)
+    console.print(foreign.as_markdown(table), end="", soft_wrap=True, highlight=False)
 
 
 def cite(options: Namespace, console: Console) -> None:

@@ -20,7 +20,10 @@ Departures
   * Pairs are those of core/channels.py: without groups, so depthwise layers keep their ranges.
   * What is no batch norm's output is estimated: a sum adds means and variances, a layer without batch norm adds those
     of its inputs weighted with W and W^2, both as if inputs were independent; pools pass their input's moments on.
-    The network's input counts as N(0, 1) per channel, that is, as standardised.
+    The network's input counts as N(0, 1) per channel, that is, as standardised. Sigmoids, products and the like are
+    sampled; behind what is not known (attention, layer norm) inputs stay float, and biases are not corrected.
+  * The paper replaces ReLU6 by ReLU. Here the network keeps its clamps, is not equalized across them (`clamped` in the
+    notes), and takes their moments as those of a ReLU; their upper end limits the range.
   * Ranges of a channel that is 0 on either side stay as they are (s = 1), and s stays in [1e-8, 1e8].
   * Equalization stops when the mean change of max|w| between two channels is below `tolerance`, or after `rounds`.
   * At a border padded with zeros the absorbed bias is a little too large; a layer without a bias neither takes one
@@ -41,15 +44,16 @@ from torch import Tensor, nn
 
 from .core.artifact import ActivationQuantizer, CompressedModel, CompressedTensor, Topology
 from .core.budget import Budget
-from .core.errors import ConfigError, GraphError
+from .core.errors import ConfigError
 from .core.fit.batchnorm import check_mode, needed_data, renew
 from .core.fit.calibrate import quantizer_of
+from .core.fit.normals import Normal, distributions, read_normal, respond
 from .core.fit.quantize import find_scheme, quantize
 from .core.fit.size import Knob
 from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, find_pairs
 from .core.graph.fold import fold_batchnorm, fold_codes
-from .core.graph.graph import Graph, Node, trace
+from .core.graph.graph import Graph, trace
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -92,30 +96,6 @@ class Config:
             raise ConfigError(f"rounds = {self.rounds}: at least 1 is needed")
 
 
-@dataclass(frozen=True, eq=False)
-class Normal:
-    """What an activation is taken for: N(mean, std^2) per channel, cut off below 0 if `rectified`. float64 [C]."""
-
-    mean: Tensor
-    std: Tensor
-    rectified: bool = False
-
-    def moments(self) -> tuple[Tensor, Tensor]:
-        """(expectation, variance) per channel."""
-        if not self.rectified:
-            return self.mean, self.std.square()
-        z = self.mean / torch.where(self.std > 0, self.std, 1.0)
-        z = torch.where(self.std > 0, z, torch.where(self.mean > 0, torch.inf, -torch.inf))
-        density, below = (-z.square() / 2).exp() / math.sqrt(2 * math.pi), torch.special.ndtr(z)
-        first = self.std * density + self.mean * below
-        second = (self.mean.square() + self.std.square()) * below + self.mean * self.std * density
-        return first, (second - first.square()).clamp_min(0)
-
-    def range(self, sigmas: float) -> tuple[float, float]:
-        low, high = float((self.mean - sigmas * self.std).min()), float((self.mean + sigmas * self.std).max())
-        return (max(low, 0.0), max(high, 0.0)) if self.rectified else (low, high)
-
-
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: bits, a number or {layer: number}."""
@@ -124,7 +104,8 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     bits = {name: int(b) for name, b in budget.every_layer("bits", weight_layers(model), "dfq").items()}
     fit = find_scheme(config.scheme, bits.values())
     folded, topology = fold_batchnorm(model)
-    pairs = find_pairs(folded, (nn.Conv2d, nn.Linear))
+    found = find_pairs(folded, (nn.Conv2d, nn.Linear))
+    pairs = [pair for pair in found if not pair.clamps]  # what a clamp cuts off does not grow with the channel
     outputs = {layer: read_normal(model.get_submodule(norm)) for layer, norm in topology.folded.items()}
     folded.double()
     rounds = equalize(folded, pairs, outputs, config) if config.equalize else 0
@@ -142,7 +123,10 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     ranges = {} if config.activation_bits is None else activation_ranges(graph, seen, config)
     if config.batchnorm != "keep":
         folded, weights = renewed(folded, given, weights, topology, outputs, config, task, generator)
-    return assemble(folded, weights, topology=topology, activations=ranges, notes={"rounds": rounds})
+    return assemble(folded, weights, topology=topology, activations=ranges, notes={
+        "rounds": rounds, "clamped": [pair.first for pair in found if pair.clamps],
+        "unknown": [edge for node in graph for edge, source in zip(node.edges(), node.inputs, strict=False)
+                    if seen[source] is None]})
 
 
 def renewed(folded: nn.Module, given: nn.Module, weights: Mapping[str, CompressedTensor], topology: Topology,
@@ -169,14 +153,6 @@ def unfolded(model: nn.Module, topology: Topology, outputs: Mapping[str, Normal]
         norm.load_state_dict(state, strict=False)
         model.set_submodule(name, norm)
     return model.eval()
-
-
-def read_normal(norm: nn.Module) -> Normal:
-    """The output of a batch norm: N(beta, gamma^2)."""
-    zero = torch.zeros(norm.num_features, dtype=torch.float64)
-    if not norm.affine:
-        return Normal(zero, zero + 1)
-    return Normal(norm.bias.detach().cpu().double(), norm.weight.detach().cpu().double().abs())
 
 
 # --- cross-layer equalization and bias absorption (sections 4.1) ----------------------------------------------
@@ -238,63 +214,23 @@ def absorb_biases(model: nn.Module, pairs: list[Pair], outputs: dict[str, Normal
 # --- expectations, bias correction and ranges (section 4.2) -------------------------------------------------
 
 
-def distributions(graph: Graph, outputs: Mapping[str, Normal], weights: Mapping[str, Tensor]) -> dict[str, Normal]:
-    """{node: what its output is taken for}, from its batch norms, folded or not."""
-    seen: dict[str, Normal] = {}
-    for node in graph:
-        inputs = [seen[name] for name in node.inputs]
-        if node.op == "input":
-            seen[node.name] = Normal(torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
-        elif node.op in ("conv", "linear"):
-            seen[node.name] = outputs[node.name] if node.name in outputs else propagated(node, inputs[0], weights)
-        elif node.op == "add":
-            seen[node.name] = sum_of([normal.moments() for normal in inputs])
-        elif node.op == "bn":
-            seen[node.name] = read_normal(node.module)
-        else:
-            rectified = inputs[0].rectified or node.op == "relu"
-            seen[node.name] = Normal(inputs[0].mean, inputs[0].std, rectified)
-    return seen
-
-
-def sum_of(moments: list[tuple[Tensor, Tensor]]) -> Normal:
-    """A sum of independent values; one with a moment per channel counts alike in all columns after a flatten."""
-    width = max(len(mean) for mean, _ in moments)
-    mean, variance = (sum(part.repeat_interleave(width // len(part)) for part in parts)
-                      for parts in zip(*moments, strict=True))
-    return Normal(mean, variance.sqrt())
-
-
-def propagated(node: Node, inputs: Normal, weights: Mapping[str, Tensor]) -> Normal:
-    """Output of a layer without batch norm, from independent inputs."""
-    mean, variance = inputs.moments()
-    weight, bias = weights[node.name], node.module.bias
-    mean, variance = respond(node, weight, mean), respond(node, weight.square(), variance)
-    return Normal(mean if bias is None else mean + bias.detach().double(), variance.sqrt())
-
-
-def respond(node: Node, weight: Tensor, x: Tensor) -> Tensor:
-    """[C_out] output of a layer with `weight` to an input that is x[c] all over channel c."""
-    groups = getattr(node.module, "groups", 1)
-    summed = weight.reshape(*weight.shape[:2], -1).sum(2).reshape(groups, -1, weight.shape[1])
-    copies, rest = divmod(groups * weight.shape[1], len(x))  # H x W columns per channel after a flatten
-    if rest:
-        raise GraphError(f"dfq: {node.name} reads {groups * weight.shape[1]} inputs made from {len(x)} channels: a "
-                         "flatten must join channels and pixels")
-    return torch.einsum("gmc,gc->gm", summed, x.repeat_interleave(copies).reshape(groups, -1)).reshape(-1)
-
-
 @torch.no_grad()
-def correct_biases(graph: Graph, seen: Mapping[str, Normal], errors: Mapping[str, Tensor]) -> None:
+def correct_biases(graph: Graph, seen: Mapping[str, Normal | None], errors: Mapping[str, Tensor]) -> None:
     """b <- b - eps E[x] for every layer with a bias, in place."""
-    for node in graph:
+    for node in graph.layers():
         if node.name in errors and node.module.bias is not None:
-            shift = respond(node, errors[node.name], seen[node.inputs[0]].moments()[0])
+            source = seen[node.inputs[0]]
+            if source is None:
+                continue
+            shift = respond(node, errors[node.name], source.moments()[0])
             node.module.bias.copy_(node.module.bias.double() - shift)
 
 
-def activation_ranges(graph: Graph, seen: Mapping[str, Normal], config: Config) -> dict[str, ActivationQuantizer]:
-    """{edge: quantizer} of beta -+ sigmas |gamma|, but for the edges that an add takes from accumulators."""
+def activation_ranges(graph: Graph, seen: Mapping[str, Normal | None], config: Config
+                      ) -> dict[str, ActivationQuantizer]:
+    """{edge: quantizer} of beta -+ sigmas |gamma|, but for the edges that an add takes from accumulators, and those
+    of which nothing is known: they stay float."""
     skipped = graph.accumulator_edges()
     return {edge: quantizer_of(*seen[source].range(config.sigmas), config.activation_bits)
-            for node in graph for edge, source in zip(node.edges(), node.inputs, strict=False) if edge not in skipped}
+            for node in graph for edge, source in zip(node.edges(), node.inputs, strict=False)
+            if edge not in skipped and seen[source] is not None}

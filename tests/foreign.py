@@ -77,6 +77,7 @@ NETS = {
     "chunk": (halves, {"b": b()}),
     "split": (lambda m, x: (lambda p: m.b(torch.cat([p[1], p[0], p[2]], 1)))(torch.split(x, [2, 3, 3], 1)),
               {"b": b()}),
+    "split, one part": (lambda m, x: m.b(torch.cat(torch.split(x, [2, 3, 3], 1)[:2], 1)), {"b": nn.Conv2d(5, 4, 1)}),
     "slices": (lambda m, x: m.b(x[:, :, 1:-1, ::2]) + m.b2(x[:, ::2, 1:7, :4]), {"b": b(), "b2": nn.Conv2d(4, 8, 1)}),
     "shuffle": (lambda m, x: m.b(shuffled(m.c(x.relu())).relu()), {"b": b(), "c": b()}),
     "relu6": (lambda m, x: m.b(m.r(m.d(m.r2(x)))), {"b": b(), "r": nn.ReLU6(), "r2": nn.Hardtanh(-0.2, 0.3, True),

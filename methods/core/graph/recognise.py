@@ -14,6 +14,7 @@ from . import operations
 from .nodes import Node
 
 NEAREST = ("nearest", "nearest-exact")
+SPLITS = ("chunk", "split", "tensor_split", "unbind")  # they return tuples: only an item of one is a value
 PROBE = (2, 3, 4, 5)  # a shape without equal sides
 
 
@@ -125,7 +126,8 @@ def _largest(node: Node, call: Call) -> Node | None:
 
 
 def _moving(node: Node, call: Call) -> Node | None:
-    if len(node.inputs) != 1:
+    name = call.target if isinstance(call.target, str) else getattr(call.target, "__name__", "")
+    if len(node.inputs) != 1 or call.whole and name in SPLITS:
         return None
     return replace(node, run=node.module) if isinstance(call.target, nn.Module) and call.plain else node
 

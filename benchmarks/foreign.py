@@ -1,0 +1,155 @@
+"""torchvision's classifiers under every method: which combinations run, and whether their integers are exact.
+
+Random weights and small random pictures: this says what a method takes, not how good it is. A cell is "ok" where the
+method returned, `apply` rebuilt the network with finite outputs, and, for methods with activation ranges, the integer
+network gave the numbers of its int64 reference; else it is the reason in one line.
+"""
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from methods import Budget, CompressError, CompressWarning, Recipe, apply, find_method
+from methods.core.artifact import CompressedModel
+from methods.core.errors import ConfigError
+from methods.core.graph.weights import float_share
+from methods.core.train.task import Task
+from methods.engine.exact import IntegerNetwork
+from methods.engine.reference import ReferenceRun
+
+from ._torchvision import import_datasets
+
+CLASSES, BATCH = 10, 2
+PLAIN = {"aux_logits": False, "init_weights": False}
+NETWORKS: dict[str, tuple[int, dict]] = {  # side of the pictures, arguments
+    "alexnet": (64, {}), "vgg11_bn": (32, {}), "resnet18": (32, {}), "resnet50": (32, {}), "wide_resnet50_2": (32, {}),
+    "resnext50_32x4d": (32, {}), "mobilenet_v2": (32, {}), "mobilenet_v3_small": (32, {}), "mnasnet1_0": (32, {}),
+    "shufflenet_v2_x1_0": (32, {}), "squeezenet1_1": (32, {}), "densenet121": (32, {}), "googlenet": (32, PLAIN),
+    "inception_v3": (80, PLAIN), "efficientnet_b0": (32, {}), "regnet_y_400mf": (32, {}), "convnext_tiny": (32, {}),
+    "vit_b_16": (32, {"image_size": 32}), "swin_t": (32, {})}
+SHORT = {"epochs": 1, "lr": 1e-4}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The least that a method can be asked for; integers: whether what it returns is to run in integers."""
+
+    budget: dict
+    config: Callable[[Recipe], dict]
+    integers: bool = False
+
+
+SETTINGS = {
+    "deep_compression": Setting({"density": 0.05, "bits": 2}, lambda short: {
+        "rounds": 1, "retrain": short, "tune": short}),
+    "clip_q": Setting({"density": 0.1, "bits": 3}, lambda short: {"search": "uniform", "finetune": short}),
+    "admm": Setting({"density": 0.1, "bits": 3}, lambda short: {
+        "prune": short, "retrain": short, "quantize": short, "fix": short, "prune_iterations": 1, "fix_rounds": 1,
+        "quantize_iterations": 1}),
+    "annc": Setting({"data_ratio": 0.02}, lambda short: {"recipe": short, "bits_epochs": 0}),
+    "prune_then_quantize": Setting({"density": 0.5, "bits": 8}, lambda short: {
+        "retrain": short, "calibration_inputs": 2 * BATCH}, True),
+    "quantize_then_prune": Setting({"density": 0.5, "bits": 8}, lambda short: {
+        "aware": short, "calibration_inputs": 2 * BATCH}, True),
+    "sparq": Setting({"bits": 8}, lambda short: {"calibration_inputs": 2 * BATCH}, True),
+    "dfq": Setting({"bits": 8}, lambda short: {"rounds": 5}, True),
+    "bayesian_bits": Setting({}, lambda short: {
+        "recipe": Recipe(**SHORT, schedule="constant"), "init": (6.0, 6.0, -6.0, -6.0),  # 8 bits
+        "calibration_inputs": 2 * BATCH}, True),
+}
+
+
+def build(name: str) -> tuple[nn.Module, Task]:
+    """A torchvision classifier with random weights, and a task of two batches of random pictures."""
+    if name not in NETWORKS:
+        raise ConfigError(f"unknown network {name!r}; there are: {', '.join(NETWORKS)}")
+    import_datasets()
+    from torchvision import models
+    side, arguments = NETWORKS[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = getattr(models, name)(num_classes=CLASSES, **arguments)
+        data = [(torch.randn(BATCH, 3, side, side), torch.randint(0, CLASSES, (BATCH,))) for _ in range(2)]
+        with torch.no_grad():
+            model.train()(data[0][0])  # statistics of batch norm
+    return model.eval(), Task.from_loader(data, data)
+
+
+@torch.no_grad()
+def examine(compressed: CompressedModel, model: nn.Module, x: Tensor, integers: bool) -> str:
+    """"ok", and what of the network is not in codes; or what is wrong."""
+    if not bool(apply(compressed, model)(x).isfinite().all()):
+        return "outputs are not finite"
+    notes = [f"{float_share(compressed):.0%} of the weights float"] if float_share(compressed) > 0.05 else []
+    if integers:
+        network = IntegerNetwork(compressed, model)
+        layers = network.graph.layers()
+        got, want = network(x), ReferenceRun(network, x).real(network.graph.output)
+        if not torch.equal(got, torch.from_numpy(want)):
+            return "the integer network differs from its reference"
+        notes += [f"{len(network.layers)} of {len(layers)} layers in integers"]
+    return ", ".join(["ok", *notes])
+
+
+def try_one(network: str, method: str) -> dict[str, str | float]:
+    """{"result", "seconds"} of one combination."""
+    module, setting = find_method(method), SETTINGS[method]
+    model, task = build(network)
+    x, start = next(iter(task.held_out.epoch(None)))[0], time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CompressWarning)
+        try:
+            compressed = module.compress(model, None if module.DATA == "none" else task, Budget(**setting.budget),
+                                         module.Config(**setting.config(Recipe(**SHORT))),
+                                         torch.Generator().manual_seed(0))
+            result = examine(compressed, model, x, setting.integers)
+        except CompressError as error:
+            result = f"refused: {error}"
+    return {"result": " ".join(result.split()), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def run_networks(path: Path, networks: Iterable[str], methods: Iterable[str], said: Callable[[str], None]
+                 ) -> dict[str, dict[str, dict]]:
+    """{network: {method: cell}} at `path`, where every cell is written when it is known, and not tried again."""
+    unknown = [name for name in methods if name not in SETTINGS]
+    if unknown:
+        raise ConfigError(f"unknown method {unknown[0]!r}; there are: {', '.join(SETTINGS)}")
+    table = json.loads(path.read_text()) if path.exists() else {}
+    for network in networks:
+        for method in methods:
+            if method in table.get(network, {}):
+                continue
+            said(f"{network} {method}")
+            cell = try_one(network, method)
+            table.setdefault(network, {})[method] = cell
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".tmp")
+            beside.write_text(json.dumps(table, indent=1) + "\n")
+            os.replace(beside, path)
+    return table
+
+
+def as_markdown(table: Mapping[str, Mapping[str, dict]]) -> str:
+    """Networks by methods, "ok" or a number into the reasons below."""
+    methods = [name for name in SETTINGS if any(name in row for row in table.values())]
+    reasons: dict[str, int] = {}
+    lines = ["| network | " + " | ".join(methods) + " |", "| --- |" + " --- |" * len(methods)]
+    for network in [name for name in NETWORKS if name in table]:
+        cells = []
+        for method in methods:
+            result = table[network].get(method, {}).get("result", "")
+            good = not result or result.startswith("ok")
+            cells.append(result if good else f"no ({reasons.setdefault(result, len(reasons) + 1)})")
+        lines.append(f"| {network} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
+    ok = {method: sum(row.get(method, {}).get("result", "").startswith("ok") for row in table.values())
+          for method in methods}
+    return "\n".join([*lines, "", "Taken: " + ", ".join(f"{method} {count} of {len(table)}"
+                                                       for method, count in ok.items())]).rstrip() + "\n"
