@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from methods.core.artifact import CompressedModel
 from methods.core.errors import CompressError, ConfigError
-from methods.core.file.storage import decode, inspect, to_bytes
+from methods.core.file.storage import inspect, to_bytes
 from methods.core.fit.calibrate import calibrate
 from methods.core.fit.norms import reestimate_norms
 from methods.core.graph.build import apply, weight_layers
 from methods.core.train.task import Batch, Task
-from methods.engine.costs import hardware_costs
-from methods.engine.fast import FastNetwork
-from methods.engine.layers import layer_costs, layer_macs, totals
+from methods.engine.layers import totals
+from methods.engine.opened import open_file
 
 from .accounting import IndexBits, account, huffman_total, index_widths, stored_entries, tensor_bits
 from .chance import pack
@@ -45,21 +44,19 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     scores      {digest of decoded tensors: which inputs are right in float} on this very test set, looked up, added to
     held_out    batches for `held_out_top1`, in integer arithmetic;  `right`: see `chance.pack`
     """
-    compressed = decode(path)
+    opened = open_file(path, skeleton, shape, float_policy=float_policy)
+    compressed, module, integer = opened.compressed, opened.module, opened.fast
     index_bits = index_widths(compressed, index_bits)
-    module = apply(compressed, skeleton)
-    integer = FastNetwork(compressed, skeleton, float_policy)
     batches = iter(test)
     first = next(batches)
     scores, decoded = {} if scores is None else scores, digest_of_state(module)
     found = right_of([integer] if decoded in scores else [integer, module], itertools.chain([first], batches))
     right = {"float": scores.setdefault(decoded, found[-1]), "integer": found[0]}
     chosen = {} if held_out is None else {"held_out_top1": top1_of(right_of([integer], held_out)[0])}
-    hardware = hardware_costs(compressed, skeleton, shape, integer.exact, first[0][:COUNTED_INPUTS])
+    hardware = opened.hardware(first[0][:COUNTED_INPUTS])
     dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
     dense_bytes = 4 * sum(t.numel() for t in skeleton.state_dict().values() if t.is_floating_point())
-    costs = layer_costs(compressed, skeleton, shape, integer.float_nodes)
-    dense_macs = sum(layer_macs(skeleton, shape).values())
+    costs, dense_macs = opened.costs(), sum(opened.dense.macs.values())
     size = inspect(path)
     return {
         **{f"top1_{kind}": top1_of(answers) for kind, answers in right.items()}, **chosen,

@@ -3,6 +3,7 @@
     compressed = deep_compression.compress(model, task, Budget(density=0.1, bits=5), deep_compression.Config(),
                                            torch.Generator().manual_seed(0))
     encode(compressed, "net.jc"); network = apply(decode("net.jc"), skeleton)
+    opened = open_file("net.jc", skeleton, (3, 32, 32)); opened(x)  # in integers; also costs, verify, to_onnx
 
 Every method module has DATA ("train", "calibration" or "none"), a frozen `Config`, and `compress`. A `Config` with a
 property `data` says itself what its settings need (`data_of`).
@@ -53,14 +54,15 @@ from .core.train.recipe import Distill, Link
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
 from .core.train.task import Task
+from .engine.opened import Opened, open_file
 
 __all__ = [
     "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressWarning",
     "CompressedModel", "CompressedTensor", "ConfigError", "Distill", "FormatError", "GraphError", "Hooks", "Knob",
-    "Levels", "Link", "MaskHooks", "Metric", "NullRun", "Recipe", "Run", "Task", "Topology", "TrainingDiverged",
-    "Window", "apply", "apply_masks", "assemble", "calibrate", "compress_to_size", "data_of", "decode", "encode",
-    "find_method", "float_layers", "frozen_layers", "inspect", "keep_global", "keep_largest", "keep_local", "load",
-    "method_names", "own_copy", "ready", "shrink", "train", "weight_layers",
+    "Levels", "Link", "MaskHooks", "Metric", "NullRun", "Opened", "Recipe", "Run", "Task", "Topology",
+    "TrainingDiverged", "Window", "apply", "apply_masks", "assemble", "calibrate", "compress_to_size", "data_of",
+    "decode", "encode", "find_method", "float_layers", "frozen_layers", "inspect", "keep_global", "keep_largest",
+    "keep_local", "load", "method_names", "open_file", "own_copy", "ready", "shrink", "train", "weight_layers",
 ]
 
 ROOMS = ("core", "engine")

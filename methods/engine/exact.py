@@ -105,12 +105,14 @@ class IntegerNetwork:
     compressed    with an activation quantizer at every edge that an integer layer reads
     skeleton      the float network it was made from
     float_policy  names of layers to run in float although they have codes (a paper's policy)
+    built         the applied module and its graph, if somebody has them already
     """
 
-    def __init__(self, compressed: CompressedModel, skeleton: nn.Module, float_policy: tuple[str, ...] = ()):
+    def __init__(self, compressed: CompressedModel, skeleton: nn.Module, float_policy: tuple[str, ...] = (), *,
+                 built: tuple[nn.Module, Graph] | None = None):
         self.given = (compressed, skeleton, float_policy)
-        self.module = apply(compressed, skeleton)
-        self.graph: Graph = trace(self.module)
+        self.module = apply(compressed, skeleton) if built is None else built[0]
+        self.graph: Graph = trace(self.module) if built is None else built[1]
         self.ranges = compressed.activations
         unread = sorted(set(compressed.windows) - set(compressed.weights))
         if unread:

@@ -57,8 +57,9 @@ class FastNetwork:
     Layers run in float get the same inputs in the same memory format, and so give the same numbers.
     """
 
-    def __init__(self, compressed: CompressedModel, skeleton: nn.Module, float_policy: tuple[str, ...] = ()):
-        self.exact = IntegerNetwork(compressed, skeleton, float_policy)
+    def __init__(self, compressed: CompressedModel, skeleton: nn.Module, float_policy: tuple[str, ...] = (), *,
+                 built: tuple[nn.Module, Graph] | None = None):
+        self.exact = IntegerNetwork(compressed, skeleton, float_policy, built=built)
         self.graph: Graph = self.exact.graph
         self.layers, self.float_nodes = self.exact.layers, self.exact.float_nodes
         self.unsupported = onednn.unsupported()

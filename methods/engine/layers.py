@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.artifact import CompressedModel
 from ..core.graph.build import apply
-from .costs.shapes import shapes_of
+from .costs.shapes import Traced, shapes_of
 from .widths import FLOAT_BITS, operand_widths
 
 
@@ -54,14 +54,16 @@ def layer_macs(model: nn.Module, shape: tuple[int, ...]) -> dict[str, int]:
 
 
 def layer_costs(compressed: CompressedModel, skeleton: nn.Module, shape: tuple[int, ...],
-                in_float: Collection[str] = ()) -> dict[str, LayerCost]:
+                in_float: Collection[str] = (), traced: Traced | None = None) -> dict[str, LayerCost]:
     """{layer: LayerCost} of a compressed model, from what is stored (never from what was asked for).
 
     in_float  layers that a policy runs in float: they multiply 32 x 32 bits
+    traced    the compressed network, if somebody has traced it already
     """
-    model = apply(compressed, skeleton)
+    traced = Traced.of(apply(compressed, skeleton), shape) if traced is None else traced
+    model = traced.model
     costs = {}
-    for name, macs in layer_macs(model, shape).items():
+    for name, macs in traced.macs.items():
         tensor, weight = compressed.weights.get(name), model.get_submodule(name).weight
         density = tensor.density if tensor is not None else float((weight != 0).float().mean())
         stored = FLOAT_BITS if tensor is None else tensor.bits

@@ -51,11 +51,34 @@ class LayerShape:
         return self.positions * self.weights
 
 
+@dataclass(frozen=True)
+class Traced:
+    """A network with its graph, {node: shape of its output for one input, without the batch}, and its layers."""
+
+    model: nn.Module
+    graph: Graph
+    sizes: dict[str, tuple[int, ...]]
+    shapes: dict[str, LayerShape]
+
+    @classmethod
+    def of(cls, model: nn.Module, input_shape: tuple[int, ...], graph: Graph | None = None) -> "Traced":
+        """Traced now, unless its graph is given."""
+        graph, sizes = sizes_of(model, input_shape, graph)
+        return cls(model, graph, sizes, layer_shapes(graph, sizes))
+
+    @property
+    def macs(self) -> dict[str, int]:
+        """{layer: multiply-accumulates} of one input."""
+        return {name: shape.macs for name, shape in self.shapes.items()}
+
+
 @torch.no_grad()
-def sizes_of(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dict[str, tuple[int, ...]]]:
-    """The graph of `model`, and {node: shape of its output} for one input of `input_shape`, without the batch."""
+def sizes_of(model: nn.Module, input_shape: tuple[int, ...],
+             graph: Graph | None = None) -> tuple[Graph, dict[str, tuple[int, ...]]]:
+    """The graph of `model` (traced now, unless it is given), and {node: shape of its output} for one input of
+    `input_shape`, without the batch."""
     was_training = model.training
-    graph = trace(model.eval())
+    graph = trace(model.eval()) if graph is None else graph
     sizes = {next(iter(graph.nodes)): tuple(input_shape)}
     x = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
     graph.run(x, lambda node, inputs, output: sizes.update({node.name: tuple(output.shape[1:])}))

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from ...core.artifact import CompressedModel
 from ...core.errors import ConfigError
 from ...core.graph.build import apply
-from ...core.graph.graph import Graph
 from ..exact import IntegerNetwork
 from ..widths import FLOAT_BITS, operand_widths, runs_in_float
 from . import bops, energy, formats, skipping, systolic, traffic
-from .shapes import LayerShape, layer_shapes, sizes_of
+from .shapes import LayerShape, Traced
 
 Part = tuple[dict[str, dict], dict[str, object]]  # {layer: columns}, {column: total}
 
@@ -36,20 +35,10 @@ class _Layer:
     density: float
 
 
-@dataclass(frozen=True)
-class _Traced:
-    """A network with its sizes: the compressed one, or the dense skeleton."""
-
-    model: nn.Module
-    graph: Graph
-    sizes: dict[str, tuple[int, ...]]
-    shapes: dict[str, LayerShape]
-
-
 def hardware_costs(compressed: CompressedModel, skeleton: nn.Module, input_shape: tuple[int, ...],
                    integer_network: IntegerNetwork | None = None, sample: Tensor | None = None, *,
                    array: str = systolic.DEFAULT_ARRAY, batch: int = 1, sram: int = energy.DEFAULT_SRAM,
-                   lanes: int = skipping.DEFAULT_LANES) -> dict:
+                   lanes: int = skipping.DEFAULT_LANES, traced: tuple[Traced, Traced] | None = None) -> dict:
     """{"setting", "layers": {layer: {column: value}}, "total": {column: value}} for one input.
 
     input_shape      of one input [C, H, W]
@@ -58,10 +47,13 @@ def hardware_costs(compressed: CompressedModel, skeleton: nn.Module, input_shape
                      32 x 32 bits
     array            a square systolic array, like ws32;  batch  inputs over which weights are reused
     sram             bits of the on-chip memory;  lanes  filters that zero-skipping hardware does at a time
+    traced           the compressed network and the dense one, if somebody has traced them already
     """
     if (integer_network is None) != (sample is None):
         raise ConfigError("effective multiply-accumulates take both: an integer network and a sample of inputs")
-    stored, dense = (_traced(model, input_shape) for model in (apply(compressed, skeleton), skeleton))
+    if traced is None:
+        traced = Traced.of(apply(compressed, skeleton), input_shape), Traced.of(skeleton, input_shape)
+    stored, dense = traced
     in_float = () if integer_network is None else integer_network.float_nodes
     layers = {name: _layer(compressed, stored.model, shape, in_float) for name, shape in stored.shapes.items()}
     skips = {} if sample is None else skipping.count_network(integer_network, [sample], lanes)
@@ -80,11 +72,6 @@ def hardware_costs(compressed: CompressedModel, skeleton: nn.Module, input_shape
                                                           for key, value in total.items()}}
 
 
-def _traced(model: nn.Module, input_shape: tuple[int, ...]) -> _Traced:
-    graph, sizes = sizes_of(model, input_shape)
-    return _Traced(model, graph, sizes, layer_shapes(graph, sizes))
-
-
 def _layer(compressed: CompressedModel, model: nn.Module, shape: LayerShape, in_float: Collection[str]) -> _Layer:
     tensor = compressed.weights.get(shape.name)
     if tensor is None:
@@ -98,7 +85,7 @@ def _layer(compressed: CompressedModel, model: nn.Module, shape: LayerShape, in_
                   float(mask.double().mean()))
 
 
-def _stored(layers: Mapping[str, _Layer], dense: _Traced) -> Part:
+def _stored(layers: Mapping[str, _Layer], dense: Traced) -> Part:
     rows = {name: {"macs": layer.shape.macs, "format": layer.smallest, "format_bits": layer.sizes}
             for name, layer in layers.items()}
     return rows, {"macs": sum(layer.shape.macs for layer in layers.values()),
@@ -128,7 +115,7 @@ def _cycles(compressed: CompressedModel, layers: Mapping[str, _Layer], array: sy
                                                                       "array_accesses": accesses}
 
 
-def _bops(stored: _Traced, layers: Mapping[str, _Layer], dense: _Traced) -> Part:
+def _bops(stored: Traced, layers: Mapping[str, _Layer], dense: Traced) -> Part:
     operands = {name: bops.Operands(*layer.widths, bops.kept_filters(layer.mask), layer.density, layer.in_float)
                 for name, layer in layers.items()}
     pruned = bops.bayesian_bits(stored.graph, stored.shapes, operands, bops.feeders(stored.model))
@@ -141,7 +128,7 @@ def _bops(stored: _Traced, layers: Mapping[str, _Layer], dense: _Traced) -> Part
     return rows, total | {"bb_bops_percent": bops.relative(pruned, dense.shapes)}
 
 
-def _energy(compressed: CompressedModel, stored: _Traced, layers: Mapping[str, _Layer], dense: _Traced,
+def _energy(compressed: CompressedModel, stored: Traced, layers: Mapping[str, _Layer], dense: Traced,
             effective: Mapping[str, float], batch: int, sram: int) -> Part:
     """Ratios to float32 of three machines: one that skips nothing and stores dense codes; one that skips pruned
     weights and stores them in the smallest format; and, with a sample, one that skips zero activations as well."""
@@ -168,7 +155,7 @@ def _energy(compressed: CompressedModel, stored: _Traced, layers: Mapping[str, _
         "energy_shares": found["energy_ratio"]["shares"]}
 
 
-def _traffic(compressed: CompressedModel, stored: _Traced, layers: Mapping[str, _Layer], dense: _Traced,
+def _traffic(compressed: CompressedModel, stored: Traced, layers: Mapping[str, _Layer], dense: Traced,
              batch: int) -> Part:
     """Bits moved with the weights as dense codes, with each tensor in its smallest format, and in float32."""
     def moved(weights: dict[str, float]) -> dict[str, traffic.Traffic]:

@@ -1,0 +1,101 @@
+"""A compressed file, opened once: whoever runs, costs, verifies or exports it takes the same module and graph."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..core.artifact import CompressedModel
+from ..core.file.storage import decode
+from ..core.graph.build import apply
+from ..core.graph.graph import Graph, trace
+from ..core.train.task import Batch
+from .costs import hardware_costs
+from .costs.shapes import Traced
+from .exact import IntegerNetwork
+from .export import Exported, to_onnx
+from .fast import FastNetwork
+from .layers import LayerCost, layer_costs
+from .verify import Verdict, verify
+
+
+class Opened:
+    """A compressed model in its network. Everything is made when it is first asked for, and then kept.
+
+    compressed    codes, grids, ranges
+    skeleton      the float network it was made from; not modified
+    shape         of one input, without the batch: needed for costs and ONNX only
+    float_policy  layers to run in float although they have codes
+
+    >>> net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    >>> from ..core.graph.build import assemble
+    >>> Opened(assemble(net, {}), net, (4,)).dense.macs
+    {'0': 12, '2': 6}
+    """
+
+    def __init__(self, compressed: CompressedModel, skeleton: nn.Module, shape: tuple[int, ...] = (), *,
+                 float_policy: tuple[str, ...] = ()):
+        self.compressed, self.skeleton, self.shape, self.float_policy = compressed, skeleton, shape, float_policy
+
+    @cached_property
+    def module(self) -> nn.Module:
+        """The network with the decoded weights, in float."""
+        return apply(self.compressed, self.skeleton)
+
+    @cached_property
+    def graph(self) -> Graph:
+        return trace(self.module)
+
+    @cached_property
+    def fast(self) -> FastNetwork:
+        """The integer network on the int8 kernels; called like the module."""
+        return FastNetwork(self.compressed, self.skeleton, self.float_policy, built=(self.module, self.graph))
+
+    @property
+    def exact(self) -> IntegerNetwork:
+        """The integer network that defines every number."""
+        return self.fast.exact
+
+    @cached_property
+    def traced(self) -> Traced:
+        """The stored network with its shapes."""
+        return Traced.of(self.module, self.shape, self.graph)
+
+    @cached_property
+    def dense(self) -> Traced:
+        """The uncompressed network with its shapes."""
+        return Traced.of(self.skeleton, self.shape)
+
+    def costs(self) -> dict[str, LayerCost]:
+        """{layer: what it costs}, layers that a policy runs in float included."""
+        return layer_costs(self.compressed, self.skeleton, self.shape, self.exact.float_nodes, self.traced)
+
+    def hardware(self, sample: Tensor | None = None, **setting) -> dict:
+        """Every hardware model (see `costs.hardware_costs`); effective operations are counted on `sample`."""
+        network = None if sample is None else self.exact
+        return hardware_costs(self.compressed, self.skeleton, self.shape, network, sample,
+                              traced=(self.traced, self.dense), **setting)
+
+    def verify(self, batches: Iterable[Batch], inputs: int, reference_inputs: int = 0) -> Verdict:
+        """Fast kernels against exact ones, and those against int64 arithmetic, code by code."""
+        return verify(self.fast, batches, inputs, reference_inputs)
+
+    def to_onnx(self, path: str | Path, **options) -> Exported:
+        """The integer network as an ONNX file (options: see `export.to_onnx`)."""
+        return to_onnx(self.compressed, self.skeleton, path, self.shape, float_policy=self.float_policy, **options)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Real outputs of the integer network for real inputs."""
+        return self.fast(x)
+
+
+def open_file(path: str | Path, skeleton: nn.Module, shape: tuple[int, ...] = (), *,
+              float_policy: tuple[str, ...] = ()) -> Opened:
+    """The compressed file at `path`, for the network it was made from.
+
+    Raises FormatError for a damaged file; CompressError, on first use, where the two do not fit.
+    """
+    return Opened(decode(path), skeleton, shape, float_policy=float_policy)

@@ -1,0 +1,80 @@
+"""A file opened once: what it hands out is what each part makes by itself, and nothing is made twice."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.measure import measure
+from methods.core.errors import FormatError
+from methods.core.file.storage import decode, encode
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.quantize import fit_symmetric, quantize
+from methods.core.graph import graph as graphs
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.engine import exact, opened
+from methods.engine.costs import hardware_costs, shapes
+from methods.engine.exact import IntegerNetwork
+from methods.engine.layers import layer_costs
+from methods.engine.opened import open_file
+
+SHAPE = (3, 8, 8)
+
+
+@pytest.fixture
+def net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+                             nn.Flatten(), nn.Linear(8, 4)).eval()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def path(net, x, tmp_path):
+    weights = {name: quantize(layer.weight, fit_symmetric(layer.weight, 8), 8)
+               for name, layer in weight_layers(net).items()}
+    encode(assemble(net, weights, activations=calibrate(net, x)), tmp_path / "net.jc")
+    return tmp_path / "net.jc"
+
+
+def test_it_hands_out_what_each_part_makes(net, x, path):
+    one, compressed = open_file(path, net, SHAPE), decode(path)
+    assert torch.equal(one(x), IntegerNetwork(compressed, net)(x))
+    assert torch.equal(one.module(x), apply(compressed, net)(x))
+    assert one.costs() == layer_costs(compressed, net, SHAPE)
+    assert one.hardware(x) == hardware_costs(compressed, net, SHAPE, IntegerNetwork(compressed, net), x)
+    assert one.hardware(array="ws16") == hardware_costs(compressed, net, SHAPE, array="ws16")
+    assert one.verify([(x, None)], 16, 4).wrong == 0
+    assert one.exact is one.fast.exact and one.exact.module is one.module and one.exact.graph is one.graph
+
+
+def test_a_layer_in_float_costs_as_such(net, x, path):
+    assert open_file(path, net, SHAPE, float_policy=("0",)).costs()["0"].operand_bits == 32
+    assert open_file(path, net, SHAPE).costs()["0"].operand_bits == 8
+
+
+def test_one_measurement_traces_each_network_once(net, x, path, monkeypatch):
+    """The stored network and the dense one, whatever is computed of them; the weights are put in once."""
+    traced, applied, trace = [], [], graphs.trace
+    for module in (graphs, exact, opened, shapes):
+        monkeypatch.setattr(module, "trace", lambda model: traced.append(model) or trace(model))
+    for module in (exact, opened):
+        monkeypatch.setattr(module, "apply", lambda *given, _f=apply: applied.append(given) or _f(*given))
+    row = measure(path, net, [(x, torch.zeros(16, dtype=torch.int64))], SHAPE)
+    assert len(traced) == 2 and traced.count(net) == 1 and len(applied) == 1
+    assert row["dense_macs"] == row["cost"]["macs"] == 8 * 27 * 64 + 32
+
+
+def test_onnx_in_two_words(net, path, tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    assert open_file(path, net, SHAPE).to_onnx(tmp_path / "net.onnx").layers == {"0": "int8", "5": "int8"}
+
+
+def test_a_damaged_file_is_refused(net, path):
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(FormatError):
+        open_file(path, net)
