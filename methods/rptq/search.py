@@ -12,7 +12,7 @@ from ..core.errors import BudgetError, CompressError
 from ..core.fit.rates import round_to_rate
 from ..core.train.run import Run
 
-LEAST, AIM = 0.97, 0.985  # share of the bytes that is used
+LEAST, AIM = 0.97, 0.99  # share of the bytes that is used
 PASSES = 16
 START = 0.05  # c where nothing is known
 CLOSE, NEAR, RISE = 1.15, 0.8, 1.5  # of the search for an agreement: ends of a bracket, share of the points, power

@@ -41,7 +41,7 @@ class Rated(nn.Module):
 
     def codes(self, weight: Tensor) -> Tensor:
         """Signed codes, as float32."""
-        size = weight.detach().abs() / self.step
+        size = (weight.detach().abs() / self.step).contiguous()  # channels_last is no order for bucketize
         codes = torch.bucketize(size, self.edges, right=True)
         if self.first.numel():
             codes = torch.where(size >= self.first, codes.clamp_min(1), 0)
