@@ -53,7 +53,7 @@ from .core.train.task import Task
 
 DATA = "none"
 SIZE_KNOB = Knob("channel_density", 0.02, 1.0)
-RIDGES = (0.03, 0.1, 0.3)
+RIDGES = (0.1, 0.3, 1.0)
 LEAST_GAIN = 1e-3  # |gamma| of a channel that takes over its share of the shortcut's error
 LAST: dict[bytes, Tensor] = {}  # images of the last network: the rows of a table share them
 CHUNK = 25  # images whose windows are unfolded at a time

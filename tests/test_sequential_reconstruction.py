@@ -11,6 +11,7 @@ from benchmarks import networks
 from methods import sequential_reconstruction as method
 from methods.core.budget import Budget
 from methods.core.errors import BudgetError, CompressError, ConfigError
+from methods.core.fit.batchnorm import statistics_on
 from methods.core.fit.odd_levels import quantize_odd
 from methods.core.graph.build import apply, weight_layers
 from methods.core.graph.graph import trace
@@ -69,6 +70,21 @@ def test_later_layers_make_good_what_the_first_did(tiny):
     walk = Walk(model, student, {}, {}, SMALL, 1e-6, images)
     assert walk.over(30) < 1e-6
     assert torch.allclose(walk.student[3].running_var, model[3].running_var, rtol=1e-3)
+
+
+def test_running_statistics_say_what_the_batch_s_did(tiny):
+    """Where the given network remembers the statistics of these very images, so does the student of its own."""
+    model, images = tiny.model(), torch.randn(40, 3, 8, 8, generator=seeded())
+    for name, (mean, variance) in statistics_on(model, images).items():
+        model.get_submodule(name).running_mean.copy_(mean)
+        model.get_submodule(name).running_var.copy_(variance)
+    walk = Walk(model, copy.deepcopy(model), {}, dict.fromkeys(weight_layers(model), 2), SMALL, 0.1, images)
+    walk.over(40)
+    theirs, ours = walk.values["fc"]
+    with torch.no_grad():
+        assert torch.allclose(model(images), theirs, atol=1e-4)
+        assert torch.allclose(walk.student(images), ours, atol=1e-3)
+        assert not torch.allclose(ours, theirs, atol=1e-1)
 
 
 def test_a_residual_block_takes_over_the_error_of_its_shortcut():
