@@ -10,8 +10,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from methods.core.artifact import Affine, Codebook, CompressedModel, CompressedTensor
-from methods.core.file.blocks import INDEX_BITS
 from methods.core.file.coding import filler_count, gap_encode, huffman_lengths
+from methods.core.file.layouts import INDEX_BITS
 from methods.core.graph.weights import float_layers
 
 FLOAT = 32

@@ -9,7 +9,7 @@ from typing import Any
 from methods import find_method
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
-from methods.core.file.blocks import INDEX_BITS
+from methods.core.file.layouts import INDEX_BITS
 
 from .networks import find
 from .rows import ROOT, slug, stem

@@ -44,6 +44,7 @@ from .core.errors import (
 from .core.file.storage import decode, encode, inspect, load
 from .core.fit.calibrate import calibrate
 from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_largest, keep_local
+from .core.fit.sixteen_bit import sixteen_bit
 from .core.fit.size import Knob, compress_to_size
 from .core.graph.build import apply, assemble, frozen_layers, own_copy, weight_layers
 from .core.graph.shrink import shrink
@@ -62,7 +63,8 @@ __all__ = [
     "Levels", "Link", "MaskHooks", "Metric", "NullRun", "Opened", "Recipe", "Run", "Task", "Topology",
     "TrainingDiverged", "Window", "apply", "apply_masks", "assemble", "calibrate", "compress_to_size", "data_of",
     "decode", "encode", "find_method", "float_layers", "frozen_layers", "inspect", "keep_global", "keep_largest",
-    "keep_local", "load", "method_names", "open_file", "own_copy", "ready", "shrink", "train", "weight_layers",
+    "keep_local", "load", "method_names", "open_file", "own_copy", "ready", "shrink", "sixteen_bit",
+    "train", "weight_layers",
 ]
 
 ROOMS = ("core", "engine")

@@ -1,16 +1,6 @@
-"""One compressed tensor as bytes: grid, layout, streams.
-
-    grid    kind and flags[1], then  scale, zero points | scale, number of levels, levels | number of values, values;
-            scale and values in 16 bits, as a flag says, where that gives the same bits back
-    layout  code[1], then  dense: values | mask: bits, values of the kept | gap: entries, skipped zeros, their values
-            | classed: the mask by classes of rows and columns (classes.py), values of the kept
-
-A value is what a code means, with one integer for "pruned": code - zero on an affine grid; on any other grid the
-code itself, where the index of the zero, or -1 if there is none, means pruned.
-"""
+"""Compressed tensors to and from the blocks of layouts.py: choosing the smallest layout, and rebuilding grids."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,29 +8,33 @@ import torch
 from ..artifact import Affine, Codebook, CompressedTensor, Grid, Levels
 from ..errors import FormatError
 from . import coding
-from .classes import pack_classes, read_classes
-from .rest import bits_of, narrowest, tensor_of
-from .streams import Reader, decode_stream, encode_stream, varint
+from .classes import pack_classes
+from .layouts import (
+    AFFINE,
+    AUTO,
+    BRAIN,
+    CLASSED,
+    CODEBOOK,
+    CODERS,
+    COLUMNS,
+    DENSE,
+    HALF,
+    HAS_ZEROS,
+    LEVELS,
+    MASK,
+    PER_CHANNEL,
+    ROWS,
+    TABLE_BITS,
+    UNSIGNED,
+    Layer,
+    StoredGrid,
+    layer_of,
+    read_block,
+)
+from .rest import bits_of, narrowest
+from .streams import Reader, encode_stream, varint
 
-INDEX_BITS = range(1, 17)  # widths of a relative position
-AUTO = range(2, 9)  # those worth trying
-CODERS = {"paper": ("packed", "huffman"), "best": ("packed", "huffman", "range")}
-DENSE, MASK, ROWS, COLUMNS = range(4)  # layouts; the gap layouts ROWS and COLUMNS add their index bits << 2
-CLASSED = MASK | 1 << 2
-AFFINE, LEVELS, CODEBOOK = range(3)  # kinds of grid, to which these flags are added:
-PER_CHANNEL, HAS_ZEROS, UNSIGNED, HALF, BRAIN = 4, 8, 16, 32, 64
 STORED = {torch.float32: 0, torch.float16: HALF, torch.bfloat16: BRAIN}  # how scale and values are stored: a flag
-TABLE_BITS = 6  # of a code table per symbol, roughly
-MAX_GRID = 1 << 20  # levels of a grid
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Bytes of one tensor."""
-
-    codes: int
-    positions: int
-    codebook: int
 
 
 def pack_tensor(tensor: CompressedTensor, mode: str, widths: list[int]) -> tuple[bytes, Layer]:
@@ -48,7 +42,7 @@ def pack_tensor(tensor: CompressedTensor, mode: str, widths: list[int]) -> tuple
     grid = _pack_grid(tensor.grid, mode)
     where, what = min(_candidates(values, pruned, tensor.codes.shape[0], mode, widths),
                       key=lambda option: len(option[0]) + len(option[1]))
-    return grid + where + what, _layer(where[0], len(grid), len(where), len(what), values != pruned)
+    return grid + where + what, layer_of(where[0], len(grid), len(where), len(what), values != pruned)
 
 
 def _candidates(values: np.ndarray, pruned: int, channels: int, mode: str, widths: list[int]
@@ -98,72 +92,9 @@ def _gaps(order: np.ndarray, pruned: int, layout: int, width: int, coders: tuple
     return where, encode_stream(entries, coders)
 
 
-def _layer(layout: int, grid: int, where: int, what: int, mask: np.ndarray) -> Layer:
-    inside = min(round(len(mask) * coding.entropy(mask.astype(np.int8)) / 8), what) if layout == DENSE else 0
-    return Layer(what - inside, where + inside, grid)
-
-
-def read_tensor(reader: Reader, shape: list[int], bits: int) -> tuple[CompressedTensor, Layer, str]:
-    start, n = reader.at, int(np.prod(shape, dtype=np.int64))
-    grid = _read_grid(reader, shape[0])
-    grid_end, layout = reader.at, reader.take(1)[0]
-    if layout == CLASSED:
-        values, where_end, coder = _read_classed(reader, shape[0], n, _pruned_value(grid))
-    else:
-        read = (_read_dense, _read_mask, _read_gaps, _read_gaps)[layout & 3]
-        values, where_end, coder = read(reader, n, _pruned_value(grid), layout >> 2)
-    if layout & 3 == COLUMNS:
-        values, coder = values.reshape(-1, max(shape[0], 1)).T.reshape(-1), f"{coder}, by column"
-    tensor = _tensor(values, grid, shape, bits)
-    sizes = grid_end - start, where_end - grid_end, reader.at - where_end
-    return tensor, _layer(layout, *sizes, tensor.mask.numpy().reshape(-1)), coder
-
-
-def _read_dense(reader: Reader, n: int, pruned: int, width: int) -> tuple[np.ndarray, int, str]:
-    """(values int64 [n], where the positions end, name of the coder); so do the next two."""
-    if width != 0:
-        raise FormatError("a tensor has an unknown layout")
-    end = reader.at
-    values, coder = decode_stream(reader, n)
-    return values, end, f"dense: {coder}"
-
-
-def _read_mask(reader: Reader, n: int, pruned: int, width: int) -> tuple[np.ndarray, int, str]:
-    bits, first = decode_stream(reader, n)
-    if width != 0 or not ((bits == 0) | (bits == 1)).all():
-        raise FormatError("a mask holds something else than bits")
-    mask, end = bits.astype(bool), reader.at
-    kept, second = decode_stream(reader, int(mask.sum()))
-    values = np.full(n, pruned, np.int64)
-    values[mask] = kept
-    return values, end, f"mask: {first} + {second}"
-
-
-def _read_classed(reader: Reader, height: int, n: int, pruned: int) -> tuple[np.ndarray, int, str]:
-    if n == 0:
-        raise FormatError("a tensor without weights has classes of rows")
-    mask = read_classes(reader, height, n // height).reshape(-1)
-    end = reader.at
-    kept, coder = decode_stream(reader, int(mask.sum()))
-    values = np.full(n, pruned, np.int64)
-    values[mask] = kept
-    return values, end, f"classes + {coder}"
-
-
-def _read_gaps(reader: Reader, n: int, pruned: int, width: int) -> tuple[np.ndarray, int, str]:
-    entries = reader.varint()
-    if width not in INDEX_BITS or entries > n:
-        raise FormatError("a tensor has an unknown layout or too many entries")
-    symbols, first = decode_stream(reader, entries)
-    if not ((symbols >= 0) & (symbols < 1 << width)).all():
-        raise FormatError("a relative position is out of range")
-    positions, end = coding.gap_decode(symbols), reader.at
-    if entries and positions[-1] >= n:
-        raise FormatError("a position lies outside its tensor")
-    stored, second = decode_stream(reader, entries)
-    values = np.full(n, pruned, np.int64)
-    values[positions] = stored
-    return values, end, f"gap {width}: {first} + {second}"
+def read_tensor(reader: Reader, shape: list[int], bits: int) -> CompressedTensor:
+    block = read_block(reader, shape)
+    return _tensor(block.values, _grid(block.grid), shape, bits)
 
 
 # --- values and grids --------------------------------------------------------------------------------------
@@ -173,6 +104,13 @@ def _pruned_value(grid: Grid) -> int:
     if isinstance(grid, Affine):
         return 0
     return int(grid.zero_codes(torch.zeros(1, dtype=torch.int32))) if grid.has_zero() else -1
+
+
+def _grid(stored: StoredGrid) -> Grid:
+    numbers, integers = torch.from_numpy(stored.numbers), torch.from_numpy(stored.integers.astype(np.int32))
+    if stored.kind == CODEBOOK:
+        return Codebook(numbers)
+    return Levels(numbers, integers) if stored.kind == LEVELS else Affine(numbers, integers, stored.signed)
 
 
 def values_of(tensor: CompressedTensor) -> tuple[np.ndarray, int]:
@@ -217,36 +155,5 @@ def _pack_grid(grid: Grid, mode: str) -> bytes:
     return bytes([AFFINE | flags | (0 if grid.signed else UNSIGNED)]) + numbers + zeros
 
 
-def _read_grid(reader: Reader, channels: int) -> Grid:
-    head = reader.take(1)[0]
-    kind, flags, width = head & 3, head & ~(3 | HALF | BRAIN), head & (HALF | BRAIN)
-    found = [dtype for dtype, flag in STORED.items() if flag == width]
-    allowed = {CODEBOOK: 0, LEVELS: PER_CHANNEL, AFFINE: PER_CHANNEL | HAS_ZEROS | UNSIGNED}
-    if not found or kind not in allowed or flags & ~allowed[kind]:
-        raise FormatError(f"unknown kind of grid {head}")
-    if kind == CODEBOOK:
-        return Codebook(_read_floats(reader, (reader.varint(),), found[0]))
-    scale = _read_floats(reader, (channels,) if flags & PER_CHANNEL else (), found[0])
-    if kind == LEVELS:
-        return Levels(scale, _read_int32(reader, reader.varint()))
-    zero = _read_int32(reader, scale.numel()) if flags & HAS_ZEROS else torch.zeros(scale.numel(), dtype=torch.int32)
-    return Affine(scale, zero.reshape(scale.shape), not flags & UNSIGNED)
-
-
 def _floats(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     return bits_of(tensor.detach().cpu().reshape(-1).to(dtype)).tobytes()
-
-
-def _read_floats(reader: Reader, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    count = int(np.prod(shape, dtype=np.int64))
-    data = np.frombuffer(reader.take(dtype.itemsize * count), f"<i{dtype.itemsize}")
-    return tensor_of(data, dtype).to(torch.float32).reshape(shape)
-
-
-def _read_int32(reader: Reader, count: int) -> torch.Tensor:
-    if count > MAX_GRID:  # a constant stream takes no bytes per number
-        raise FormatError("a grid has too many values")
-    numbers = decode_stream(reader, count)[0]
-    if not (numbers == numbers.astype(np.int32)).all():
-        raise FormatError("a grid holds a number beyond 32 bits")
-    return torch.from_numpy(numbers.astype(np.int32))

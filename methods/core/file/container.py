@@ -18,12 +18,16 @@ import stat
 import zlib
 from hashlib import blake2b
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..artifact import DTYPES, MAX_BITS, ActivationQuantizer, CompressedModel, Topology, Window
 from ..errors import CompressError, FormatError
+from ..quantizers import DTYPE_BYTES, MAX_BITS, ActivationQuantizer, Topology, Window
 from .streams import Reader, varint
+
+if TYPE_CHECKING:
+    from ..artifact import CompressedModel
 
 MAGIC = b"\x8aJCM"
 VERSION = 2
@@ -109,12 +113,12 @@ def _is_torn(text: str) -> bool:
 # --- header ------------------------------------------------------------------------------------------------
 
 
-def pack_header(compressed: CompressedModel) -> dict:
+def pack_header(compressed: "CompressedModel") -> dict:
     """The header as JSON values."""
     dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in compressed.rest.items()}
-    unknown = [name for name, dtype in dtypes.items() if dtype not in DTYPES]
+    unknown = [name for name, dtype in dtypes.items() if dtype not in DTYPE_BYTES]
     if unknown:
-        raise CompressError(f"{unknown[0]} is {dtypes[unknown[0]]}: a file holds {', '.join(DTYPES)}")
+        raise CompressError(f"{unknown[0]} is {dtypes[unknown[0]]}: a file holds {', '.join(DTYPE_BYTES)}")
     parts = {
         "w": [[layer, list(t.codes.shape), t.bits] for layer, t in compressed.weights.items()],
         "r": [[name, list(tensor.shape)] for name, tensor in compressed.rest.items()],
@@ -145,7 +149,7 @@ def check_header(header: object, limit: int) -> dict:
         raise FormatError("the header holds an impossible width of a layer")
     if not all(len(shape) > 1 and 1 <= bits <= MAX_BITS for _, shape, bits in header["w"]):
         raise FormatError("the header holds an impossible shape or bit width")
-    if not set(header["t"]) <= {name for name, _ in header["r"]} or not set(header["t"].values()) <= set(DTYPES):
+    if not set(header["t"]) <= {name for name, _ in header["r"]} or not set(header["t"].values()) <= set(DTYPE_BYTES):
         raise FormatError("the header holds an unknown dtype")
     return header
 
@@ -157,7 +161,7 @@ def topology(header: dict) -> Topology:
 # --- activations -------------------------------------------------------------------------------------------
 
 
-def pack_activations(compressed: CompressedModel, header: dict) -> bytes:
+def pack_activations(compressed: "CompressedModel", header: dict) -> bytes:
     """Quantizers and windows; names that the header holds already are repeated for free."""
     quantizers = compressed.activations
     if not quantizers:

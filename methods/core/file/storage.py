@@ -12,43 +12,17 @@ The payload is one block per tensor (blocks.py), then activation quantizers (con
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 
-import numpy as np
 from torch import nn
 
-from ..artifact import CompressedModel, CompressedTensor
-from ..errors import CompressError, ConfigError, FormatError
+from ..artifact import CompressedModel
+from ..errors import ConfigError
 from ..graph.build import apply
-from ..graph.weights import float_layers, float_share
-from . import blocks, coding, container
+from . import blocks, container, layouts
+from .describe import Sizes, damage_named, inspect, sizes_of
 from .rest import pack_rest, read_rest
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a file by what they are for; they add up to the file.
-
-    codes        codes of the stored entries, with their Huffman or frequency table
-    positions    where the entries are, with their table. Of a dense stream, which holds both, this is the
-                 information of the mask, n H(density) bits; the remainder counts as codes
-    codebooks    parameters of the grids: scales, zero points, levels, shared values
-    rest         tensors that stay float
-    activations  activation quantizers and windows
-    header       magic, version, names, shapes, bit widths, topology, checksum
-    """
-
-    codes: int = 0
-    positions: int = 0
-    codebooks: int = 0
-    rest: int = 0
-    activations: int = 0
-    header: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
-
+__all__ = ["Sizes", "decode", "encode", "from_bytes", "inspect", "load", "to_bytes"]
 
 # --- the API -----------------------------------------------------------------------------------------------
 
@@ -83,28 +57,11 @@ def load(path: str | os.PathLike, skeleton: nn.Module) -> nn.Module:
     return apply(decode(path, max_elements=room), skeleton)
 
 
-def inspect(path: str | os.PathLike) -> dict:
-    """What a file holds and what its bytes are for, as JSON values.
-
-    `float_layers` {name: bytes} are weights without codes, `float_share` is their part of the float32 network.
-    Per layer bytes, `mask_entropy` in bits per weight and `code_entropy` in bits per kept weight (zero order).
-    """
-    data = container.read_file(path)
-    mode, model, sizes, found = _open(data, str(path))
-    return {
-        "version": container.VERSION, "mode": mode, "bytes": len(data), "split": asdict(sizes),
-        "layers": [_describe(name, model.weights[name], *about) for name, about in found.items()],
-        "rest": {name: list(tensor.shape) for name, tensor in model.rest.items()},
-        "float_layers": float_layers(model), "float_share": float_share(model),
-        "activations": len(model.activations), "windows": len(model.windows), "ranges_by": model.ranges_by,
-    }
-
-
 def to_bytes(compressed: CompressedModel, *, mode: str = "best",
              index_bits: int | str | Mapping[str, int] = 5) -> tuple[bytes, Sizes]:
     """(a whole file, its bytes by purpose). Arguments as in `encode`."""
-    if mode not in blocks.CODERS:
-        raise ConfigError(f"mode = {mode!r}: allowed is {', '.join(map(repr, blocks.CODERS))}")
+    if mode not in layouts.CODERS:
+        raise ConfigError(f"mode = {mode!r}: allowed is {', '.join(map(repr, layouts.CODERS))}")
     widths, packed, layers = _index_widths(index_bits, list(compressed.weights)), [], []
     for name, tensor in compressed.weights.items():
         block, layer = blocks.pack_tensor(tensor, mode, widths[name])
@@ -115,65 +72,34 @@ def to_bytes(compressed: CompressedModel, *, mode: str = "best",
     rest = pack_rest(compressed.rest, mode)
     data = container.frame(mode, header, b"".join([*packed, activations, rest]))
     container.check_header(header, container.max_elements(len(data)))
-    sizes = _sizes(layers, len(rest), len(activations), len(container.frame(mode, header, b"")))
+    sizes = sizes_of(layers, len(rest), len(activations), len(container.frame(mode, header, b"")))
     assert sizes.total == len(data)
     return data, sizes
 
 
 def from_bytes(data: bytes, name: str = "the data", *, max_elements: int | None = None) -> CompressedModel:
     """The model in the bytes of a file; `name` is for the FormatError, `max_elements` as in `decode`."""
-    return _open(data, name, max_elements)[1]
+    with damage_named(name):
+        return _parse(data, max_elements)
 
 
-def _open(data: bytes, name: str, limit: int | None = None
-          ) -> tuple[str, CompressedModel, Sizes, dict[str, tuple[blocks.Layer, str]]]:
-    try:
-        return _parse(data, limit)
-    except CompressError as error:  # names in the file may hold line ends
-        raise FormatError(f"{name}: {' '.join(str(error).split())}") from None
-    except (ArithmeticError, LookupError, MemoryError, RuntimeError, ValueError) as error:
-        raise FormatError(f"{name}: the content cannot be read ({type(error).__name__})") from error
-
-
-def _parse(data: bytes, limit: int | None) -> tuple[str, CompressedModel, Sizes, dict[str, tuple[blocks.Layer, str]]]:
-    """(mode, model, bytes by purpose, {layer: its bytes and coder})."""
-    mode, found, reader = container.unframe(data)
+def _parse(data: bytes, limit: int | None) -> CompressedModel:
+    _, found, reader = container.unframe(data)
     header = container.check_header(found, container.max_elements(len(data), limit))
-    weights, layers, frame = {}, {}, len(data) - reader.left()
-    for name, shape, bits in header["w"]:
-        weights[name], *layers[name] = blocks.read_tensor(reader, shape, bits)
-    start = reader.left()
+    weights = {name: blocks.read_tensor(reader, shape, bits) for name, shape, bits in header["w"]}
     activations, windows = container.read_activations(reader, found)
-    middle = reader.left()
-    rest = read_rest(reader, header)
-    model = CompressedModel(weights, rest, activations, windows, container.topology(header),
-                            "harness" if header["h"] else "method")
-    return mode, model, _sizes([layer for layer, _ in layers.values()], middle, start - middle, frame), layers
-
-
-def _sizes(layers: list[blocks.Layer], rest: int, activations: int, header: int) -> Sizes:
-    codes, positions, codebooks = (sum(getattr(layer, part) for layer in layers)
-                                   for part in ("codes", "positions", "codebook"))
-    return Sizes(codes, positions, codebooks, rest, activations, header)
+    return CompressedModel(weights, read_rest(reader, header), activations, windows, container.topology(header),
+                           "harness" if header["h"] else "method")
 
 
 def _index_widths(index_bits: int | str | Mapping[str, int], layers: list[str]) -> dict[str, list[int]]:
     """{layer: widths to try}."""
     if index_bits == "auto":
-        return dict.fromkeys(layers, list(blocks.AUTO))
+        return dict.fromkeys(layers, list(layouts.AUTO))
     given = index_bits if isinstance(index_bits, Mapping) else dict.fromkeys(layers, index_bits)
     if set(given) != set(layers):
         raise ConfigError(f"index_bits must name the layers {', '.join(layers)}, not {', '.join(map(str, given))}")
-    wrong = [bits for bits in given.values() if type(bits) is not int or bits not in blocks.INDEX_BITS]
+    wrong = [bits for bits in given.values() if type(bits) is not int or bits not in layouts.INDEX_BITS]
     if wrong:
         raise ConfigError(f"index_bits = {wrong[0]!r}: allowed is 'auto' or a whole number in 1..16")
     return {layer: [bits] for layer, bits in given.items()}
-
-
-def _describe(name: str, tensor: CompressedTensor, layer: blocks.Layer, coder: str) -> dict:
-    values, pruned = blocks.values_of(tensor)
-    mask = values != pruned
-    return {"name": name, "shape": list(tensor.codes.shape), "bits": tensor.bits,
-            "grid": type(tensor.grid).__name__.lower(), "kept": tensor.kept, "density": tensor.density,
-            "coder": coder, "bytes": asdict(layer),
-            "mask_entropy": coding.entropy(mask.astype(np.int8)), "code_entropy": coding.entropy(values[mask])}
