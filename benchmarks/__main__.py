@@ -9,7 +9,7 @@ from rich.console import Console
 
 from methods.core.errors import CompressError
 
-from . import commands, elsewhere, sweep, tools
+from . import commands, elsewhere, listing, sweep, tools
 from .rows import RESULTS
 
 EPILOG = "Data: --data-dir, else $JOINTCOMPRESS_DATA, else the user's cache folder. Progress goes to stderr."
@@ -68,8 +68,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", help="of the row and file (default: method, budget and settings)")
     sub.add_argument("--rows-name", default="own", help="table of the row: a folder under results/rows (default: own)")
     _add_reports(command)
+    listing.add_commands(command)
+    sub = command("completion", _completion, "a completion script for a shell, to be evaluated there")
+    sub.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     _add_tools(command)
     return top
+
+
+def _completion(options: argparse.Namespace, console: Console) -> None:
+    print(listing.completion(parser(), options.shell))
 
 
 def _add_reports(command) -> None:

@@ -35,6 +35,13 @@ def link(entry: str) -> str | None:
     return f"https://arxiv.org/abs/{fields['eprint']}" if "eprint" in fields else None
 
 
+def authors(entry: str) -> str:
+    """Authors and year of an entry, and where it is found: Tung and Mori 2018, doi.org/..."""
+    who, _, rest = short(entry).partition(":")
+    where = link(entry)
+    return f"{who} {rest[-4:]}" + (f", {where.removeprefix('https://')}" if where is not None else "")
+
+
 def short(entry: str) -> str:
     """An entry in one line: authors, title, year, without braces."""
     fields = {key: value.replace("{", "").replace("}", "") for key, value in FIELD.findall(entry)}
