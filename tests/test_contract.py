@@ -170,8 +170,12 @@ def test_a_foreign_budget_field_is_refused(case):
 
 def test_layers_left_alone_stay_float_or_the_method_says_it_cannot(case, tiny):
     """A frozen first layer and the classifier, in one budget; untrained, they are the given ones to the bit."""
-    model = tiny.model()
-    model.conv1.weight.requires_grad_(False)
+    def frozen():
+        model = tiny.model()
+        model.conv1.weight.requires_grad_(False)
+        return model
+
+    model = frozen()
     if case.budget.density is None and case.budget.bits is None:
         with pytest.raises(BudgetError, match="no layers to leave alone"):
             case.budget.leaving(["fc"])
@@ -179,7 +183,7 @@ def test_layers_left_alone_stay_float_or_the_method_says_it_cannot(case, tiny):
     budget = case.budget.leaving([*frozen_layers(model), "fc"])
     untrained = with_recipes(case.config, epochs=0)
     try:
-        results = [case.compress(model=tiny.model(), budget=budget, config=c) for c in (untrained, case.config)]
+        results = [case.compress(model=frozen(), budget=budget, config=c) for c in (untrained, case.config)]
     except BudgetError as error:
         assert "it cannot leave" in str(error) and "\n" not in str(error)
         return
@@ -190,8 +194,8 @@ def test_layers_left_alone_stay_float_or_the_method_says_it_cannot(case, tiny):
         for network in (apply(out, tiny.net()), IntegerNetwork(ranged, tiny.net())):
             with torch.no_grad():
                 assert network(tiny.Batches(24, 9).inputs).isfinite().all()
-    for name in ("conv1", "fc"):
-        assert torch.equal(results[0].rest[f"{name}.weight"], model.get_submodule(name).weight), name
+    for out, name in ((results[0], "conv1"), (results[0], "fc"), (results[1], "conv1")):  # frozen: not trained either
+        assert torch.equal(out.rest[f"{name}.weight"], model.get_submodule(name).weight), name
 
 
 def with_recipes(config, **changes):
