@@ -28,7 +28,10 @@ Departures   The paper was not at hand: what it says is known from its abstract,
     or c- are clipped with it; exact zeros count as clipped.
   * Bits: 2 or more, because a single interval leaves one sign without a level. Empty intervals store nothing.
   * eps: the paper takes images of the training set; here held-out ones, on which every method of this project chooses.
-    No fine-tuning inside eps, no sharing of theta within blocks; first and last layer alike.
+    No sharing of theta within blocks; first and last layer alike.
+  * probe: whether the paper fine-tunes inside eps is not known. Without (probe = 0) every theta looks far worse than it
+    is after fine-tuning, small layers most, which then stay dense; with it, eps is what a theta costs once the other
+    weights have answered. lambda is then an exchange rate of errors that last.
   * s_i: a relative position of `index_bits` and a b-bit code per entry, fillers included, and 2^b values; no Huffman
     code. The paper stores a sparse code; the width of its positions is not known.
   * Not known: lambda, bounds (p in 0..0.98 by 0.01, b in 2..8), start (Sobol), kernel (Matern-5/2, on values cut at
@@ -68,7 +71,7 @@ SIZE_KNOB = Knob("density", 1e-3, 1.0)
 P_GRID = tuple(i / 100 for i in range(99))  # searched shares of clipped weights
 BITS_GRID = tuple(range(2, 9))  # searched code widths
 SPLITS = ("A", "B")
-SEARCHING = ("lam", "evaluations", "initial", "held_out_inputs", "index_bits")  # settings of a search
+SEARCHING = ("lam", "evaluations", "initial", "probe", "held_out_inputs", "index_bits")  # settings of a search
 
 
 class Theta(NamedTuple):
@@ -85,6 +88,7 @@ class Config:
     lam              weight of the share of the network's bits that is saved, against the top-1 error in [0, 1], or
                      against what else the task is judged by (another metric, else the held-out loss) in its own unit
     evaluations      per layer, the first `initial` of them spread out
+    probe            minibatches of fine-tuning within each evaluation, at the rate of `finetune`; 0: none
     held_out_inputs  how many, from the first, the search measures the error on
     index_bits       width of a relative position in the bits that the search counts
     split            "A" or "B": how the two signs share the intervals, see above
@@ -94,6 +98,7 @@ class Config:
     lam: float = 0.5
     evaluations: int = 30
     initial: int = 5
+    probe: int = 40
     held_out_inputs: int = 2000
     index_bits: int = 5
     split: str = "A"
@@ -103,8 +108,8 @@ class Config:
         for name, allowed in (("search", (*SEARCHES, "uniform")), ("split", SPLITS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
-        limits = {"lam": (0, 1e9), "evaluations": (1, 1000), "initial": (1, 1000), "held_out_inputs": (1, 10**9),
-                  "index_bits": (1, 16)}
+        limits = {"lam": (0, 1e9), "evaluations": (1, 1000), "initial": (1, 1000), "probe": (0, 10**6),
+                  "held_out_inputs": (1, 10**9), "index_bits": (1, 16)}
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed is {low}..{high}")
@@ -247,18 +252,22 @@ def search_theta(model: nn.Module, task: Task, spaces: Mapping[str, list[Theta]]
     """({layer: theta}, {layer: its evaluations in order}), layer by layer; `model` ends up compressed."""
     task.placed(model)
     task = replace(task, held_out=First(task.held_out, examples=config.held_out_inputs))
+    if config.probe:
+        task = replace(task, train=First(task.train, n=config.probe))
     theta, trace, saved = {}, {}, run.load()
     if saved is not None:
         trace = saved["trace"]
         generator.set_state(saved["generator"])
     for name in spaces:
+        attach(model, {name: spaces[name][0]}, config.split)
         if name not in trace:
             search_layer(model, task, name, spaces, config, generator, run, trace)
             run.save({"trace": trace, "generator": generator.get_state()})
         best = min(trace[name], key=lambda seen: seen["objective"])
         theta[name] = Theta(best["p"], best["bits"])
-        layer = layer_of(model, name)
-        set_weight(layer, layer.weight.detach().clone(), theta[name], config.split)
+        probe(model, task, name, theta[name], config)
+    for name in theta:
+        parametrize.remove_parametrizations(*place_of(layer_of(model, name)), leave_parametrized=True)
     return theta, trace
 
 
@@ -266,33 +275,36 @@ def search_layer(model: nn.Module, task: Task, name: str, spaces: Mapping[str, l
                  generator: torch.Generator, run: Run, trace: dict[str, list[dict]]) -> None:
     """Put the evaluations of min eps(theta) - lambda c_i(theta) into trace[name]; `model` is left as it was."""
     layer, space = layer_of(model, name), spaces[name]
-    shadow = layer.weight.detach().clone()
+    start = copy.deepcopy(model.state_dict())
     total = sum(32 * layer_of(model, each).weight.numel() for each in spaces)  # sum_j m_j
     steps = sum(min(config.evaluations, len(each)) for each in spaces.values())
     trace[name] = []
 
     def evaluate(index: int) -> float:
-        set_weight(layer, shadow, space[index], config.split)
-        error = task.error(model)  # eps(theta)
+        probe(model, task, name, space[index], config)
+        with parametrize.cached():
+            error = task.error(model)  # eps(theta)
         stored = stored_bits(layer.weight, space[index].bits, config.index_bits)  # s_i(theta)
-        saved = (32 * shadow.numel() - stored) / total  # c_i(theta)
+        saved = (32 * layer.weight.numel() - stored) / total  # c_i(theta)
         objective = error - config.lam * saved
         trace[name].append({**space[index]._asdict(), "error": error, "saved": saved, "objective": objective})
         run.report(sum(map(len, trace.values())), steps, error=error, saved=saved)
+        model.load_state_dict(start)
         return objective
 
     points = np.array([(theta.p, theta.bits / 8) for theta in space])
     seed = int(torch.randint(2**31, (), generator=generator))
     minimize(points, evaluate, config.evaluations, config.initial, seed, config.search)
-    with torch.no_grad():
-        layer.weight.copy_(shadow)
 
 
-@torch.no_grad()
-def set_weight(layer: nn.Module, shadow: Tensor, theta: Theta, split: str) -> None:
-    """layer.weight <- W^ of `shadow`."""
-    codes, levels = partition(shadow, theta, split)
-    layer.weight.copy_(levels[codes])
+def probe(model: nn.Module, task: Task, name: str, theta: Theta, config: Config) -> None:
+    """Let layer `name` compute with theta, and fine-tune `model` in place for `config.probe` minibatches, always the
+    same ones: what a theta costs shows only once the other weights have answered to it."""
+    module, tensor = place_of(layer_of(model, name))
+    module.parametrizations[tensor][0].theta = theta
+    if config.probe:
+        recipe = replace(config.finetune, epochs=1, schedule="constant", warmup=0.0, ema=0.0)
+        train(model, task, recipe, torch.Generator().manual_seed(0))
 
 
 def stored_bits(weight: Tensor, bits: int, index_bits: int) -> int:

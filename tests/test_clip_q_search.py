@@ -21,7 +21,7 @@ from methods.core.train.run import NullRun
 
 LAYERS = ("conv1", "conv2", "conv3", "fc")
 SHORT = Recipe(epochs=1, lr=0.02)
-SEARCHED = Config(lam=0.3, evaluations=6, initial=4, held_out_inputs=30, finetune=Recipe(epochs=0, lr=0.1))
+SEARCHED = Config(lam=0.3, evaluations=6, initial=4, probe=0, held_out_inputs=30, finetune=Recipe(epochs=0, lr=0.1))
 GRID = np.array([(p, b / 8) for p in clip_q.P_GRID for b in clip_q.BITS_GRID])
 
 
@@ -64,6 +64,27 @@ def test_bayes_finds_the_minimum_of_a_quadratic():
                 cell = np.abs(GRID[best] - GRID[values.argmin()])
                 assert cell[0] <= 0.01 + 1e-9 and cell[1] <= 1 / 8
     assert np.mean(regrets["bayes"]) < np.mean(regrets["random"])
+
+
+def test_the_next_point_has_the_greatest_expected_improvement_on_values_cut_at_their_median():
+    """By the formula, on a process through the cut values; neither the least mean nor uncut values lead there."""
+    values, seed = np.sin(7 * GRID[:, 0]) + 3 * (GRID[:, 1] - 0.6) ** 2 + 40.0 * (GRID[:, 0] > 0.8), 5
+    seen = bayes.bayesian(GRID, lambda i: float(values[i]), 9, 8, seed)
+    first, chosen = [i for i, _ in seen[:8]], seen[8][0]
+
+    def predicted(y):
+        mean, std = bayes.fit_process(GRID[first], y, seed).predict(GRID, return_std=True)
+        z = (y.min() - mean) / std
+        gain = (y.min() - mean) * stats.norm.cdf(z) + std * stats.norm.pdf(z)
+        gain[first], mean[first] = -np.inf, np.inf
+        return gain, mean
+
+    y = values[first]
+    assert y.max() > 30  # one of the first points is very bad
+    gain, mean = predicted(np.minimum(y, np.median(y)))
+    assert gain[chosen] == pytest.approx(gain.max(), rel=1e-6)
+    assert gain[int(mean.argmin())] < 0.9 * gain.max()
+    assert gain[int(predicted(y)[0].argmax())] < 0.9 * gain.max()
 
 
 def test_few_points_are_all_evaluated():
@@ -134,7 +155,7 @@ def test_a_larger_lambda_never_gives_a_larger_layer(tiny):
     spaces = {"fc": [Theta(p, b) for p in (0.0, 0.3, 0.6, 0.9) for b in (2, 4, 8)]}
     sizes = []
     for lam in (0.0, 0.5, 2.0, 8.0, 100.0):
-        config = Config(search="random", lam=lam, evaluations=100)
+        config = Config(search="random", lam=lam, evaluations=100, probe=0)
         model = tiny.model()
         theta, trace = clip_q.search_theta(model, tiny.task(), spaces, config, seeded(), NullRun())
         assert len(trace["fc"]) == 12 and len(model.fc.weight.unique()) <= 2 ** theta["fc"].bits
@@ -143,7 +164,7 @@ def test_a_larger_lambda_never_gives_a_larger_layer(tiny):
 
 
 def test_a_search_is_reproducible_and_resumes_to_the_same_bytes(tiny):
-    config = Config(lam=0.3, evaluations=5, initial=3, finetune=SHORT)
+    config = Config(lam=0.3, evaluations=5, initial=3, probe=2, finetune=SHORT)
     wanted, counted = compress(tiny.model(), tiny.task(), Budget(), config, seeded()), tiny.Run()
     models = [tiny.model() for _ in range(7)]
     torch.manual_seed(7)
@@ -158,6 +179,28 @@ def test_a_search_is_reproducible_and_resumes_to_the_same_bytes(tiny):
         again = compress(models.pop(), tiny.task(), Budget(), config, seeded(), run=tiny.Run(states))
         assert to_bytes(again)[0] == to_bytes(wanted)[0] and tiny.same(dict(again.notes), dict(wanted.notes))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_evaluation_sees_the_network_after_a_few_minibatches(tiny, monkeypatch):
+    """From the same weights each time; the chosen theta's minibatches are kept for the layers after it."""
+    started, recipes, errors = [], [], iter(np.linspace(0.9, 0.1, 100))
+    fine_tune = clip_q.train
+
+    def watched(model, task, recipe, generator, **more):
+        started.append({name: value.clone() for name, value in model.state_dict().items()})
+        recipes.append((len(task.train), recipe.epochs, recipe.schedule, recipe.lr))
+        return fine_tune(model, task, recipe, generator, **more)
+
+    monkeypatch.setattr(clip_q, "train", watched)
+    monkeypatch.setattr(clip_q.Task, "error", lambda self, model: next(errors))
+    config = dataclasses.replace(SEARCHED, evaluations=3, initial=3, probe=2, finetune=Recipe(0, 0.05, schedule="step"))
+    compress(tiny.model(), tiny.task(), Budget(), config, seeded())
+    assert recipes == [(2, 1, "constant", 0.05)] * 16 + [(len(tiny.task().train), 0, "step", 0.05)]
+    for layer in range(4):  # three evaluations and the minibatches of the chosen theta
+        four = started[4 * layer:4 * layer + 4]
+        assert all(tiny.same(four[0], other) for other in four[1:])
+    assert not torch.equal(started[4]["fc.weight"], started[0]["fc.weight"])
+    assert not torch.equal(started[8]["fc.weight"], started[4]["fc.weight"])
 
 
 def test_what_the_budget_fixes_is_not_searched(tiny):

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.measure import measure, reestimate_batchnorm
+from benchmarks.measure import measure, reestimate_batchnorm, with_ranges
+from methods import neuron_merging
+from methods.core.budget import Budget
 from methods.core.errors import ConfigError
 from methods.core.file.storage import encode
 from methods.core.fit.calibrate import calibrate
@@ -84,6 +86,40 @@ def test_index_widths_of_layers_that_store_no_codes(tiny, stored, tmp_path):
     test = list(tiny.task().held_out.epoch(None))
     row = measure(tmp_path / "b.jc", model, test, SHAPE, index_bits=dict.fromkeys(weight_layers(model), 4))
     assert row["layers"]["conv2"]["index_bits"] == 4 and "index_bits" not in row["layers"]["fc"]
+
+
+def test_ratios_are_against_the_network_that_was_compressed(tiny, tmp_path):
+    """Not against what is left of it: a file without half of the channels."""
+    model = tiny.model()
+    budget, config = Budget(channel_density=0.5), neuron_merging.Config()
+    small = neuron_merging.compress(model, None, budget, config, torch.Generator())
+    small = with_ranges(small, model, tiny.task())
+    left = sum(layer.weight.numel() for layer in weight_layers(apply(small, model)).values())
+    encode(small, tmp_path / "small.jc")
+    row = measure(tmp_path / "small.jc", model, tiny.task().held_out.epoch(None), SHAPE)
+    whole = sum(layer.weight.numel() for layer in weight_layers(model).values())
+    assert row["dense_weights"] == whole > left and row["float32_bytes"] == 4 * FLOATS
+    assert row["size_ratio"] == row["bytes"] / (4 * FLOATS)
+    counted = row["accounting"]
+    assert counted["ratios"]["data_only"] == pytest.approx(32 * whole / counted["bits"]["data_only"])
+    assert row["dense_macs"] > row["cost"]["macs"]
+
+
+def test_ranges_are_those_of_training_images(tiny, stored):
+    """The held-out images choose between methods: the harness's ranges may not be taken from them."""
+
+    class Forbidden:
+        def __len__(self):
+            raise AssertionError("held-out images were looked at")
+
+        def epoch(self, generator):
+            raise AssertionError("held-out images were looked at")
+
+    model, compressed, _ = stored
+    task = dataclasses.replace(tiny.task(), held_out=Forbidden())
+    found = with_ranges(dataclasses.replace(compressed, activations={}), model, task)
+    wanted = calibrate(apply(compressed, model), tiny.task().calibration_inputs(1024))
+    assert found.activations == wanted and found.ranges_by == "harness"
 
 
 def test_batch_norm_takes_the_statistics_of_what_it_reads():
