@@ -1,6 +1,5 @@
 """A job is one row: a method with a budget and a configuration, on a task and network; where jobs are written down."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +10,9 @@ from methods.core.budget import Budget
 from methods.core.errors import ConfigError
 from methods.core.file.layouts import INDEX_BITS
 
+from .metrics import OF_A_LAYER, OF_A_ROW, unknown_metric
 from .networks import find
-from .rows import ROOT, slug, stem
+from .rows import LARGEST, ROOT, shortened, slug, stem
 from .settings import build, read_toml
 
 CONFIGS = ROOT / "paper_configs"
@@ -94,14 +94,26 @@ def _jobs(path: Path, content: Mapping[str, Any], key: str) -> tuple[Job, ...]:
 
 
 def check_printed(paper: Mapping[str, Any], where: str) -> None:
-    """ConfigError unless `paper` holds numbers, in tables of any depth."""
-    for key, value in paper.items():
-        if key == "layers" and not (isinstance(value, Mapping) and all(isinstance(v, Mapping) for v in value.values())):
-            raise ConfigError(f"{where}: layers = {value!r}: needed is {{layer: {{metric: number}}}}")
+    """ConfigError unless `paper` holds known metrics, each a number or [number, deviation], in tables of any depth."""
+    layers = paper.get("layers", {})
+    if not (isinstance(layers, Mapping) and all(isinstance(value, Mapping) for value in layers.values())):
+        raise ConfigError(f"{where}: layers = {shortened(layers)}: needed is {{layer: {{metric: number}}}}")
+    _check_numbers({key: value for key, value in paper.items() if key != "layers"}, where, "", OF_A_ROW)
+    for layer, numbers in layers.items():
+        _check_numbers(numbers, f"{where}, layer {layer}", "", OF_A_LAYER)
+
+
+def _check_numbers(table: Mapping[str, Any], where: str, path: str, known: tuple[str, ...]) -> None:
+    for key, value in table.items():
         if isinstance(value, Mapping):
-            check_printed(value, f"{where}, {key}")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ConfigError(f"{where}, {key} = {value!r}: a number is needed")
+            _check_numbers(value, where, f"{path}{key}.", known)
+            continue
+        numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+        if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < LARGEST for n in numbers):
+            raise ConfigError(f"{where}, {path}{key} = {shortened(value)}: a number is needed, or [number, deviation]")
+        fault = unknown_metric(f"{path}{key}", known)
+        if fault is not None:
+            raise ConfigError(f"{where}: {fault}")
 
 
 def all_tables() -> list[Table]:

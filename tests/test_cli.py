@@ -184,50 +184,6 @@ def test_a_file_of_another_network(run, made):
     assert code == 1 and len(err.splitlines()) == 1 and "belongs to another network" in err
 
 
-# --- a full disk -------------------------------------------------------------------------------------------
-
-
-def full(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize("part", ["model", "row"])
-def test_a_full_disk_loses_nothing(run, place, made, monkeypatch, part):
-    file, folder = made
-    (path,) = folder.iterdir()
-    before, writes = path.read_bytes(), []
-
-    def late(*given, whole=container.os.fsync):
-        writes.append(1)
-        return full() if part == "model" or len(writes) > 1 else whole(*given)
-
-    monkeypatch.setattr(container.os, "fsync", late)
-    code, _, err = run(QUICK + " --budget density=0.25 bits=8 --name second")
-    monkeypatch.undo()
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert code == 1 and len(errors) == 1 and "No space left on device" in errors[0] and "Traceback" not in err
-    assert list(folder.iterdir()) == [path] and path.read_bytes() == before
-    assert file.exists() and not list(place.rglob("*.tmp"))
-
-
-def test_a_report_is_replaced_whole_or_not_at_all(run, place, made, monkeypatch):
-    assert run("report own")[0] == 0
-    before = {path: path.read_bytes() for path in (place / "results" / "reports").iterdir()}
-    assert run(QUICK + " --budget density=0.25 bits=8 --name second")[0] == 0
-    monkeypatch.setattr(container.os, "fsync", full)
-    code, _, err = run("report own")
-    assert code == 1 and err.startswith("error: cannot write ") and len(err.splitlines()) == 1
-    assert {path: path.read_bytes() for path in (place / "results" / "reports").iterdir()} == before
-
-
-def test_decoding_onto_a_full_disk(run, place, made, monkeypatch):
-    monkeypatch.setattr(container.os, "fsync", full)
-    code, _, err = run("decode {file} {here}/out.safetensors".replace("{file}", "{here}/" + str(
-        made[0].relative_to(place))))
-    assert code == 1 and "out.safetensors: No space left on device" in err and len(err.splitlines()) == 1
-    assert not (place / "out.safetensors").exists()
-
-
 # --- what it is for ----------------------------------------------------------------------------------------
 
 
@@ -271,60 +227,11 @@ def test_training_does_not_replace_a_baseline_unasked(run, place):
     assert code == 1 and "digits_resnet18w2.safetensors is there already" in err and "--out" in err
 
 
-@pytest.mark.parametrize("cut", ["before it", "in the middle", "after it"])
-def test_a_training_cut_at_its_one_write_can_be_continued(run, place, monkeypatch, cut):
-    """There is no checkpoint without scores; and to continue what is finished is success."""
-    words = "train --task digits --network resnet18w2 --epochs 1 --results {here}/results"
-    path = place / "results" / "baselines" / "digits_resnet18w2.safetensors"
-
-    def breaking(out, data, whole=container.write_file):
-        if cut == "after it":
-            whole(out, data)
-        elif cut == "in the middle":
-            out.with_name(".x.tmp").write_bytes(data[:100])
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("benchmarks.checkpoints.write_file", breaking)
-    assert run(words)[0] == 130 and path.exists() == (cut == "after it")
-    monkeypatch.undo()
-    monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = run(words + " --resume")
-    assert code == 0 and "held-out" in out and baselines.read_provenance(path).keys() >= {"held_out_top1", "test_top1"}
-    before = path.read_bytes()
-    assert run(words + " --resume")[0] == 0 and path.read_bytes() == before
-    code, _, err = run(words + " --resume --seed 1")
-    assert code == 1 and "is there already, from another training" in err
-
-
-def test_a_torn_row_stops_nothing(run, place, made):
-    _, folder = made
-    (path,) = folder.iterdir()
-    path.write_bytes(path.read_bytes()[:500])
-    assert run(QUICK + " --budget density=0.25 bits=8 --name second")[0] == 0
-    code, out, err = run("report own")
-    assert code == 0 and "second" in out and f"set aside: {path} is not a row" in err
-    assert run(QUICK + " --budget density=0.5 bits=8 --resume")[0] == 0 and len(rows_of(place, "own")) == 2
-
-
-@pytest.mark.parametrize("name", ["rows", "models", "reports", "runs"])
-def test_a_file_in_place_of_a_folder_is_refused_before_the_work(run, place, name):
-    (place / "results").mkdir()
-    (place / "results" / name).write_text("")
-    code, out, err = run(QUICK + " --budget density=0.5 bits=8")
-    assert code == 1 and len(err.splitlines()) == 1 and f"{name} is there and is no folder" in err
-
-
-def test_a_folder_in_place_of_a_checkpoint_is_refused_before_the_work(run, place):
-    (place / "x.safetensors").mkdir()
-    code, _, err = run("train --task digits --network resnet18w2 --out {here}/x.safetensors")
-    assert code == 1 and "x.safetensors: written are only .safetensors files" in err
-
-
 def test_a_report_keeps_the_rows_of_earlier_commands(run, place):
     for seed in (0, 1):
         assert run(f"compare --task digits --seed {seed}" + START)[0] == 0
     text = (place / "results" / "reports" / "compare_digits.md").read_text(encoding="utf-8")
-    assert "| 4 bits, resnet18w2, seed 0 |" in text and "| 4 bits, resnet18w2, seed 1 |" in text
+    assert text.count("| 4 bits |") == 1 and " ± " in text  # two seeds, one line
 
 
 def test_compare_from_training_to_report(run, place):

@@ -13,7 +13,9 @@ from benchmarks.chance import unpack
 from benchmarks.data import open_dataset
 from benchmarks.execute import Place, Start, module_lines, run_job
 from benchmarks.jobs import CONFIGS, Job, all_tables, file_name, prepare, read_table
+from benchmarks.metrics import OF_A_LAYER, OF_A_ROW
 from benchmarks.networks import build
+from benchmarks.report import against_paper
 from benchmarks.rows import read_rows, slug
 from benchmarks.settings import build as build_settings
 from methods import find_method, method_names
@@ -66,6 +68,10 @@ def test_a_table(written):
     (HEAD + ROW.replace('"a"', '"!"'), "must differ in letters or digits, but there is '!'"),
     (HEAD + ROW + "[row.paper]\ntop1 = nan", "table.toml: paper of 'a', top1 = nan: a number is needed"),
     (HEAD + ROW + "[row.paper]\ntop1 = '57.2'", "table.toml: paper of 'a', top1 = '57.2': a number is needed"),
+    (HEAD + ROW + "[row.paper]\ntop1_flaot = 57.2", "there is no metric 'top1_flaot'; near: top1_float"),
+    (HEAD + ROW + "[row.paper]\ncost.densty = 0.1", "there is no metric 'cost.densty'; near: cost.density"),
+    (HEAD + ROW + "[row.paper]\nlayers.conv1.dens = 0.1", "layer conv1: there is no metric 'dens'; near: density"),
+    (HEAD + ROW + "[row.paper]\nbytes = [1, 2, 3]", r"bytes = \[1, 2, 3\]: a number is needed, or \[number, dev"),
     (HEAD + ROW + "[row.paper]\nlayers = { conv1 = 3 }", "paper of 'a': layers"),
     (HEAD + "= 3", "is not valid TOML"),
 ])
@@ -253,6 +259,13 @@ def test_a_row_describes_its_file(run, tmp_path):
     assert rows_in(tmp_path) == [row] and row["file_digest"] == execute.digest_of(path)
     assert row["config"]["scope"] == "local" and row["budget"]["bits"] == 8
     assert not list((tmp_path / "runs").rglob("*.pt"))
+
+
+def test_every_metric_that_a_paper_may_print_is_in_a_row(run):
+    row, _ = run(job())
+    lacking = [metric for metric in OF_A_ROW if against_paper.lookup(row, metric) is None]
+    assert lacking == ["top1_float_bn_reestimated"]  # a row has it where it is asked for
+    assert set(OF_A_LAYER) == set(row["layers"]["conv1"])
 
 
 def test_the_same_weights_are_scored_once(run, monkeypatch):

@@ -1,8 +1,16 @@
 """Verdicts on printed numbers: accuracies know chance, counts know the digits that were printed."""
 
-import pytest
+import statistics
 
+import pytest
+import torch
+
+from benchmarks.chance import mean_and_deviation, pack, paired, standard_error, unpack
+from benchmarks.report import against_paper, table
+from benchmarks.report.seeds import over_seeds
 from benchmarks.report.verdicts import judged, overall, verdicts
+
+from .made_rows import row as made
 
 
 def row(**values):
@@ -44,3 +52,67 @@ def test_a_row_is_as_good_as_its_worst_number():
     assert [one.verdict for one in verdicts(good)] == ["reached", "reached"] and overall(good) == "reached"
     assert overall({**good, "bytes": 200}) == "not reached"
     assert overall(row()) is None
+
+
+# --- chance ------------------------------------------------------------------------------------------------
+
+
+def test_standard_error_of_single_answers():
+    right = torch.rand(400, generator=torch.Generator().manual_seed(0)) < 0.9
+    values = [100.0 * bool(one) for one in right]
+    assert standard_error(statistics.fmean(values), 400) == pytest.approx(statistics.pstdev(values) / 20)
+    assert standard_error(100.0, 50) == standard_error(0.0, 50) == 0
+
+
+def test_paired_intervals():
+    """Half a pair is added to each of the four cells; then the mean and the deviation of the differences."""
+    before = torch.arange(100) < 90
+    after = (torch.arange(100) >= 5) & (torch.arange(100) < 92)
+    found = paired(before, after)
+    assert (found.lost, found.gained, found.change) == (5, 2, pytest.approx(-3))
+    weighted = [(-1, 5.5), (1, 2.5), (0, 94)]
+    mean = sum(value * weight for value, weight in weighted) / 102
+    deviation = (sum(weight * (value - mean) ** 2 for value, weight in weighted) / 102) ** 0.5
+    assert found.low == pytest.approx(100 * (mean - 1.959964 * deviation / 102**0.5))
+    assert found.high == pytest.approx(100 * (mean + 1.959964 * deviation / 102**0.5))
+    assert found.verdict == "cannot tell" and paired(before, ~before).verdict == "worse"
+    assert paired(~before, before).verdict == "better" and paired(before, before).verdict == "cannot tell"
+
+
+@pytest.mark.parametrize("n", [1, 8, 13, 10_000])
+def test_answers_are_packed_whole(n):
+    right = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.9
+    text = pack(right)
+    assert torch.equal(unpack(text, n), right) and text.isascii() and len(text) < n + 40
+
+
+def test_means_of_seeds():
+    assert mean_and_deviation([1.0, 2.5, 7.0]) == pytest.approx((3.5, statistics.stdev([1.0, 2.5, 7.0])))
+    assert mean_and_deviation([4.0]) == (4.0, 0.0)
+
+
+@pytest.mark.parametrize("deviation, ours, text", [
+    (0.03, 99.24, "cannot tell"), (0.03, 99.19, "cannot tell"), (0.001, 99.29, "cannot tell"),
+    (0.03, 98.9, "not reached")])
+def test_printed_deviations_count(deviation, ours, text):
+    one = row(paper={"top1_integer": [99.3, deviation], "hardware": {"bb_bops_percent": [0.36, 0.01]}},
+              top1_integer=ours, hardware={"bb_bops_percent": 0.378})
+    assert [found.verdict for found in verdicts(one)] == [text, "cannot tell"]
+    assert verdicts({**one, "hardware": {"bb_bops_percent": 0.39}})[1].verdict == "not reached"
+    assert verdicts({**one, "hardware": {"bb_bops_percent": 0.22}})[1].verdict == "reached"
+
+
+def test_seeds_of_a_row_are_one_line():
+    """Mean and sample deviation on one baseline; another baseline is another row."""
+    rows = [made("a", top1=top1, size=size, seed=seed, n_test=10_000) for seed, (top1, size) in enumerate(
+        [(90, 1000), (91, 1001), (92, 1005)])]
+    other = made("a", top1=10, seed=3, checkpoint={"digest": "e", "source": "s"})
+    found, left = over_seeds([*rows, other])
+    assert found["top1_integer"] == 91 and found["bytes"] == 1002 and found["cost"]["macs"] == 500 and left is other
+    assert [table.with_spread(one, "top1_integer") for one in (found, other)] == ["91.00 ± 1.00", "10.00"]
+    assert "| a | 91.25 ± 1.00 | 91.00 ± 1.00 |" in table.markdown(table.listed(rows))
+    (paper,) = over_seeds([one | {"paper": {"top1_integer": 92, "bytes": [990, 1]}} for one in rows])
+    assert against_paper.texts(paper)[:2] == [("top1_integer", "92", "91 ± 1 (3 seeds)", "-1"),
+                                              ("bytes", "990 ± 1", "1002 ± 2.6 (3 seeds)", "+12")]
+    # 1.96 x hypot(1 / sqrt 3, sqrt(0.91 x 0.09 / 10,000)) = 1.26 points; of the bytes 1.96 x hypot(2.6 / sqrt 3, 1) = 3.6
+    assert [one.verdict for one in verdicts(paper)] == ["cannot tell", "not reached"]

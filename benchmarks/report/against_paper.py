@@ -6,6 +6,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from .seeds import over_seeds, spread_of
 from .table import in_markdown
 
 Row = Mapping[str, Any]
@@ -26,6 +27,15 @@ def lookup(row: Row, path: str) -> float | None:
 
 def compared(row: Row) -> list[tuple[str, float, float | None]]:
     """(metric, paper, ours) for every printed number: of the row, then of each layer."""
+    return [(metric, value[0] if isinstance(value, list) else value, ours) for metric, value, ours in _pairs(row)]
+
+
+def deviations(row: Row) -> dict[str, float]:
+    """{metric: printed deviation} of what is printed with one: [99.3, 0.03] in TOML."""
+    return {metric: value[1] for metric, value, _ in _pairs(row) if isinstance(value, list)}
+
+
+def _pairs(row: Row) -> list[tuple[str, Any, float | None]]:
     lines = [(metric, value, lookup(row, metric)) for metric, value in _dotted(row["paper"])]
     for layer, numbers in row["paper"].get("layers", {}).items():
         ours = row["layers"].get(layer, {})
@@ -33,7 +43,7 @@ def compared(row: Row) -> list[tuple[str, float, float | None]]:
     return lines
 
 
-def _dotted(tables: Mapping[str, Any]) -> list[tuple[str, float]]:
+def _dotted(tables: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """(dotted path, value) of all but the table `layers`: `cost.density = 1` in TOML is a table `cost`."""
     found: list[tuple[str, float]] = []
     for key, value in tables.items():
@@ -49,7 +59,7 @@ def terminal(rows: Sequence[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for head in ("row", "metric", "paper", "ours", "difference"):
         table.add_column(head, justify="left" if head in ("row", "metric") else "right", overflow="fold")
-    for row in rows:
+    for row in over_seeds(rows):
         for i, line in enumerate(texts(row)):
             table.add_row(row["name"] if i == 0 else "", *line)
         table.add_section()
@@ -59,7 +69,7 @@ def terminal(rows: Sequence[Row], title: str) -> Table:
 def markdown(rows: Sequence[Row]) -> str:
     """The same as a GitHub table."""
     out = "| row | metric | paper | ours | difference |\n| --- | --- | ---: | ---: | ---: |\n"
-    for row in rows:
+    for row in over_seeds(rows):
         for line in texts(row):
             out += "| " + " | ".join(map(in_markdown, (row["name"], *line))) + " |\n"
     return out
@@ -69,9 +79,15 @@ def texts(row: Row) -> list[tuple[str, str, str, str]]:
     """(metric, paper, ours, difference) as text: printed numbers first, then what only we report."""
     extra = [(name, None, lookup(row, name)) for name in ("error_float", "error_integer", "bytes", "paper_mode_bytes",
              "accounting.ratios.prune_quantize_huffman") if name not in row["paper"]]
-    return [(metric, _number(paper), _number(ours),
+    printed = deviations(row)
+    return [(metric, _number(paper) + (f" ± {printed[metric]:g}" if metric in printed else ""), _ours(row, metric, ours),
              "" if ours is None or paper is None else f"{ours - paper:+.3g}")
             for metric, paper, ours in compared(row) + extra]
+
+
+def _ours(row: Row, metric: str, ours: float | None) -> str:
+    deviation, count = spread_of(row, lambda one: lookup(one, metric))
+    return _number(ours) + (f" ± {deviation:.2g} ({count} seeds)" if count > 1 else "")
 
 
 def _number(value: float | None) -> str:

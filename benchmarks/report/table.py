@@ -10,6 +10,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 
+from .seeds import over_seeds, spread_of
+
 Row = Mapping[str, Any]
 
 
@@ -38,6 +40,7 @@ def _short(n: float, units: Sequence[tuple[str, float]]) -> str:
     return f"{n / size:.3g} {unit}".rstrip()
 
 
+ACCURACY = {"top-1 float": "top1_float", "top-1 integer": "top1_integer"}  # columns with a deviation over seeds
 CAPABILITY, HARDWARE, DIFFICULTY = "capability kept", "hardware efficiency", "difficulty"
 COLUMNS = (
     Column("", "method", lambda r: r["name"], str, "row and the method that made it"),
@@ -65,10 +68,17 @@ COLUMNS = (
 
 
 def told_apart(rows: Sequence[Row]) -> list[Row]:
-    """`rows`, where names that occur more than once say network and seed."""
+    """`rows`, seeds in one row (see `seeds`), where names that occur more than once say the network."""
+    rows = over_seeds(rows)
     names = [row["name"] for row in rows]
-    return [row if names.count(row["name"]) == 1 else
-            {**row, "name": f"{row['name']}, {row['network']}, seed {row['seed']}"} for row in rows]
+    return [row if names.count(row["name"]) == 1 else {**row, "name": f"{row['name']}, {row['network']}, "
+            + (f"{len(row['seeds'])} seeds" if "seeds" in row else f"seed {row['seed']}")} for row in rows]
+
+
+def with_spread(row: Row, key: str) -> str:
+    """An accuracy of a row; of several seeds the mean and the sample deviation."""
+    deviation, count = spread_of(row, lambda one: one[key])
+    return f"{row[key]:.2f}" + (f" ± {deviation:.2f}" if count > 1 else "")
 
 
 def listed(rows: Sequence[Row]) -> list[Row]:
@@ -123,7 +133,9 @@ def _table(rows: Sequence[Row], title: str, columns: Sequence[Column]) -> Table:
 
 def cells(row: Row, columns: Sequence[Column] = COLUMNS) -> list[str]:
     values = [column.value(row) for column in columns]
-    return ["—" if value is None else column.show(value) for column, value in zip(columns, values, strict=True)]
+    texts = ["—" if value is None else column.show(value) for column, value in zip(columns, values, strict=True)]
+    keys = [ACCURACY.get(column.header) if "seeds" in row else None for column in columns]
+    return [text if key is None else with_spread(row, key) for text, key in zip(texts, keys, strict=True)]
 
 
 def in_markdown(text: str) -> str:

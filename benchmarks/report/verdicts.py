@@ -3,16 +3,19 @@
 An accuracy (or error) is a mean over n test inputs: it is reached where ours is at least as good, not reached where
 ours falls short by more than 1.96 standard errors of ours, and between the two nobody can tell. Every other number
 (bytes, ratios, densities, bit operations) is counted, not sampled: it is reached where ours is at least as good to the
-digits that are printed. Where several seeds were run, ours is their mean, and its error that of the mean.
+digits that are printed. Where several seeds were run, ours is their mean, and its error that of the mean as well; a
+deviation that the paper prints is one more error. Errors add in squares.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from ..chance import Z95, standard_error
-from .against_paper import compared
+from .against_paper import compared, deviations, lookup
+from .seeds import spread_of
 
 Row = Mapping[str, Any]
 REACHED, NOT_REACHED, CANNOT_TELL, MISSING = "reached", "not reached", "cannot tell", "missing"
@@ -45,9 +48,11 @@ def judged(metric: str, printed: float, ours: float | None, row: Row) -> Verdict
     gain = round(direction(metric) * (ours - printed), 9)
     name = metric.split(".")[-1]
     slack = 0.0 if name.startswith(ACCURACIES) else half_unit(printed)
-    short = Z95 * standard_error(100 - ours if name.startswith("error_") else ours, row["n_test"]) if (
-        name.startswith(ACCURACIES)) else 0.0
-    text = REACHED if gain >= -slack else NOT_REACHED if gain < -max(slack, short) else CANNOT_TELL
+    spread, seeds = spread_of(row, lambda one: lookup(one, metric))
+    errors = [spread / math.sqrt(seeds), deviations(row).get(metric, 0.0)]
+    if name.startswith(ACCURACIES):
+        errors.append(standard_error(100 - ours if name.startswith("error_") else ours, row["n_test"]))
+    text = REACHED if gain >= -slack else NOT_REACHED if gain < -max(slack, Z95 * math.hypot(*errors)) else CANNOT_TELL
     return Verdict(metric, printed, ours, gain, text)
 
 

@@ -1,0 +1,27 @@
+"""The numbers of a row that a paper may print, by their dotted paths; others under `paper` are refused as typos."""
+
+from difflib import get_close_matches
+
+from .accounting import COUNTED
+
+OF_A_ROW = (
+    "top1_float", "top1_integer", "error_float", "error_integer", "top1_float_bn_reestimated", "baseline_top1",
+    "held_out_top1", "bytes", "paper_mode_bytes", "float32_bytes", "size_ratio", "dense_weights", "dense_macs",
+    *(f"accounting.{kind}.{name}" for kind in ("bits", "ratios") for name in COUNTED),
+    *(f"cost.{name}" for name in ("macs", "bops", "sparse_bops", "bops_float_activations", "weights", "kept_weights",
+                                  "density", "mean_bits")),
+    *(f"bytes_split.{name}" for name in ("codes", "positions", "codebooks", "rest", "activations", "header")),
+    *(f"hardware.{name}" for name in ("bb_bops", "bb_bops_percent", "uniq_bops", "cycles", "cycles_sparq",
+                                      "energy_ratio", "energy_ratio_sparse", "energy_ratio_skipping",
+                                      "macs_per_byte", "utilisation")),
+)
+OF_A_LAYER = ("weights", "density", "bits", "macs", "index_bits", "levels", "fillers", "code_bits_huffman",
+              "index_bits_huffman", "rate_prune_quantize", "rate_prune_quantize_huffman")
+
+
+def unknown_metric(path: str, known: tuple[str, ...]) -> str | None:
+    """What is wrong with a dotted path, with the nearest known ones; None for a known one."""
+    if path in known:
+        return None
+    near = get_close_matches(path, known, 3, 0.5)
+    return f"there is no metric {path!r}; near: {', '.join(near if near else known[:4])}"

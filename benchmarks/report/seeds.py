@@ -1,0 +1,32 @@
+"""Rows that differ in nothing but the seed, as one: means, and the sample deviation of any number."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..chance import mean_and_deviation
+
+Row = Mapping[str, Any]
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """`rows` with the seeds of one name, network and baseline in one row: the means of all numbers, and `seeds`."""
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["name"], row["task"], row["network"], row["checkpoint"]["digest"]), []).append(row)
+    return [group[0] if len(group) == 1 else {**_mean(group), "seeds": group} for group in groups.values()]
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    first = values[0]
+    if all(isinstance(value, Mapping) for value in values):
+        return {key: _mean([value[key] for value in values]) for key in first if all(key in value for value in values)}
+    if isinstance(first, bool) or not all(isinstance(value, (int, float)) for value in values):
+        return first
+    return first if all(value == first for value in values) else math.fsum(values) / len(values)
+
+
+def spread_of(row: Row, look: Callable[[Row], float | None]) -> tuple[float, int]:
+    """(sample deviation of a number over the seeds of a row, their number); `look` finds it in a row."""
+    known = [value for value in map(look, row.get("seeds", [row])) if value is not None]
+    return (mean_and_deviation(known)[1], len(known)) if known else (0.0, 1)
