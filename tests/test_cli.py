@@ -1,7 +1,5 @@
 """The command line: each mistake is one line that names the value and what is allowed; nothing earlier is lost."""
 
-import errno
-import os
 import re
 
 import pytest
@@ -15,7 +13,6 @@ from benchmarks.checkpoints import write_checkpoint
 from benchmarks.data import open_dataset
 from benchmarks.networks import build
 from benchmarks.rows import read_row, read_rows
-from methods.core.file import container
 
 TABLE = """
 method = "prune_then_quantize"

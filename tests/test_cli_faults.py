@@ -1,4 +1,5 @@
 """What goes wrong around the command line: full disks, cuts, torn rows, files in place of folders; nothing is lost."""
+# ruff: noqa: F811 - fixtures are imported
 
 import errno
 import os

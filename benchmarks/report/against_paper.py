@@ -80,8 +80,8 @@ def texts(row: Row) -> list[tuple[str, str, str, str]]:
     extra = [(name, None, lookup(row, name)) for name in ("error_float", "error_integer", "bytes", "paper_mode_bytes",
              "accounting.ratios.prune_quantize_huffman") if name not in row["paper"]]
     printed = deviations(row)
-    return [(metric, _number(paper) + (f" ± {printed[metric]:g}" if metric in printed else ""), _ours(row, metric, ours),
-             "" if ours is None or paper is None else f"{ours - paper:+.3g}")
+    return [(metric, _number(paper) + (f" ± {printed[metric]:g}" if metric in printed else ""),
+             _ours(row, metric, ours), "" if ours is None or paper is None else f"{ours - paper:+.3g}")
             for metric, paper, ours in compared(row) + extra]
 
 
