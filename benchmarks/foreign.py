@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from methods import Budget, CompressError, CompressWarning, Recipe, apply, find_method
 from methods.core.artifact import CompressedModel
 from methods.core.errors import ConfigError
+from methods.core.graph.build import NORMS
 from methods.core.graph.weights import float_share
 from methods.core.train.task import Task
 from methods.engine.exact import IntegerNetwork
@@ -77,9 +78,19 @@ def build(name: str) -> tuple[nn.Module, Task]:
         torch.manual_seed(0)
         model = getattr(models, name)(num_classes=CLASSES, **arguments)
         data = [(torch.randn(BATCH, 3, side, side), torch.randint(0, CLASSES, (BATCH,))) for _ in range(2)]
-        with torch.no_grad():
-            model.train()(data[0][0])  # statistics of batch norm
+        settle(model, torch.randn(8 * BATCH, 3, side, side))
     return model.eval(), Task.from_loader(data, data)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Batch norms take the statistics of `x`: with those that they start from, deep networks overflow."""
+    momenta = {norm: norm.momentum for norm in model.modules() if isinstance(norm, NORMS)}
+    for norm in momenta:
+        norm.momentum = None
+    model.train()(x)
+    for norm, momentum in momenta.items():
+        norm.momentum = momentum
 
 
 @torch.no_grad()
