@@ -8,6 +8,7 @@ from torch import nn
 from methods.core.artifact import ActivationQuantizer, Affine, Codebook, CompressedModel, CompressedTensor, Window
 from methods.core.errors import ConfigError, GraphError
 from methods.core.fit.calibrate import calibrate
+from methods.core.fit.quantize import fit_symmetric, quantize
 from methods.core.graph.build import apply, assemble, weight_layers
 from methods.engine.exact import IntegerNetwork
 from methods.engine.export import compare_onnx, to_onnx
@@ -143,3 +144,27 @@ def test_mistakes_are_one_line(tmp_path):
         to_onnx(CompressedModel(compressed.weights, compressed.rest, ranges, window), net, tmp_path / "net.onnx",
                 (3, 16, 16), opset=21)
     assert not list(tmp_path.iterdir())
+
+
+class Mobile(nn.Module):
+    """A clamp and a mean written as a method."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.fc(self.b(nn.functional.relu6(self.a(x))).mean((2, 3)))
+
+
+def test_clamps_and_means_have_a_form(tmp_path):
+    net = Mobile().eval()
+    net.a.weight.data *= 20  # so that the clamp cuts
+    x = torch.randn(32, 3, 12, 12)
+    weights = {name: quantize(layer.weight, fit_symmetric(layer.weight, 8), 8)
+               for name, layer in weight_layers(net).items()}
+    made = assemble(net, weights)
+    made = assemble(net, weights, activations=calibrate(apply(made, net), x, 8))
+    to_onnx(made, net, tmp_path / "net.onnx", (3, 12, 12))
+    want = IntegerNetwork(made, net)(x)
+    assert float((ran(tmp_path / "net.onnx", x) - want).abs().max()) < 0.02 * float(want.abs().max())

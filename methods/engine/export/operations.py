@@ -80,6 +80,8 @@ def _max_pool(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str
 
 def _average_pool(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
     pool = node.module
+    if pool is None:
+        return _mean(write, node, inputs, facts)
     if isinstance(pool, nn.AdaptiveAvgPool2d):
         (height, width), (rows, columns) = facts.inputs[0][-2:], facts.output[-2:]
         if (rows, columns) == (1, 1):
@@ -97,6 +99,20 @@ def _average_pool(write: Writer, node: Node, inputs: list[str], facts: Facts) ->
                      count_include_pad=int(pool.count_include_pad))
 
 
+def _mean(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
+    """A mean over whole pictures."""
+    channels = facts.inputs[0][:1]
+    if len(facts.inputs[0]) != 3 or facts.output not in (channels, (*channels, 1, 1)):
+        raise GraphError(f"ONNX export knows means over whole pictures: {node.name} makes {list(facts.output)} of "
+                         f"{list(facts.inputs[0])}")
+    y = write.add("GlobalAveragePool", *inputs)
+    return y if len(facts.output) == 3 else _flatten(write, node, [y], facts)
+
+
+def _clamp(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
+    return write.add("Clip", *inputs, *(write.real(torch.tensor(end)) for end in node.bounds))
+
+
 def _flatten(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
     """To the shape that it has for one input; the batch stays free."""
     return write.add("Reshape", *inputs, write.constant(_int64([0, *facts.output])))
@@ -109,6 +125,7 @@ def _int64(values: list[int]):
 EMITTERS: dict[str, Emit] = {
     "conv": _float_layer, "linear": _float_layer, "bn": batch_norm, "maxpool": _max_pool, "avgpool": _average_pool,
     "relu": lambda write, node, inputs, facts: write.add("Relu", *inputs),
+    "clamp": _clamp,
     "identity": lambda write, node, inputs, facts: inputs[0],
     "flatten": _flatten,
     "add": lambda write, node, inputs, facts: write.add("Add", *inputs),
