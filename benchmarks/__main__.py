@@ -1,15 +1,17 @@
 """The command line: `python -m benchmarks COMMAND`. Everything a person reads is printed from here."""
 
 import argparse
+import ast
+import importlib
 import io
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
 from methods.core.errors import CompressError
 
-from . import commands, elsewhere, listing, sweep, tools
 from .rows import RESULTS
 
 EPILOG = "Data: --data-dir, else $JOINTCOMPRESS_DATA, else the user's cache folder. Progress goes to stderr."
@@ -35,16 +37,16 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(function=function)
         return sub
 
-    sub = command("compare", commands.compare, "every method on one task: a table and a report", [run])
+    sub = command("compare", "commands.compare", "every method on one task: a table and a report", [run])
     sub.add_argument("--task", default="digits", help="digits, mnist, cifar10 or folder:DIR")
     sub.add_argument("--network", help="default: the one usual for the task")
     sub.add_argument("--methods", nargs="+", default=[], help="only these")
-    sub = command("reproduce", commands.reproduce, "the rows of one paper table, beside the printed numbers", [run])
+    sub = command("reproduce", "commands.reproduce", "the rows of one paper table, beside the printed numbers", [run])
     sub.add_argument("config", type=Path, help="a file of paper_configs")
     sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
     sub.add_argument("--network", nargs="+", default=[], help="only the rows of these networks")
-    sub = command("sweep", sweep.sweep, "the rows of several paper tables at once, or on a cluster", [run])
-    sub.description, sub.formatter_class = sweep.__doc__, argparse.RawDescriptionHelpFormatter
+    sub = command("sweep", "sweep.sweep", "the rows of several paper tables at once, or on a cluster", [run])
+    sub.description, sub.formatter_class = _documentation("sweep"), argparse.RawDescriptionHelpFormatter
     sub.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="files of paper_configs")
     sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
     sub.add_argument("--network", nargs="+", default=[], help="only the rows of these networks")
@@ -52,11 +54,11 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--workers", type=int, default=1, help="processes here; 0: one row after the other (default: 1)")
     sub.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler, in place of --workers")
     sub.add_argument("--threads", type=int, help="of each row (default: the cores here over the workers)")
-    sub = command("train", commands.train, "train a baseline by paper_configs/baselines.toml", [run])
+    sub = command("train", "commands.train", "train a baseline by paper_configs/baselines.toml", [run])
     sub.add_argument("--task", required=True)
     sub.add_argument("--network", required=True)
     sub.add_argument("--out", type=Path, help="checkpoint to write (default: a new one among the baselines)")
-    sub = command("compress", commands.compress, "one method on one network", [run])
+    sub = command("compress", "commands.compress", "one method on one network", [run])
     sub.add_argument("method")
     sub.add_argument("--task", default="digits")
     sub.add_argument("--network", help="default: the one usual for the task")
@@ -68,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--name", help="of the row and file (default: method, budget and settings)")
     sub.add_argument("--rows-name", default="own", help="table of the row: a folder under results/rows (default: own)")
     _add_reports(command)
-    listing.add_commands(command)
+    _add_listings(command)
     sub = command("completion", _completion, "a completion script for a shell, to be evaluated there")
     sub.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     _add_tools(command)
@@ -76,25 +78,37 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _completion(options: argparse.Namespace, console: Console) -> None:
-    print(listing.completion(parser(), options.shell))
+    from .listing import completion
+    print(completion(parser(), options.shell))
+
+
+def _add_listings(command) -> None:
+    sub = command("methods", "listing.methods", "all methods, the data they need, their papers; of one, its settings")
+    sub.add_argument("method", nargs="?", help="list the settings of this one, with defaults")
+    sub = command("diff", "listing.diff", "what two rows or two compressed files differ in")
+    sub.add_argument("one", type=Path)
+    sub.add_argument("other", type=Path)
+    sub = command("fetch", "listing.fetch", "download known data sets beforehand")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="mnist, cifar10 (default: all)")
+    sub.add_argument("--data-dir", type=Path)
 
 
 def _add_reports(command) -> None:
-    sub = command("report", commands.report, "table and page from existing rows")
+    sub = command("report", "commands.report", "table and page from existing rows")
     sub.add_argument("name", nargs="?", default="compare_digits", help="table: a folder under results/rows")
     sub.add_argument("--rows", type=Path, help="any other folder of rows")
     sub.add_argument("--results", type=Path, default=RESULTS)
-    sub = command("docs", commands.docs, "the site: a page a paper and a table, an index, the library's pages")
+    sub = command("docs", "commands.docs", "the site: a page a paper and a table, an index, the library's pages")
     sub.add_argument("--out", type=Path, default=Path("site"), help="folder (default: site)")
     sub.add_argument("--no-api", action="store_true", help="without the pages of the library")
     sub.add_argument("--readme", action="store_true", help="refresh README's tables and picture, too")
     sub.add_argument("--results", type=Path, default=RESULTS)
-    sub = command("cite", tools.cite, "BibTeX of methods")
+    sub = command("cite", "tools.cite", "BibTeX of methods")
     sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")
 
 
 def _add_networks(command) -> None:
-    sub = command("networks", tools.try_networks, "torchvision's classifiers, random weights, under every method")
+    sub = command("networks", "tools.try_networks", "torchvision's classifiers, random weights, under every method")
     sub.add_argument("--networks", nargs="+", default=[], help="only these")
     sub.add_argument("--methods", nargs="+", default=[], help="only these")
     sub.add_argument("--out", type=Path, default=RESULTS / "networks.json",
@@ -104,8 +118,8 @@ def _add_networks(command) -> None:
 def _add_tools(command) -> None:
     _add_networks(command)
     for name, function, text in (
-            ("measure", tools.measure_file, "everything a row says about a file"),
-            ("verify", tools.verify_file, "compare the fast integer kernels with the exact ones, code by code")):
+            ("measure", "tools.measure_file", "everything a row says about a file"),
+            ("verify", "tools.verify_file", "compare the fast integer kernels with the exact ones, code by code")):
         sub = command(name, function, text)
         sub.add_argument("file", type=Path)
         sub.add_argument("--task", required=True)
@@ -117,8 +131,8 @@ def _add_tools(command) -> None:
         else:
             sub.add_argument("--inputs", type=int, default=10_000, help="test inputs")
             sub.add_argument("--reference", type=int, default=100, help="of them through the int64 reference too")
-    for name, function, text in (("export", elsewhere.export_file, "a file as an ONNX graph of 8-bit integers"),
-                                 ("bench", elsewhere.bench_file, "CPU time of a file here and in other engines")):
+    for name, function, text in (("export", "elsewhere.export_file", "a file as an ONNX graph of 8-bit integers"),
+                                 ("bench", "elsewhere.bench_file", "CPU time of a file here and in other engines")):
         sub = command(name, function, text)
         sub.add_argument("file", type=Path)
         if name == "export":
@@ -135,7 +149,7 @@ def _add_tools(command) -> None:
         sub.add_argument("--network", required=True)
         sub.add_argument("--data-dir", type=Path)
         sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
-    sub = command("speed", tools.speed, "CPU time of the integer kernels beside float32, and of a training step of "
+    sub = command("speed", "tools.speed", "CPU time of the integer kernels beside float32, and of a training step of "
                   "each method beside a plain one, on random pictures")
     sub.add_argument("files", type=Path, nargs="*", help="compressed files of --network (default: forms made of it)")
     sub.add_argument("--part", choices=("all", "kernels", "training"), default="all")
@@ -144,18 +158,32 @@ def _add_tools(command) -> None:
     sub.add_argument("--train-batch", type=int, default=256, help="of the training steps")
     sub.add_argument("--rounds", type=int, default=7)
     sub.add_argument("--threads", type=int, default=1)
-    sub = command("inspect", tools.inspect_file, "what a compressed file holds")
+    sub = command("inspect", "look.inspect_file", "what a compressed file holds, layer by layer")
     sub.add_argument("file", type=Path)
-    sub = command("shrink", tools.shrink_files, "what removing dead units makes of files: sizes, channels, outputs")
+    sub.add_argument("--json", action="store_true")
+    sub = command("shrink", "tools.shrink_files", "what removing dead units makes of files: sizes, channels, outputs")
     sub.add_argument("files", type=Path, nargs="*", help="default: the stored files of all MNIST rows")
     sub.add_argument("--task", help="default: as the row of the file says; so the network")
     sub.add_argument("--network")
     sub.add_argument("--data-dir", type=Path)
     sub.add_argument("--results", type=Path, default=RESULTS)
     sub.add_argument("--json", action="store_true")
-    sub = command("decode", tools.decode_file, "a compressed file as plain float weights")
+    sub = command("decode", "tools.decode_file", "a compressed file as plain float weights")
     sub.add_argument("file", type=Path)
     sub.add_argument("out", type=Path, help="a .safetensors file")
+
+
+def _function(target: Callable | str) -> Callable:
+    """A command's function; "module.name" is imported only now, since most of them load torch."""
+    if callable(target):
+        return target
+    module, name = target.split(".")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def _documentation(module: str) -> str | None:
+    """The docstring of a module beside this one, which is not imported for it."""
+    return ast.get_docstring(ast.parse((Path(__file__).parent / f"{module}.py").read_text()))
 
 
 def _seed(text: str) -> int:
@@ -178,7 +206,7 @@ def main(words: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without, say, dashes is no reason to fail
     try:
-        options.function(options, Console(markup=False, emoji=False))
+        _function(options.function)(options, Console(markup=False, emoji=False))
     except (CompressError, OSError) as error:
         print(f"error: {' '.join(_text(error).split())}", file=sys.stderr)
         return 1

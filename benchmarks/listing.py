@@ -4,7 +4,6 @@ import dataclasses
 import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from methods import find_method, method_names
 from methods.core.errors import ConfigError
-from methods.core.file.storage import inspect
+from methods.core.file.describe import inspect
 
 from .citations import authors, entries
 from .docs.words import DATA, method_name
@@ -119,15 +118,3 @@ def _table(*heads: str) -> Table:
     for head in heads:
         table.add_column(head, overflow="fold", no_wrap=head == "method")
     return table
-
-
-def add_commands(command, path: type = Path) -> None:
-    """The parsers of these commands."""
-    sub = command("methods", methods, "all methods, the data they need, their papers; of one, its settings")
-    sub.add_argument("method", nargs="?", help="list the settings of this one, with defaults")
-    sub = command("diff", diff, "what two rows or two compressed files differ in")
-    sub.add_argument("one", type=path)
-    sub.add_argument("other", type=path)
-    sub = command("fetch", fetch, "download known data sets beforehand")
-    sub.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(PUBLISHED)} (default: all)")
-    sub.add_argument("--data-dir", type=path)

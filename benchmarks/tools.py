@@ -8,7 +8,7 @@ from rich.console import Console
 
 from methods.core.errors import ConfigError
 from methods.core.file import container
-from methods.core.file.storage import decode, inspect
+from methods.core.file.storage import decode
 from methods.engine.fast import FastNetwork
 from methods.engine.verify import verify
 
@@ -52,10 +52,6 @@ def try_networks(options: Namespace, console: Console) -> None:
 
 def cite(options: Namespace, console: Console) -> None:
     console.print(bibtex(options.methods), end="", soft_wrap=True, highlight=False)
-
-
-def inspect_file(options: Namespace, console: Console) -> None:
-    console.print_json(data=inspect(options.file))
 
 
 def shrink_files(options: Namespace, console: Console) -> None:

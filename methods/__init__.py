@@ -19,60 +19,33 @@ on training what was pruned, with its zeros kept:
 import importlib
 import pkgutil
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .core.artifact import (
-    ActivationQuantizer,
-    Affine,
-    Codebook,
-    CompressedModel,
-    CompressedTensor,
-    Levels,
-    Topology,
-    Window,
-)
-from .core.budget import Budget
-from .core.errors import (
-    BudgetError,
-    CompressError,
-    CompressWarning,
-    ConfigError,
-    FormatError,
-    GraphError,
-    TrainingDiverged,
-)
-from .core.file.storage import decode, encode, inspect, load
-from .core.fit.calibrate import calibrate
-from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_largest, keep_local
-from .core.fit.sixteen_bit import sixteen_bit
-from .core.fit.size import Knob, compress_to_size
-from .core.graph.build import apply, assemble, frozen_layers, own_copy, weight_layers
-from .core.graph.shrink import shrink
-from .core.graph.weights import float_layers
-from .core.train.finetune import Hooks, Recipe, train
-from .core.train.metric import Metric
-from .core.train.recipe import Distill, Link
-from .core.train.run import NullRun, Run
-from .core.train.start import ready
-from .core.train.task import Task
-from .engine.opened import Opened, open_file
+from .core.errors import ConfigError
 
-__all__ = [
-    "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressWarning",
-    "CompressedModel", "CompressedTensor", "ConfigError", "Distill", "FormatError", "GraphError", "Hooks", "Knob",
-    "Levels", "Link", "MaskHooks", "Metric", "NullRun", "Opened", "Recipe", "Run", "Task", "Topology",
-    "TrainingDiverged", "Window", "apply", "apply_masks", "assemble", "calibrate", "compress_to_size", "data_of",
-    "decode", "encode", "find_method", "float_layers", "frozen_layers", "inspect", "keep_global", "keep_largest",
-    "keep_local", "load", "method_names", "open_file", "own_copy", "ready", "shrink", "sixteen_bit",
-    "train", "weight_layers",
-]
+if TYPE_CHECKING:
+    from ._public import *  # noqa: F403
 
 ROOMS = ("core", "engine")
+OWN = ("data_of", "find_method", "method_names")
+
+
+def __getattr__(name: str) -> Any:
+    """A name of `_public`, all of which are loaded at once."""
+    if name.startswith("__") and name != "__all__":
+        raise AttributeError(name)
+    public = importlib.import_module("._public", __name__)
+    globals().update({known: getattr(public, known) for known in public.NAMES}, __all__=[*public.NAMES, *OWN])
+    try:
+        return globals()[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
 
 
 def method_names() -> list[str]:
     """The methods there are: every module or package beside this file, but for the rooms they share."""
-    return sorted(info.name for info in pkgutil.iter_modules(__path__) if info.name not in ROOMS)
+    found = (info.name for info in pkgutil.iter_modules(__path__))  # noqa: F405
+    return sorted(name for name in found if name not in ROOMS and not name.startswith("_"))
 
 
 def data_of(method: ModuleType, config: Any) -> str:
