@@ -166,6 +166,12 @@ def test_the_objective_of_descent_never_rises():
             < entropy_bits(torch.unique(gptq(weight, hessian, 0.5), return_counts=True)[1]))
 
 
+def test_a_common_code_is_kept_though_it_is_not_between_the_weight_and_zero():
+    weight = torch.full((1000, 1), 5.0)
+    weight[7] = 4.4  # 4 is nearer and occurs nowhere: its bits would cost more than the error of 5
+    assert descend(torch.full((1000, 1), 5.0), weight, torch.ones(1, 1), 1.0, lam=1.0)[7] == 5
+
+
 def test_at_any_price_nothing_is_left():
     weight, hessian = torch.randn(4, 30), random_hessian(30)
     codes = (weight / 2).round()  # most are 0 already, so that 0 is the cheapest code
