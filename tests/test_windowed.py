@@ -12,6 +12,7 @@ from methods.core.errors import CompressError, GraphError
 from methods.core.fit.calibrate import calibrate
 from methods.core.fit.windows import OPTIONS, find_window, keep_24, solo_table, trim_pairs, window_table, windowed_sum
 from methods.core.graph.build import apply, assemble, weight_layers
+from methods.engine import windowed
 from methods.engine.accumulate import exact_dtype
 from methods.engine.exact import IntegerNetwork
 from methods.engine.windowed import accumulate_windowed, check_window, windowed_codes
@@ -67,6 +68,14 @@ def test_the_look_up_takes_any_dtype_and_memory_format(window, dtype):
         assert found.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(windowed_codes(last[1:], window), want[1:])
     assert torch.equal(windowed_codes(codes[:, :, 0, 0], window), want[:, :, 0, 0])  # what a linear layer reads
+
+
+def test_look_ups_in_pieces(monkeypatch):
+    codes, window = draw(3, 6, 5, 4)[0].to(torch.uint8), find_window("5opt")
+    want = trim_pairs(codes, window)
+    for piece in (1, 7, 90, 180):
+        monkeypatch.setattr(windowed, "PIECE", piece)
+        assert torch.equal(windowed_codes(codes, window), want)
 
 
 def test_odd_channels_are_no_matter_of_the_codes_alone():

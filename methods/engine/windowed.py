@@ -18,6 +18,7 @@ from ..core.errors import GraphError
 from ..core.fit.windows import CODES, follows_24, partner_table, trim_pairs, windowed_sum
 
 UNSIGNED_8 = (0, 255)
+PIECE = 1 << 17  # pairs that are looked up at a time
 PAIRINGS = ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))  # of four channels: the first two and the last two are partners
 
 
@@ -41,9 +42,8 @@ def windowed_codes(codes: Tensor, window: Window) -> Tensor:
     if channels % 2:
         return trim_pairs(codes, window)
     last = codes.movedim(1, -1).to(torch.uint8).contiguous()  # [N, ..., C]
-    index = last.view(-1).view(torch.uint16).to(torch.int32)  # flat: of a 1 x 1 picture strides may be anything
-    found = pair_table(window).to(codes.device).index_select(0, index)
-    return found.view(torch.uint8).reshape(last.shape).to(codes.dtype).movedim(-1, 1)
+    found = _look_up(pair_table(window).to(codes.device), last.view(-1))  # flat: of 1 x 1 strides may be anything
+    return found.reshape(last.shape).to(codes.dtype).movedim(-1, 1)
 
 
 @functools.cache
@@ -65,8 +65,14 @@ def spread_codes(codes: Tensor, window: Window, alone: bool) -> Tensor:
         *last.shape[:-1], -1).movedim(-1, 1)
 
 
-def _look_up(table: Tensor, fours: Tensor) -> Tensor:
-    return table.index_select(0, fours.view(torch.uint16).to(torch.int32)).view(torch.uint8)
+def _look_up(table: Tensor, codes: Tensor) -> Tensor:
+    """uint8 of the table's entries at `codes` (flat, contiguous), read as 16-bit numbers; in pieces that fit caches."""
+    pairs = codes.view(torch.uint16)
+    found = torch.empty(pairs.shape, dtype=torch.int16, device=codes.device)
+    for start in range(0, len(pairs), PIECE):
+        piece = slice(start, start + PIECE)
+        torch.index_select(table, 0, pairs[piece].to(torch.int32), out=found[piece])
+    return found.view(torch.uint8)
 
 
 def spread_weights(integers: Tensor) -> tuple[Tensor, bool]:
