@@ -22,7 +22,8 @@ Choices
     the output, on the quarter of the distilled images that these trials do not fit. No image of a data set is seen.
   * A channel with |gamma| < 1e-3 takes no part of the shortcut's error. Behind a sum of two convolutions the one that
     integer engines accumulate onto takes it over.
-  * Grouped convolutions, and those padded with something else than zeros, are quantized and not refitted.
+  * Grouped convolutions, those padded with something else than zeros, and layers inside of what torch.fx cannot look
+    into are quantized and not refitted.
   * Layers with a bias and no batch norm behind keep the mean of their outputs by (4).
 """
 
@@ -147,8 +148,8 @@ class Walk:
         self.weights: dict[str, CompressedTensor] = {}
         self.graph, self.own = trace(given), trace(self.student)
         self.takers = {layer: edge for edge, layer in self.graph.accumulator_edges().items()}
-        first = next(iter(self.graph.nodes))
-        self.values, self.count = {first: (images, images)}, len(images)  # of the given network and of the student
+        self.values = {node.name: (images, images) for node in self.graph if node.op == "input"}  # of both networks
+        self.count = len(images)
 
     @torch.no_grad()
     def over(self, fitted: int) -> float:
@@ -156,10 +157,10 @@ class Walk:
         order, errors = in_order(self.graph, self.takers), []
         judged = slice(fitted, None) if fitted < self.count else slice(None)
         last = {name: node.name for node in order for name in node.inputs}
-        shapes = [{name: images.shape for name, images in zip(self.values, pair, strict=False)}
-                  for pair in zip(*self.values.values(), strict=True)]  # of the given network, of the student
+        shapes = [dict.fromkeys(self.values, pair[0].shape) for pair in self.values.values() for _ in pair]  # of both
+        self.code_the_rest()
         for node in order:
-            theirs, ours = zip(*(self.values[name] for name in node.inputs), strict=True)
+            theirs, ours = ([self.values[name][i] for name in node.inputs] for i in (0, 1))
             if node.op in ("conv", "linear"):
                 self.values[node.name] = self.refit(node, theirs[0], ours[0], fitted)
             elif node.op == "bn":
@@ -168,13 +169,23 @@ class Walk:
                 self.values[node.name] = (node.at(shapes[0]).run(*theirs),
                                           self.own.nodes[node.name].at(shapes[1]).run(*ours))
             for known, value in zip(shapes, self.values[node.name], strict=True):
-                known[node.name] = value.shape
+                if self.graph.needs_shape(node.name):
+                    known[node.name] = value.shape
             if node.op == "add" or node.name == self.graph.output:
                 errors.append(relative_error(*(part[judged] for part in self.values[node.name])))
             for name in dict.fromkeys(node.inputs):
                 if last[name] == node.name:
                     del self.values[name]
         return sum(errors) / len(errors)
+
+    def code_the_rest(self) -> None:
+        """Layers that are no nodes of the graph (inside of barriers) are quantized as they are."""
+        walked = {node.name for node in self.graph.layers()}
+        for name, layer in weight_layers(self.student).items():
+            if name in self.bits and name not in walked:
+                coded = on_grid(layer.weight, self.bits[name], self.config.scheme, self.config.per_channel)
+                self.weights[name] = coded
+                layer.weight.copy_(coded.decode())
 
     def refit(self, node: Node, theirs: Tensor, ours: Tensor, fitted: int) -> tuple[Tensor, Tensor]:
         """(1), (2), (4): a new weight for a layer of the student; returns the outputs of both networks."""
@@ -190,7 +201,7 @@ class Walk:
             layer.weight.copy_(coded.decode())
         result = layer(ours)
         if layer.bias is not None and self.graph.norm_after(node.name) is None:
-            shift = mean_of(wanted) - mean_of(result)
+            shift = by_channel(layer, wanted).mean(1) - by_channel(layer, result).mean(1)
             layer.bias.add_(shift)
             result = layer(ours)
         return output, result
@@ -221,7 +232,7 @@ class Walk:
 def in_order(graph: Graph, takers: Mapping[str, str]) -> list[Node]:
     """The nodes after the input so that of a sum's operands the layer that takes over the others' error comes last."""
     last = {edge: layer for layer, edge in takers.items()}
-    order, seen, stack = [], {next(iter(graph.nodes))}, [graph.output]
+    order, seen, stack = [], {node.name for node in graph if node.op == "input"}, [graph.output]
     while stack:
         node = graph.nodes[stack[-1]]
         inputs = sorted(zip(node.inputs, node.edges() or node.inputs, strict=True), key=lambda pair: pair[1] in last)
@@ -261,7 +272,7 @@ def ridge_regression(layer: nn.Module, x: Tensor, y: Tensor, ridge: float) -> Te
     square, cross = start.new_zeros(size, size), start.new_zeros(outs, size)
     sums, count = start.new_zeros(size + outs), 0
     for a, b in zip(x.split(CHUNK), y.split(CHUNK), strict=True):
-        windows, targets = windows_of(layer, a), b.transpose(0, 1).flatten(1)  # [D, n], [M, n]
+        windows, targets = windows_of(layer, a), by_channel(layer, b)  # [D, n], [M, n]
         square += (windows @ windows.T).double()
         cross += (targets @ windows.T).double()
         sums += torch.cat([windows, targets]).sum(1, dtype=torch.float64)
@@ -283,9 +294,9 @@ def windows_of(layer: nn.Module, x: Tensor) -> Tensor:
     return F.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).transpose(0, 1).flatten(1)
 
 
-def mean_of(y: Tensor) -> Tensor:
-    """Mean per channel [C]."""
-    return y.transpose(0, 1).flatten(1).mean(1)
+def by_channel(layer: nn.Module, y: Tensor) -> Tensor:
+    """[M, n]: the n outputs of each channel."""
+    return y.reshape(-1, y.shape[-1]).T if isinstance(layer, nn.Linear) else y.transpose(0, 1).flatten(1)
 
 
 def relative_error(wanted: Tensor, got: Tensor) -> float:

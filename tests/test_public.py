@@ -33,7 +33,7 @@ from methods import (
 
 
 @pytest.mark.parametrize("module", ["budget", "graph.build", "train.metric", "train.hooks", "train.start",
-                                    "train.finetune"])
+                                    "train.finetune", "fit.images"])
 def test_the_examples_run(module):
     found = importlib.import_module(f"methods.core.{module}")
     names = {"nn": nn, "torch": torch, **vars(found)}

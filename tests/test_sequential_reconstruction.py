@@ -167,3 +167,32 @@ def test_refusals(tiny):
         compress(networks.build("lenet5_caffe", 10, 1), Config(), bits=4)
     with pytest.raises(CompressError, match="does not run on square images of 1 pixels"):
         compress(networks.build("vgg16", 10, 3), Config(image_size=1), bits=4)
+
+
+class Foreign(nn.Module):
+    """What the table of operations partly knows: GELU, a gate, chunks, linear layers on positions, 1-d convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.gelu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.GELU()
+        self.depth, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.mix, self.along = nn.Linear(4, 6), nn.Conv1d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.gelu(self.bn1(self.conv1(x)))
+        x = x * torch.sigmoid(x.mean((2, 3), keepdim=True)) + self.bn2(self.depth(x))
+        first, second = x.chunk(2, 1)
+        x = self.mix((first + second).flatten(2).transpose(1, 2))
+        return self.fc(self.along(x.transpose(1, 2)).mean(2))
+
+
+def test_operations_of_other_networks():
+    model = Foreign().eval()
+    for bits in (12, 3):
+        small = compress(model, bits=bits)
+        assert set(small.weights) == set(weight_layers(model))
+        inputs = torch.randn(8, 3, 8, 8, generator=seeded())
+        with torch.no_grad():
+            error = float((apply(small, model)(inputs) - model(inputs)).abs().max() / model(inputs).std())
+        assert error < 0.05 if bits == 12 else 0.05 < error < 10

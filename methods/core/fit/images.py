@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CompressError
-from ..graph.build import NORMS
 from ..graph.graph import trace
 from ..train.run import NullRun, Run
 
@@ -46,6 +45,9 @@ def noise_images(count: int, shape: tuple[int, int, int], generator: torch.Gener
     """[count, C, H, W] float32 with a spectrum that falls as 1 / f, as that of pictures does.
 
     Channel c is 0.9 z_0 + 0.45 z_c, where every z has mean 0 and variance 1 over all images.
+
+    >>> list(noise_images(2, (3, 8, 8), torch.Generator().manual_seed(0)).shape)
+    [2, 3, 8, 8]
     """
     channels, height, width = shape
     white = torch.randn(count, channels + 1, height, width, dtype=torch.float64, generator=generator)
@@ -70,9 +72,10 @@ def distill_images(model: nn.Module, count: int, steps: int, shape: tuple[int, i
     """
     run = NullRun() if run is None else run
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    if not any(isinstance(module, NORMS) for module in model.modules()):
-        raise CompressError(f"{type(model).__name__} has no batch norm: there is nothing to distil images from")
     graph, terms = trace(model), []
+    if not any(node.op == "bn" for node in graph):
+        raise CompressError(f"{type(model).__name__} has no batch norm: there is nothing to distil images from"
+                            f"{graph.why_opaque()}")
     images = noise_images(count, shape, generator).clamp_(*PIXELS)
     images = images.to(memory_format=torch.channels_last).requires_grad_()
     optimizer = torch.optim.Adam([images], lr)
