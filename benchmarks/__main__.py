@@ -12,7 +12,7 @@ from rich.console import Console
 
 from methods.core.errors import CompressError
 
-from .rows import RESULTS
+from .rows import RESULTS, visible
 
 EPILOG = "Data: --data-dir, else $JOINTCOMPRESS_DATA, else the user's cache folder. Progress goes to stderr."
 
@@ -192,6 +192,13 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+class Terminal(Console):
+    """A console that shows control characters of names and paths instead of obeying them."""
+
+    def print(self, *objects, **more):
+        super().print(*(visible(one) if isinstance(one, str) else one for one in objects), **more)
+
+
 def _text(error: Exception) -> str:
     """Of an error of the system its reason, and the file it refused if that is known."""
     if isinstance(error, OSError) and error.strerror:
@@ -206,9 +213,9 @@ def main(words: list[str]) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without, say, dashes is no reason to fail
     try:
-        _function(options.function)(options, Console(markup=False, emoji=False))
+        _function(options.function)(options, Terminal(markup=False, emoji=False))
     except (CompressError, OSError) as error:
-        print(f"error: {' '.join(_text(error).split())}", file=sys.stderr)
+        print(f"error: {visible(' '.join(_text(error).split()))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; the same command with --resume continues" if hasattr(options, "resume") else ""

@@ -92,6 +92,9 @@ def open_dataset(name: str, data_dir: str | Path | None = None, image_size: int 
     for images, labels in parts:
         digest.update(repr(images.shape).encode() + labels.tobytes())
         digest.update(images)
+    if source.digest not in (None, digest.hexdigest()[:16]):
+        raise ConfigError(f"{source.name}.npz does not hold {source.name} as it was published (digest "
+                          f"{digest.hexdigest()[:16]} instead of {source.digest}); other pictures come as folder:DIR")
     splits = (Split(torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in parts)
     return Dataset(source.name, source.class_names, *splits, tuple(mean), tuple(std), digest.hexdigest()[:16])
 

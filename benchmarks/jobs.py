@@ -130,6 +130,8 @@ def prepare(job: Job) -> tuple[Any, Budget, Any]:
     if job.bn_reestimation < 0 or not 0 <= job.seed < 2**63:
         raise ConfigError(f"{job.name!r}: bn_reestimation = {job.bn_reestimation}, seed = {job.seed}: both are whole "
                           "numbers from 0, a seed below 2^63")
+    if not job.name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in job.name):
+        raise ConfigError(f"name = {job.name!r}: needed is a text of whole letters")
     if not slug(job.name) or len(file_name(job)) > LONGEST_NAME:
         raise ConfigError(f"name = {job.name!r}: it needs a letter or digit, and at most {LONGEST_NAME} of them")
     if job.network:  # `compress` finds it later, from the data

@@ -6,6 +6,7 @@ machine or many can write at once. A row that takes the place of another job's m
 
 import json
 import os
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,12 @@ def shortened(value: Any) -> str:
     """`repr(value)` for an error message: at most a line, whatever it is."""
     text = repr(value) if not isinstance(value, int) or abs(value) < LARGEST else "a number beyond 2^63"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def visible(text: str) -> str:
+    """`text` without what a terminal would obey: control characters and marks of direction as their escapes."""
+    return "".join(letter if unicodedata.category(letter) not in ("Cc", "Cf", "Cs") or letter in "\n\t\u200d" else
+                   letter.encode("unicode_escape").decode() for letter in text)
 
 
 # --- files -------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from methods.core.file.container import write_file
 
 from .locks import is_free
 from .provenance import Origin, origin
+from .rows import visible
 
 QUIET_SECONDS = 30.0  # between progress lines where the output is no terminal
 STATES = ("state.pt", "before.pt")  # the last one, and the one before it
@@ -52,9 +53,10 @@ class Screen:
 
     def say(self, line: str) -> None:
         """A line of its own."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(visible(line), markup=False, highlight=False, soft_wrap=True)
 
     def update(self, label: str, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        label = visible(label)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if self.shown:
             if label not in self.bars:

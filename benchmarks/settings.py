@@ -13,6 +13,10 @@ from typing import Any
 from methods.core.errors import ConfigError
 from methods.core.settings import with_effect
 
+from .rows import LARGEST, shortened
+
+HUGE = 1e300  # below what a float64 holds
+
 SPELLED = {float: "a number", int: "a whole number", str: "a text", bool: "true or false", tuple: "a list",
            Mapping: "a table", type(None): "\"none\""}
 
@@ -51,18 +55,25 @@ def _convert(hint: Any, value: Any, where: str, default: Any = None) -> Any:
             return _items(option, value, where)
         if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
             return {key: None if item == "none" and _takes_none(option) else item for key, item in value.items()}
-        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if origin is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < HUGE:
             return float(value)
-        if origin in (int, str, bool) and type(value) is origin:
+        if origin in (int, str, bool) and type(value) is origin and not _unwritable(value):
             return value
     wanted = " or ".join(SPELLED.get(typing.get_origin(option) or option, getattr(option, "__name__", str(option)))
                          for option in options)
-    raise ConfigError(f"{where} = {value!r}: needed is {wanted}")
+    raise ConfigError(f"{where} = {shortened(value)}: needed is {wanted}")
 
 
 def _takes_none(hint: Any) -> bool:
     """Whether the values of a mapping of this type may be None, which TOML spells "none"."""
     return type(None) in typing.get_args((typing.get_args(hint) or (None,))[-1])
+
+
+def _unwritable(value: int | str | bool) -> bool:
+    """A number that nothing counts, or a text with half a letter (a lone surrogate), which no file can hold."""
+    if isinstance(value, str):
+        return any("\ud800" <= letter <= "\udfff" for letter in value)
+    return abs(value) >= LARGEST
 
 
 def _items(hint: Any, values: list | tuple, where: str) -> tuple:
@@ -99,13 +110,17 @@ def count_knobs(value: Any) -> int:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file; ConfigError in one line if it is missing or malformed."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ConfigError(f"cannot read the configuration {path}: it is no plain file")
     try:
         with open(path, "rb") as file:
             return tomllib.load(file)
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: it nests too deep") from None
+    except ValueError as error:  # malformed, not UTF-8, or a number of thousands of digits
+        raise ConfigError(f"{path} is not valid TOML: {str(error).split(';')[0]}") from None
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,10 +143,25 @@ def from_assignments(pairs: list[str]) -> dict[str, Any]:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = _number_or_text(text)
+        except (ValueError, RecursionError):
+            raise ConfigError(f"{key} = {shortened(text)}: no number has so many digits, no table is so deep") from None
+        if _has(out, key.split(".")):
+            raise ConfigError(f"{key} is given twice")
         for part in reversed(key.split(".")):
             value = {part: value}
         out = merge(out, value)
     return out
+
+
+def _has(table: Any, parts: list[str]) -> bool:
+    """Whether a nested table holds this key, or a value where the key needs a table."""
+    for part in parts:
+        if not isinstance(table, Mapping):
+            return True
+        if part not in table:
+            return False
+        table = table[part]
+    return True
 
 
 def _number_or_text(text: str) -> float | str:

@@ -28,6 +28,7 @@ class Source:
     """Pictures as they were found. `test` and `held_out` are arrays, or a fraction to take from `train`.
 
     scaling  mean and std to normalise with, or None for those of the training images
+    digest   what the pictures must have, or None
     """
 
     name: str
@@ -36,6 +37,7 @@ class Source:
     test: Arrays | float
     held_out: Arrays | float = 0.1
     scaling: Scaling | None = None
+    digest: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,15 @@ class Published:
     test: int
     held_out: float  # fraction of train
     scaling: Scaling
+    digest: str | None  # of the data set as published (see `Dataset.digest`); None: anything of this form
 
 
 DIGITS = tuple("0123456789")
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PUBLISHED = {
     "cifar10": Published(CIFAR10, (32, 32, 3), 50_000, 10_000, 5 / 50,
-                         ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
-    "mnist": Published(DIGITS, (28, 28, 1), 60_000, 10_000, 5 / 60, ((0.1307,), (0.3081,))),
+                         ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), "d4e8bd2fe1560c99"),
+    "mnist": Published(DIGITS, (28, 28, 1), 60_000, 10_000, 5 / 60, ((0.1307,), (0.3081,)), "6d491172146e46d9"),
 }
 
 
@@ -102,7 +105,7 @@ def read_published(name: str, directory: Path) -> Source:
     except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} is not a readable .npz file of plain arrays: {error}") from error
     train, test = (_checked(arrays, part, getattr(spec, part), spec, path) for part in ("train", "test"))
-    return Source(name, spec.class_names, train, test, spec.held_out, spec.scaling)
+    return Source(name, spec.class_names, train, test, spec.held_out, spec.scaling, spec.digest)
 
 
 def _download(name: str, path: Path) -> None:

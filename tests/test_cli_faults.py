@@ -100,3 +100,18 @@ def test_a_folder_in_place_of_a_checkpoint_is_refused_before_the_work(run, place
     (place / "x.safetensors").mkdir()
     code, _, err = run("train --task digits --network resnet18w2 --out {here}/x.safetensors")
     assert code == 1 and "x.safetensors: written are only .safetensors files" in err
+
+
+def test_escape_sequences_are_shown_not_obeyed(run, place):
+    words = QUICK + " --budget density=0.5 bits=8 --name"
+    code, out, err = run(words, "red \x1b[31m\x9b2J \u202e name")
+    assert code == 0 and not {"\x1b", "\x9b", "\u202e"} & set(out + err) and "\\x1b[31m\\x9b2J \\u202e name" in out
+    code, out, err = run("inspect", "a\x1b]0;title\x07.jc")
+    assert code == 1 and "a\\x1b]0;title\\x07.jc" in err and "\x1b" not in err
+    code, out, err = run(words, "half a letter \ud800")
+    assert code == 1 and len(err.splitlines()) == 1 and "needed is a text of whole letters" in err
+
+
+def test_a_key_given_twice_is_refused(run, place):
+    code, _, err = run(QUICK + " --budget density=0.5 bits=8 density=0.6")
+    assert code == 1 and err == "error: density is given twice\n"

@@ -123,7 +123,29 @@ def test_malformed_assignments(pair):
         from_assignments(["bits=4", pair])
 
 
-@pytest.mark.parametrize("content", [b"a = ", b"a = 1\na = 2\n", b"\xff\xfe", b"[t\n"])
+@pytest.mark.parametrize("pairs, fault", [
+    (["bits=4", "density=0.1", "bits=8"], "bits is given twice"), (["a.b=1", "a.b=1"], "a.b is given twice"),
+    (["a={b=1}", "a.b=1"], "a.b is given twice"), (["a=1", "a.b=1"], "a.b is given twice"),
+    (["a.b=1", "a=1"], "a is given twice"), (["n=" + "9" * 5000], "n = '999.*so many digits"),
+    (["n=" + "[" * 50_000], r"n = '\[\[.*so deep")])
+def test_assignments_that_contradict_or_overflow(pairs, fault):
+    with pytest.raises(ConfigError, match=fault) as caught:
+        from_assignments(pairs)
+    assert len(str(caught.value)) < 200
+    assert from_assignments(["a.b=1", "a.c=2"]) == {"a": {"b": 1, "c": 2}}
+
+
+@pytest.mark.parametrize("values, fault", [
+    ({"name": "a\ud800"}, "name = 'a.ud800': needed is a text"),
+    ({"name": "a", "rate": 10**400}, "rate = a number beyond"),
+    ({"name": "a", "inner": {"epochs": 10**30}}, "inner.epochs = a number beyond 2.63: needed is a whole number")])
+def test_what_no_file_can_hold(values, fault):
+    with pytest.raises(ConfigError, match=fault):
+        build(Outer, values)
+
+
+@pytest.mark.parametrize("content", [b"a = " + b"9" * 5000, b"a = " + b"[" * 50_000,
+                                     b"a = ", b"a = 1\na = 2\n", b"\xff\xfe", b"[t\n"])
 def test_broken_toml(tmp_path, content):
     path = tmp_path / "bröken.toml"
     path.write_bytes(content)
@@ -133,7 +155,7 @@ def test_broken_toml(tmp_path, content):
 
 
 def test_missing_toml(tmp_path):
-    for path in (tmp_path / "absent.toml", tmp_path):
+    for path in (tmp_path / "absent.toml", tmp_path, "/dev/zero"):
         with pytest.raises(ConfigError, match="cannot read the configuration"):
             read_toml(path)
 

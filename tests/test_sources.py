@@ -1,6 +1,7 @@
 """Where pictures come from: files, folders, and every way in which they can be wrong."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,15 @@ def labelled(split):
             for image, label in zip(split.images, split.labels, strict=True)]
 
 
+@pytest.fixture
+def any_pictures(monkeypatch):
+    """Known sets are taken by their form alone."""
+    free = {name: replace(spec, digest=None) for name, spec in sources.PUBLISHED.items()}
+    monkeypatch.setattr(sources, "PUBLISHED", free)
+
+
 @pytest.fixture(scope="module")
-def fake_mnist():
+def fake_arrays():
     """Arrays of MNIST's shapes whose images all differ."""
     arrays = {}
     for part, count in (("train", 60_000), ("test", 10_000)):
@@ -28,6 +36,17 @@ def fake_mnist():
         images[:, 5, 5] = part == "test"
         arrays[f"{part}_images"], arrays[f"{part}_labels"] = images, (np.arange(count) % 10).astype(np.uint8)
     return arrays
+
+
+@pytest.fixture
+def fake_mnist(fake_arrays, any_pictures):
+    return fake_arrays
+
+
+def test_noise_of_the_right_shape_is_not_mnist(fake_arrays, tmp_path):
+    np.savez(tmp_path / "mnist.npz", **fake_arrays)
+    with pytest.raises(ConfigError, match="mnist.npz does not hold mnist as it was published .digest [0-9a-f]{16}"):
+        open_dataset("mnist", tmp_path)
 
 
 def one_line(error, *words):

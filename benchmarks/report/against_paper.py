@@ -6,6 +6,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..rows import visible
 from .seeds import over_seeds, spread_of
 from .table import in_markdown
 
@@ -61,7 +62,7 @@ def terminal(rows: Sequence[Row], title: str) -> Table:
         table.add_column(head, justify="left" if head in ("row", "metric") else "right", overflow="fold")
     for row in over_seeds(rows):
         for i, line in enumerate(texts(row)):
-            table.add_row(row["name"] if i == 0 else "", *line)
+            table.add_row(visible(row["name"]) if i == 0 else "", *line)
         table.add_section()
     return table
 

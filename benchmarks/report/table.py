@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
 from rich.table import Table
 
+from ..rows import visible
 from .seeds import over_seeds, spread_of
 
 Row = Mapping[str, Any]
@@ -127,7 +128,7 @@ def _table(rows: Sequence[Row], title: str, columns: Sequence[Column]) -> Table:
         table.add_column(column.header.replace(" ", "\n") if column.axis else column.header, vertical="bottom",
                          justify="right" if column.axis else "left", overflow="fold")
     for row in rows:
-        table.add_row(*cells(row, columns))
+        table.add_row(*map(visible, cells(row, columns)))
     return table
 
 
