@@ -8,7 +8,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.table import Table
@@ -25,7 +25,9 @@ from methods.clip_q import Theta, attach
 from methods.core.fit.project import project_sparse
 from methods.core.fit.prune import keep_count
 from methods.core.graph.build import weight_layers
+from methods.core.train.distill import Distillation
 from methods.core.train.finetune import Hooks, Recipe, training_step
+from methods.core.train.recipe import Distill
 from methods.core.train.task import Task
 
 from .networks import build, find
@@ -59,18 +61,22 @@ def measure_training(network: str, batch: int, rounds: int, threads: int) -> Tra
     task = Task(None, [], autocast=torch.bfloat16, channels_last=True)
     steps = {name: stepper(*prepare(task.placed(copy.deepcopy(model)), data[0]), task, data)
              for name, prepare in METHODS.items()}
+    given = task.placed(copy.deepcopy(model))
+    steps["distilled step"] = stepper(given, Hooks(), replace(task, teacher=model), data, Distill())
     weights = sum(layer.weight.numel() for layer in weight_layers(model).values())
     return TrainingReport(in_turn(steps, rounds), time_projections(model), weights, batch)
 
 
-def stepper(model: nn.Module, hooks: Hooks, task: Task, data: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    """One training step on `data`, as the loop of every method does it."""
+def stepper(model: nn.Module, hooks: Hooks, task: Task, data: tuple[Tensor, Tensor],
+            distill: Distill | None = None) -> Callable[[], None]:
+    """One training step on `data`, as the loop of every method does it; `distill` adds the task's teacher."""
     model.train()
     optimizers = hooks.optimizers(model, RECIPE)
+    objective = task.loss if distill is None else Distillation(model, task, distill).objective(task.loss)
 
     def step() -> None:
         with torch.enable_grad():
-            training_step(model, task, data, task.loss, RECIPE.lr, optimizers, hooks)
+            training_step(model, task, data, objective, RECIPE.lr, optimizers, hooks)
     return step
 
 
@@ -113,12 +119,13 @@ def training_table(report: TrainingReport) -> Table:
     """Medians of the rounds; a ratio is taken within its round."""
     table = Table(title=f"CPU time of a training step, batch {report.batch}, bfloat16, {len(report.steps[0].seconds)} "
                         "rounds in turn")
-    for header in ("method", "s per step", "times the plain step", "in all rounds"):
+    for header in ("method", "s per step", "images/s", "x plain step", "in all rounds"):
         table.add_column(header, justify="left" if header == "method" else "right", no_wrap=True)
     for timing in report.steps:
         slower = [1 / ratio for ratio in timing.ratios]
-        table.add_row(timing.name, f"{statistics.median(timing.seconds):.2f}", f"{statistics.median(slower):.2f}",
-                      f"{min(slower):.2f} to {max(slower):.2f}")
+        seconds = statistics.median(timing.seconds)
+        table.add_row(timing.name, f"{seconds:.2f}", f"{report.batch / seconds:.0f}",
+                      f"{statistics.median(slower):.2f}", f"{min(slower):.2f} to {max(slower):.2f}")
     return table
 
 
