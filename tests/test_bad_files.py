@@ -146,6 +146,7 @@ def test_the_hand_made_file_is_right():
     layer(t={"a": "int64"}), layer(r=[["a", [0]]], t={"a": "object"}), layer(f=[]), layer(f={"a": 1}),
     layer(s={"a": [1]}), layer(s={"a": [1, "2"]}), layer(r=[["a", [1]]]), layer(s={"a": [1, -1]}),
     layer(s={"a": [2**62, 1]}), layer(s={"a": [0, 1]}), layer(name="\ud800"), layer(f={"\udfff": "a"}),
+    layer(b=2), layer(z=-1), layer(b=1 << 70), layer(b="1"), layer(b=1, r=[["fc.bias", [2]]]),
 ], ids=lambda header: json.dumps(header)[:50])
 def test_malicious_headers(header):
     refused(container.frame("best", header, DENSE_ONES + END))

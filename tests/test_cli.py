@@ -188,7 +188,7 @@ def test_compress_inspect_measure_decode(run, place, made):
     file, _ = made
     (row,) = rows_of(place, "own")
     words = "{here}/" + str(file.relative_to(place))
-    code, out, _ = run(f"inspect {words}")
+    code, out, _ = run(f"inspect {words} --json")
     assert code == 0 and f'"bytes": {file.stat().st_size}' in out
     code, out, _ = run(f"measure {words} --task digits --network resnet18w2")
     assert code == 0 and f'"top1_integer": {row["top1_integer"]}' in out

@@ -39,9 +39,10 @@ FEW_ELEMENTS = 1 << 24  # a file of any size may hold this many numbers; beyond,
 ELEMENTS_PER_BYTE = 1 << 10
 MAX_WIDTH = 1 << 24  # channels of a layer
 
-# [[layer, shape, bits]], [[name, shape]] of the rest, {name: dtype other than float32}, topology, 1 = ranges by harness
+# [[layer, shape, bits]], [[name, shape]] of the rest, {name: dtype other than float32}, topology, 1 = harness ranges;
+# b, z: the layers, a bit each, whose biases begin the rest, and whose widths in the topology are those of their shapes
 HEADER = {"w": [(str, [int], int)], "r": [(str, [int])], "t": {str: str}, "f": {str: str}, "s": {str: (int, int)},
-          "h": int}
+          "h": int, "b": int, "z": int}
 # 1 = float64 scales, [[edge, bits, zero, signed]], [[edge, bits, shifts, flags]] of the windows
 ACTIVATIONS = (int, [(str, int, int, int)], [(str, int, [int], int)])
 # Text that the header may repeat for free. It is part of the format: never edit it within a version.
@@ -119,15 +120,42 @@ def pack_header(compressed: "CompressedModel") -> dict:
     unknown = [name for name, dtype in dtypes.items() if dtype not in DTYPE_BYTES]
     if unknown:
         raise CompressError(f"{unknown[0]} is {dtypes[unknown[0]]}: a file holds {', '.join(DTYPE_BYTES)}")
+    biased, cut = _implied(compressed)
+    leading = {f"{layer}.bias" for layer in biased}
     parts = {
         "w": [[layer, list(t.codes.shape), t.bits] for layer, t in compressed.weights.items()],
-        "r": [[name, list(tensor.shape)] for name, tensor in compressed.rest.items()],
+        "r": [[name, list(tensor.shape)] for name, tensor in compressed.rest.items() if name not in leading],
         "t": {name: dtype for name, dtype in dtypes.items() if dtype != "float32"},
         "f": dict(compressed.topology.folded),
-        "s": {name: list(width) for name, width in compressed.topology.widths.items()},
+        "s": {name: list(width) for name, width in compressed.topology.widths.items() if name not in cut},
         "h": int(compressed.ranges_by == "harness"),
+        "b": sum(1 << place for place, layer in enumerate(compressed.weights) if layer in biased),
+        "z": sum(1 << place for place, layer in enumerate(compressed.weights) if layer in cut),
     }
     return {key: part for key, part in parts.items() if part}
+
+
+def _implied(compressed: "CompressedModel") -> tuple[set[str], set[str]]:
+    """Layers whose bias, and whose widths, follow from the shape of their weight; the biases lead the rest."""
+    biases, names = [f"{layer}.bias" for layer in compressed.weights], list(compressed.rest)
+    leading = [name for name in biases if name in compressed.rest]
+    plain = names[:len(leading)] == leading and all(
+        compressed.rest[f"{layer}.bias"].shape == t.codes.shape[:1] for layer, t in compressed.weights.items()
+        if f"{layer}.bias" in compressed.rest)
+    biased = {name.removesuffix(".bias") for name in leading} if plain else set()
+    widths = compressed.topology.widths
+    return biased, {layer for layer, t in compressed.weights.items() if widths.get(layer) == tuple(t.codes.shape[:2])}
+
+
+def _expanded(header: dict) -> dict:
+    """The header with what follows from the shapes written out."""
+    layers, masks = header["w"], (header["b"], header["z"])
+    if not all(0 <= mask and mask.bit_length() <= len(layers) for mask in masks) or not all(
+            len(shape) > 1 for _, shape, _ in layers):
+        raise FormatError("the header holds an impossible shape, or bits of layers that are not there")
+    biased, cut = ([layer for place, layer in enumerate(layers) if mask >> place & 1] for mask in masks)
+    return header | {"r": [[f"{name}.bias", shape[:1]] for name, shape, _ in biased] + header["r"],
+                     "s": header["s"] | {name: shape[:2] for name, shape, _ in cut}}
 
 
 def check_header(header: object, limit: int) -> dict:
@@ -135,7 +163,7 @@ def check_header(header: object, limit: int) -> dict:
     if type(header) is not dict or not set(header) <= set(HEADER) or not all(
             fits(part, HEADER[key]) for key, part in header.items()):
         raise FormatError("the header has the wrong form")
-    header = {"w": [], "r": [], "t": {}, "f": {}, "s": {}, "h": 0} | header
+    header = _expanded({"w": [], "r": [], "t": {}, "f": {}, "s": {}, "h": 0, "b": 0, "z": 0} | header)
     for part in ("w", "r"):
         if len({entry[0] for entry in header[part]}) != len(header[part]):
             raise FormatError("the header names a tensor twice")
@@ -147,8 +175,8 @@ def check_header(header: object, limit: int) -> dict:
                           "network, may hold (decode takes max_elements)")
     if not all(1 <= width <= MAX_WIDTH for widths in header["s"].values() for width in widths):
         raise FormatError("the header holds an impossible width of a layer")
-    if not all(len(shape) > 1 and 1 <= bits <= MAX_BITS for _, shape, bits in header["w"]):
-        raise FormatError("the header holds an impossible shape or bit width")
+    if not all(1 <= bits <= MAX_BITS for _, _, bits in header["w"]):
+        raise FormatError("the header holds an impossible bit width")
     if not set(header["t"]) <= {name for name, _ in header["r"]} or not set(header["t"].values()) <= set(DTYPE_BYTES):
         raise FormatError("the header holds an unknown dtype")
     return header
