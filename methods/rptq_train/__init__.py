@@ -29,9 +29,6 @@ Departures from its specification, and choices that it leaves
   * After the training the file is made with other lam, weights, prices and batch norm as they are, until it takes 99
     to 100 % of the budget; ranges are those of the trained lam.
   * Codes are at most twice the largest of the start. Counts are smoothed by 0.05, densities by half a weight.
-
-Example
-    small = rptq_train.compress(network, task, Budget(size_ratio=0.022), rptq_train.Config(), torch.Generator())
 """
 
 import math
@@ -98,7 +95,16 @@ class Config:
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
-    """Budget: size_ratio, of the whole file to the float32 parameters and statistics."""
+    """Budget: size_ratio, of the whole file to the float32 parameters and statistics.
+
+    >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    >>> batches = [(torch.rand(20, 1, 8, 8), torch.arange(20) % 4) for _ in range(8)]
+    >>> config = Config(recipe=Recipe(epochs=4, lr=0.05, distill=Distill()))
+    >>> small = compress(network, Task.from_loader(batches, batches), Budget(size_ratio=0.12), config,
+    ...                  torch.Generator().manual_seed(0))
+    >>> len(to_bytes(small)[0]) <= 0.12 * 4 * 2212
+    True
+    """
     run = NullRun() if run is None else run
     budget.require("rptq_train", "size_ratio")
     model = own_copy(model).cpu()
