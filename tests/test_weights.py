@@ -23,7 +23,7 @@ from methods import (
     prune_then_quantize,
     quantize_then_prune,
 )
-from methods.core.artifact import tensor_name
+from methods.core.artifact import Affine, CompressedTensor, tensor_name
 from methods.core.graph.build import assemble
 from methods.core.graph.weights import float_share, layer_of, place_of, weight_layers
 
@@ -89,6 +89,23 @@ def test_every_kind_is_coded_and_comes_back(name, tmp_path):
         assert torch.equal(state[tensor_name(layer)], tensor.decode()) and tensor.kept > 0
     assert back.again is back.last and bool(back(torch.randint(0, 9, (2, 5))).isfinite().all())
     assert inspect(tmp_path / "zoo.jc")["float_layers"] == {}
+
+
+class Versioned(nn.Linear):
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, metadata, *rest):
+        if metadata.get("version") != 2:
+            raise ValueError(f"version {metadata.get('version')}")
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+def test_modules_that_ask_for_their_version_are_rebuilt():
+    model = nn.Sequential(Versioned(3, 4))
+    codes = torch.randint(-7, 8, (4, 3), dtype=torch.int32)
+    grid = Affine(torch.tensor(0.5), torch.tensor(0, dtype=torch.int32))
+    back = apply(assemble(model, {"0": CompressedTensor.of(codes, grid, 4)}), model)
+    assert torch.equal(back[0].weight, 0.5 * codes)
 
 
 def test_layers_are_found_by_their_names():

@@ -1,5 +1,6 @@
 """Between a module and a compressed model: collecting what stays float, and rebuilding the module."""
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -103,7 +104,9 @@ def apply(compressed: CompressedModel, skeleton: nn.Module) -> nn.Module:
         if names:
             raise CompressError(f"the compressed model {fault} {', '.join(names[:4])}"
                                 f"{' …' if len(names) > 4 else ''}: it belongs to another network")
-    model.load_state_dict(have, strict=False)
+    state = OrderedDict(have)
+    state._metadata = model.state_dict()._metadata  # versions that some modules ask for when they load
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 
