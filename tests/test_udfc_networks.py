@@ -77,7 +77,7 @@ def test_budgets_that_are_refused():
     model = net()
     for budget, word in (({"density": 0.5}, "density"), ({}, "'channel_density' or 'bits'"),
                          ({"channel_density": 0.1}, "leaves no channel of 0"),
-                         ({"channel_density": {"3": 0.5}}, "unknown layers"), ({"bits": {"0": 4}}, "misses")):
+                         ({"channel_density": {"3": 0.5}}, "unknown layers"), ({"bits": {"0": 4}}, "leave 3 alone")):
         with pytest.raises(BudgetError, match=word):
             compress(model, **budget)
     with pytest.raises(ConfigError, match="joint = True needs"):
