@@ -16,6 +16,7 @@ from methods.core.artifact import CompressedModel
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
 from methods.core.file.storage import encode, load, to_bytes
+from methods.core.fit.sixteen_bit import sixteen_bit
 from methods.core.graph.build import weight_layers
 from methods.core.graph.shrink import shrink
 from methods.core.train.task import Task
@@ -146,8 +147,9 @@ def store(given: Mapping[str, Any], compressed: CompressedModel, job: Job, netwo
 
 
 def as_stored(compressed: CompressedModel, job: Job, network: nn.Module, calibration: Task) -> CompressedModel:
-    """What the file holds of a result: no dead units if the job says so, ranges of the harness where it has none."""
-    return with_ranges(shrink(compressed, network) if job.shrink else compressed, network, calibration)
+    """What the file holds of a result: without dead units or in 16 bits as the job says, with ranges."""
+    small = shrink(compressed, network) if job.shrink else compressed
+    return with_ranges(sixteen_bit(small) if job.sixteen_bit else small, network, calibration)
 
 
 def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network: nn.Module, dataset: Dataset,
@@ -157,7 +159,8 @@ def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network
     calibration = setup.task(dataset, job.network, torch.device("cpu"))
     small = as_stored(compressed, job, network, calibration)
     encode(small, path, mode="best")
-    whole = replace(compressed, activations=small.activations, ranges_by=small.ranges_by)
+    whole = replace(sixteen_bit(compressed) if job.sixteen_bit else compressed, activations=small.activations,
+                    ranges_by=small.ranges_by)
     height, width, channels = dataset.image_shape
     test = test_batches(dataset, batch_size=250, device=torch.device("cpu"), scaling=scaling)
     row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
@@ -168,7 +171,7 @@ def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network
         row |= {"bn_reestimation": job.bn_reestimation,
                 "top1_float_bn_reestimated": top1_of(right_of([model], test.epoch(None))[0])}
     return {**row, **beside(start, row["right"]), "file_digest": digest_of(path), "shrink": job.shrink,
-            "bytes_unshrunk": len(to_bytes(whole)[0]) if job.shrink else row["bytes"]}
+            "sixteen_bit": job.sixteen_bit, "bytes_unshrunk": len(to_bytes(whole)[0]) if job.shrink else row["bytes"]}
 
 
 def beside(start: Start, right: Mapping[str, str]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ class Job:
     bn_reestimation  training inputs, augmented as in training, for an extra, labelled score after re-estimating batch
                   norm (0: none)
     shrink        dead units are removed before the file is written (the row also has the bytes without that)
+    sixteen_bit   what stays float, scales and shared values are rounded to 16 bits before the file is written
     setup         overrides of the baseline's batches ({batch_size, augment})
     paper         the printed numbers of this row, and [{layer, ...}] per layer
     """
@@ -45,6 +46,7 @@ class Job:
     float_policy: tuple[str, ...] = ()
     bn_reestimation: int = 0
     shrink: bool = True
+    sixteen_bit: bool = False
     setup: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""

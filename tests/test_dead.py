@@ -1,6 +1,7 @@
 """The command that shows what removing dead units makes of stored files, and rows that have both sizes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,9 @@ from torch import nn
 from benchmarks import networks
 from benchmarks.__main__ import main
 from benchmarks.dead import network_of
-from methods.core.artifact import Affine, CompressedTensor
+from benchmarks.execute import as_stored
+from benchmarks.jobs import Job
+from methods.core.artifact import ActivationQuantizer, Affine, CompressedTensor
 from methods.core.errors import ConfigError
 from methods.core.file.storage import encode
 from methods.core.graph.build import assemble
@@ -49,3 +52,17 @@ def test_nothing_dead_nothing_changed():
     small = shrink(compressed, model)
     assert small.topology == compressed.topology
     assert all(torch.equal(value, small.rest[name]) for name, value in compressed.rest.items())
+
+
+def test_what_a_job_asks_for_is_stored():
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    model[2].weight.data[:, 1] = 0
+    ranges = {name: ActivationQuantizer(0.1) for name in ("0", "2")}
+    compressed = assemble(model, {}, activations=ranges)
+    job = Job("a", "dfq", "digits", "")
+    stored = {(cut, short): as_stored(compressed, replace(job, shrink=cut, sixteen_bit=short), model, None)
+              for cut in (False, True) for short in (False, True)}
+    for (cut, short), found in stored.items():
+        bias = found.rest["0.bias"]
+        assert len(bias) == (3 if cut else 4)
+        assert bool((bias == bias.half().float()).all() or (bias == bias.bfloat16().float()).all()) == short
