@@ -4,4 +4,4 @@ overwrite, or be overwritten by, those of other projects. The harness runs from 
 from setuptools import find_packages, setup
 
 setup(packages=[f"jointcompress.{name}" for name in find_packages(include=["methods", "methods.*"])],
-      package_dir={"jointcompress.methods": "methods"})
+      package_dir={"jointcompress.methods": "methods"}, package_data={"jointcompress.methods": ["py.typed"]})

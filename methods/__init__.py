@@ -17,6 +17,7 @@ on training what was pruned, with its zeros kept:
 """
 
 import importlib
+import importlib.metadata
 import pkgutil
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -26,7 +27,9 @@ from .core.errors import ConfigError
 if TYPE_CHECKING:
     from ._public import *  # noqa: F403
 
+__version__ = "0.2.0"
 ROOMS = ("core", "engine")
+GROUP = "jointcompress.methods"  # of entry points, by which another distribution brings methods
 OWN = ("data_of", "find_method", "method_names")
 
 
@@ -43,9 +46,23 @@ def __getattr__(name: str) -> Any:
 
 
 def method_names() -> list[str]:
-    """The methods there are: every module or package beside this file, but for the rooms they share."""
+    """The methods there are: every module or package beside this file, but for the rooms they share, and those that
+    other distributions bring by entry points:
+
+        [options.entry_points]
+        jointcompress.methods =
+            theirs = their_package.their_module
+    """
+    return sorted({*_own_names(), *_brought()})
+
+
+def _own_names() -> set[str]:
     found = (info.name for info in pkgutil.iter_modules(__path__))  # noqa: F405
-    return sorted(name for name in found if name not in ROOMS and not name.startswith("_"))
+    return {name for name in found if name not in ROOMS and not name.startswith("_")}
+
+
+def _brought() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=GROUP)}
 
 
 def data_of(method: ModuleType, config: Any) -> str:
@@ -54,7 +71,16 @@ def data_of(method: ModuleType, config: Any) -> str:
 
 
 def find_method(name: str) -> ModuleType:
-    """The module of a method; ConfigError, listing the names, if there is none."""
-    if name not in method_names():
+    """The module of a method; ConfigError, listing the names, if there is none. Of equal names ours is meant."""
+    if name in _own_names():
+        return importlib.import_module(f".{name}", __name__)
+    if name not in _brought():
         raise ConfigError(f"unknown method {name!r}; there are: {', '.join(method_names())}")
-    return importlib.import_module(f".{name}", __name__)
+    try:
+        found = _brought()[name].load()
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"method {name!r} ({_brought()[name].value}) cannot be imported: {error}") from error
+    lacking = [part for part in ("DATA", "Config", "compress") if not hasattr(found, part)]
+    if lacking:
+        raise ConfigError(f"method {name!r} ({_brought()[name].value}) lacks {', '.join(lacking)}: see core/method.py")
+    return found

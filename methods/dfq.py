@@ -231,6 +231,6 @@ def activation_ranges(graph: Graph, seen: Mapping[str, Normal | None], config: C
     """{edge: quantizer} of beta -+ sigmas |gamma|, but for the edges that an add takes from accumulators, and those
     of which nothing is known: they stay float."""
     skipped = graph.accumulator_edges()
-    return {edge: quantizer_of(*seen[source].range(config.sigmas), config.activation_bits)
+    return {edge: quantizer_of(*seen[source].range(config.sigmas), config.activation_bits)  # type: ignore[call-arg]
             for node in graph for edge, source in zip(node.edges(), node.inputs, strict=False)
             if edge not in skipped and seen[source] is not None}

@@ -9,6 +9,8 @@ Version 2 added the packing STREAMS of float tensors, the layout CLASSED of mask
 version 1 are read as ever.
 """
 
+# mypy: disable-error-code=attr-defined
+
 import contextlib
 import json
 import math

@@ -25,7 +25,7 @@ def batch_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
         means.append(values.sum(2) / size)
         squares.append((values - means[-1][:, :, None]).square_().sum(2))
     means = torch.cat(means)  # [N, C]
-    mean = means.sum(0) / len(x)
+    mean = means.sum(0) / len(x)  # type: ignore[attr-defined]
     apart = torch.cat(squares).sum(0) + size * (means - mean).square().sum(0)
     return mean, apart / (size * len(x))
 

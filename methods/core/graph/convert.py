@@ -120,7 +120,7 @@ class Converter:
         shared = module is not None and self.calls[module] > 1  # a layer that is called twice has no one input
         operands = [self.names[one] for one in _tensors(node) if one in self.names]
         return made if shared and any(True for _ in module.parameters()) else recognise.refined(
-            made, recognise.Call(*self._call(call), operands, whole=call is node, plain=len(part.steps) == 1))
+            made, recognise.Call(*self._call(call), operands, whole=call is node, plain=len(part.steps) == 1))  # type: ignore[call-arg]
 
     def _packed(self, node: fx.Node) -> str:
         """The name of the output; several tensors are packed by a node of their own."""

@@ -129,7 +129,7 @@ def leading_padding(layer: nn.Conv2d) -> Pair:
 
 
 def _conv(name: str, layer: nn.Conv2d, into: tuple[int, ...], out: tuple[int, ...]) -> LayerShape:
-    return LayerShape(name, "conv", out[-2], out[-1], layer.in_channels, layer.out_channels, *layer.kernel_size,
+    return LayerShape(name, "conv", out[-2], out[-1], layer.in_channels, layer.out_channels, *layer.kernel_size,  # type: ignore[call-arg]
                       layer.groups, layer.stride, leading_padding(layer), elements(into), elements(out))
 
 
