@@ -271,8 +271,8 @@ def test_a_last_step_that_breaks_the_weights_is_reported(tiny, stage):
     """The loss is finite there, and its gradient is not: only the weights show it."""
     kind, recipe = stage.split()[0], replace(EPOCH, lr=0.5)
     idle = {name: replace(EPOCH, epochs=0) for name in ("prune", "retrain", "quantize", "fix")}
-    config = replace(SHORT, grid="clusters" if kind == "tie" else "levels",
-                     **{**idle, "fix" if kind == "tie" else kind: recipe})
+    grid = {"grid": "clusters", "fix_rounds": Config.fix_rounds} if kind == "tie" else {}
+    config = replace(SHORT, **grid, **{**idle, "fix" if kind == "tie" else kind: recipe})
     task = replace(tiny.task(), train=tiny.Batches(24, 1), loss=lambda out, _: (out - out.detach()).abs().sqrt().sum())
     with pytest.raises(TrainingDiverged, match=r"after epoch 1 of 1: lower lr \(0.5\)"):
         compress(tiny.model(), task, Budget(density=0.3, bits=3), config, seeded())

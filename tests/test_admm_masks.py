@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from methods.admm import Config, Training, prune, quantize
 from methods.core.graph.build import weight_layers
@@ -34,6 +35,29 @@ def test_retraining_leaves_what_is_pruned_at_zero(tiny):
     weights, masks, _ = pruned(tiny)
     assert set(outside(weights, masks).values()) == {0}
     assert all(int(mask.sum()) == -(-mask.numel() * 4 // 10) for mask in masks.values())
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_weights_that_change_no_output_give_their_places_to_others(tiny, live):
+    """In a chain of linear layers: a weight is live if its input has a path from an input of the network, and its
+    output one to an output."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(),
+                              nn.Linear(30, 4)).eval()
+    weights = {name: model.get_submodule(name).weight for name in ("1", "3", "5")}
+    config = replace(SHORT, live=live, prune_iterations=0, retrain=replace(EPOCH, epochs=0))
+    training = Training(model, tiny.task(), config, torch.Generator().manual_seed(0), NullRun(), {})
+    masks = prune(weights, {"1": 0.01, "3": 0.06, "5": 0.25}, training)
+    from_input, to_output, forward, backward = torch.ones(192), torch.ones(4), {}, {}
+    for name in ("1", "3", "5"):
+        forward[name], from_input = from_input > 0, masks[name].float() @ from_input
+    for name in ("5", "3", "1"):
+        backward[name], to_output = to_output > 0, to_output @ masks[name].float()
+    dead = {name: int((mask & ~(backward[name][:, None] & forward[name])).sum()) for name, mask in masks.items()}
+    assert (sum(dead.values()) == 0) is live, dead
+    assert {name: int(mask.sum()) for name, mask in masks.items()} == {"1": 58, "3": 54, "5": 30}
+    assert set(outside(weights, masks).values()) == {0}
 
 
 @pytest.mark.parametrize("grid", ["levels", "clusters"])
