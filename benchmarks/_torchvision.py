@@ -1,16 +1,21 @@
-"""The one place that imports torchvision, and only when data has to be downloaded."""
+"""The one place that imports torchvision, and only when data has to be downloaded or its networks are asked for."""
 
 import contextlib
 import socket
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import torch
+from torch import nn
+
+from methods.core.errors import ConfigError
 
 PATIENCE = 30.0  # seconds without a byte before a download counts as failed; torchvision waits for ever
+AUXILIARY = ("googlenet", "inception_v3")  # networks with heads for training
 _declared: list[torch.library.Library] = []  # a Library that is collected takes its schemas with it
 
 
@@ -31,6 +36,29 @@ def import_datasets() -> ModuleType:
         _declared.append(library)
         from torchvision import datasets
     return datasets
+
+
+def classifier_names() -> list[str]:
+    """Of torchvision's classification networks."""
+    import_datasets()
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
+def classifier(name: str, classes: int) -> nn.Module:
+    """torchvision's network for pictures of 3 channels, without the heads that only training uses."""
+    import_datasets()
+    from torchvision import models
+
+    # With published weights these two undo the usual scaling of inputs for that of their first training.
+    options = {"aux_logits": False, "init_weights": True, "transform_input": True} if name in AUXILIARY else {}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # about a later default of init_weights
+            return models.get_model(name, weights=None, num_classes=classes, **options)
+    except (ImportError, ValueError, TypeError) as error:
+        raise ConfigError(f"torchvision's {name} cannot be made: {str(error).splitlines()[0]}") from error
 
 
 def download(name: str, folder: Path) -> dict[str, np.ndarray]:

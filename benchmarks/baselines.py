@@ -14,7 +14,7 @@ from methods.core.train.task import Task, top1
 
 from .checkpoints import digest_of, load_into, read_checkpoint, read_provenance, rounded, write_checkpoint
 from .data import Dataset, make_task, test_batches
-from .networks import build, check_fits, find
+from .networks import build, check_fits, find, named
 from .provenance import joined, provenance
 from .rows import RESULTS, ROOT
 from .runs import DiskRun
@@ -78,7 +78,7 @@ def find_setup(task: str, network: str, recipes: Path = RECIPES) -> Setup:
 
 def shipped_path(task: str, network: str) -> Path:
     """Where the project ships the checkpoint of a task and network, if it does."""
-    return SHIPPED / f"{task.replace(':', '-')}_{network}.safetensors"
+    return SHIPPED / f"{task}_{network}.safetensors".replace(":", "-")
 
 
 def skeleton(dataset: Dataset, network: str) -> nn.Module:
@@ -90,7 +90,7 @@ def skeleton(dataset: Dataset, network: str) -> nn.Module:
 def load_baseline(dataset: Dataset, network: str, checkpoint: Path) -> Baseline:
     """Anyone's checkpoint as the baseline."""
     model = skeleton(dataset, network)
-    load_into(model, read_checkpoint(checkpoint))
+    load_into(model, named(find(network), read_checkpoint(checkpoint)))
     where = checkpoint.resolve()
     source = str(where.relative_to(ROOT)) if where.is_relative_to(ROOT) else where.name
     return Baseline(model.eval(), digest_of(checkpoint), source, read_provenance(checkpoint))

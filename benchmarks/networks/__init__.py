@@ -1,20 +1,26 @@
-"""The benchmark networks by name, each with the input it takes and the input scaling of its paper."""
+"""The benchmark networks by name, each with the input it takes and the input scaling of its paper.
+
+torchvision:NAME is torchvision's own network, for its published weights, given as a file with --checkpoint.
+"""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from methods.core.errors import ConfigError
 
+from .. import _torchvision
 from ..data import Dataset
 from ..sources import Scaling
 from . import lenet, resnet, vgg
 
 PIXEL_256: Scaling = ((0.0,), (256 / 255,))  # Caffe: pixel / 256
 PIXEL_255: Scaling = ((0.0,), (1.0,))
+IMAGENET: Scaling = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of all weights that torchvision publishes
+TORCHVISION = "torchvision:"
 
 
 @dataclass(frozen=True)
@@ -25,13 +31,19 @@ class Network:
     size      height and width of the images it takes, or None for any
     channels  channels of the images it takes, or None for any
     scaling   (mean, std) of its inputs on the 0..1 scale, or None for the data set's own
+    renamed   ((pattern, replacement), ...) for the names of tensors in a checkpoint; what becomes "" is passed over
     """
 
     make: Callable[[int, int], nn.Module]
     size: int | None = None
     channels: int | None = None
     scaling: Scaling | None = None
+    renamed: tuple[tuple[str, str], ...] = ()
 
+
+# Heads that only training uses; torchvision published DenseNets with a dot inside names that has no place today.
+PUBLISHED_NAMES = ((r"(aux1|aux2|AuxLogits)\..*", ""),
+                   (r"(.*\.denselayer\d+\.(?:norm|conv))\.([12]\.\w+)", r"\1\2"))
 
 NETWORKS: dict[str, Network] = {
     "resnet18": Network(lambda classes, channels: resnet.resnet18(classes, channels, 64)),
@@ -47,19 +59,39 @@ NETWORKS: dict[str, Network] = {
 
 
 def network_names() -> list[str]:
-    """Every name, and `resnet18wN` for the family of widths (N = channels of the first stage)."""
-    return [*NETWORKS, "resnet18wN"]
+    """Every name, `resnet18wN` for the family of widths (N = channels of the first stage), and torchvision's."""
+    return [*NETWORKS, "resnet18wN", f"{TORCHVISION}NAME"]
 
 
 def find(name: str) -> Network:
     """The network called `name`; ConfigError, listing the names, if there is none."""
     if name in NETWORKS:
         return NETWORKS[name]
+    if name.startswith(TORCHVISION):
+        return _of_torchvision(name.removeprefix(TORCHVISION))
     wide = re.fullmatch(r"resnet18w([1-9]\d{0,3})", name)
     if wide is None:
         raise ConfigError(f"unknown network {name!r}; there are: {', '.join(network_names())}")
     width = int(wide[1])
     return Network(lambda classes, channels: resnet.resnet18(classes, channels, width))
+
+
+def _of_torchvision(name: str) -> Network:
+    if name not in _torchvision.classifier_names():
+        raise ConfigError(f"unknown network {TORCHVISION + name!r}; torchvision has: "
+                          f"{', '.join(_torchvision.classifier_names())}")
+    return Network(lambda classes, channels: _torchvision.classifier(name, classes), channels=3, scaling=IMAGENET,
+                   renamed=PUBLISHED_NAMES)
+
+
+def named(network: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the names that the network has for them."""
+    found = {}
+    for name, tensor in state.items():
+        for pattern, replacement in network.renamed:
+            name = re.sub(f"^{pattern}$", replacement, name)
+        found[name] = tensor
+    return {name: tensor for name, tensor in found.items() if name}
 
 
 def build(name: str, classes: int, channels: int, seed: int = 0) -> nn.Module:
