@@ -22,7 +22,7 @@ from . import coding
 from .streams import Reader, decode_stream, encode_stream
 
 SAME_WIDTH = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-RAW, LZMA, PLANES, STREAMS = range(4)  # PLANES is LZMA of all first bytes, all second bytes, …: read, not written
+RAW, LZMA, PLANES, STREAMS = range(4)  # PLANES is LZMA of all first bytes, all second bytes, …
 PLANE = 4  # bytes of a float32
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6}]
 LZMA_LIMIT = 1 << 17  # bytes: above, its 2 MB/s are not worth the little it gains
@@ -46,6 +46,9 @@ def pack_rest(rest: Mapping[str, Tensor], mode: str) -> bytes:
     packings = [bytes([RAW]) + raw]
     if mode == "best" and tensors:
         packings += [bytes([LZMA]) + lzma.compress(raw, lzma.FORMAT_RAW, filters=FILTERS), packed]
+        if len(raw) % PLANE == 0:
+            planes = np.frombuffer(raw, np.uint8).reshape(-1, PLANE).T.tobytes()
+            packings.append(bytes([PLANES]) + lzma.compress(planes, lzma.FORMAT_RAW, filters=FILTERS))
     return min(packings, key=len)
 
 
