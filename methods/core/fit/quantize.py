@@ -95,6 +95,17 @@ def quantize(weight: Tensor, grid: Affine, bits: int, mask: Tensor | None = None
     return CompressedTensor.of(to_codes(weight.cpu(), grid, bits), grid, bits, mask)
 
 
+def through_grid(weight: Tensor, grid: Affine, bits: int) -> Tensor:
+    """decode(encode(w)) with a straight-through gradient, 1 inside the range of the grid and 0 outside."""
+    with torch.no_grad():
+        scale, zero = _beside(weight, grid)
+        steps = torch.round(weight / scale) + zero
+        codes = steps.clamp(*code_range(grid, bits))
+        near = (codes - zero) * scale
+    passed = (weight - weight.detach()) * (steps == codes)  # value 0: what a forward pass sees is `near` itself
+    return near + passed
+
+
 class FakeQuantize(nn.Module):
     """Parametrization w -> mask * decode(encode(w)) with a straight-through gradient inside the range.
 
@@ -109,14 +120,8 @@ class FakeQuantize(nn.Module):
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        with torch.no_grad():
-            grid = self.fit(weight * self.mask, self.bits, self.per_channel) if self.grid is None else self.grid
-            scale, zero = _beside(weight, grid)
-            steps = torch.round(weight / scale) + zero
-            codes = steps.clamp(*code_range(grid, self.bits))
-            near = (codes - zero) * scale
-        passed = (weight - weight.detach()) * (steps == codes)  # value 0: what a forward pass sees is `near` itself
-        return (near + passed) * self.mask
+        grid = self.fit(weight * self.mask, self.bits, self.per_channel) if self.grid is None else self.grid
+        return through_grid(weight, grid, self.bits) * self.mask
 
 
 class QuantizationAware(Hooks):
