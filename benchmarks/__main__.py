@@ -127,7 +127,9 @@ def _add_tools(command) -> None:
         sub.add_argument("--data-dir", type=Path)
         sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
         if name == "measure":
-            sub.add_argument("--index-bits", type=int, default=5)
+            sub.add_argument("--index-bits", nargs="+", default=["5"], metavar="BITS",
+                             help="one number, auto, LAYER=BITS for each layer, or row: those of the file's row")
+            sub.add_argument("--results", type=Path, default=RESULTS, help="where that row is looked for")
         else:
             sub.add_argument("--inputs", type=int, default=10_000, help="test inputs")
             sub.add_argument("--reference", type=int, default=100, help="of them through the int64 reference too")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from methods.core.artifact import Affine, Codebook, CompressedModel, CompressedTensor
+from methods.core.errors import ConfigError
 from methods.core.file.coding import filler_count, gap_encode, huffman_lengths
 from methods.core.file.layouts import INDEX_BITS
 from methods.core.graph.weights import float_layers
@@ -74,6 +75,9 @@ def index_widths(compressed: CompressedModel, index_bits: IndexBits) -> dict[str
     if index_bits == "auto":
         return {name: best_index_bits(tensor) for name, tensor in compressed.weights.items()}
     one_each = isinstance(index_bits, Mapping)
+    lacking = [name for name in compressed.weights if one_each and name not in index_bits]
+    if lacking:
+        raise ConfigError(f"index_bits lacks {lacking[0]!r}; layers that store codes: {', '.join(compressed.weights)}")
     return {name: index_bits[name] if one_each else index_bits for name in compressed.weights}
 
 

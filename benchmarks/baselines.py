@@ -14,7 +14,7 @@ from methods.core.train.task import Task, top1
 
 from .checkpoints import digest_of, load_into, read_checkpoint, read_provenance, rounded, write_checkpoint
 from .data import Dataset, make_task, test_batches
-from .networks import build, check_fits, find, named
+from .networks import build, check_fits, find, label, named
 from .provenance import joined, provenance
 from .rows import RESULTS, ROOT
 from .runs import DiskRun
@@ -78,7 +78,7 @@ def find_setup(task: str, network: str, recipes: Path = RECIPES) -> Setup:
 
 def shipped_path(task: str, network: str) -> Path:
     """Where the project ships the checkpoint of a task and network, if it does."""
-    return SHIPPED / f"{task}_{network}.safetensors".replace(":", "-")
+    return SHIPPED / f"{task}_{label(network)}.safetensors".replace(":", "-")
 
 
 def skeleton(dataset: Dataset, network: str) -> nn.Module:

@@ -28,7 +28,7 @@ from .data import Dataset, test_batches
 from .jobs import Job, prepare
 from .locks import locked
 from .measure import measure, reestimate_batchnorm, right_of, top1_of, with_ranges
-from .networks import find
+from .networks import find, label, source_digest
 from .provenance import joined, origin, surroundings
 from .rows import SCHEMA, Row, finished, stem, write_row
 from .runs import DiskRun, Screen, run_key
@@ -82,7 +82,7 @@ def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, 
         place.screen.say(f"{job.name}: another process is at work on it: waiting for its row")
 
     with locked(place.states / f"{key}.lock", waiting) as waited:
-        done = finished(folder, stem(job.name, job.network, job.seed, start.baseline.digest), key)
+        done = finished(folder, stem(job.name, label(job.network), job.seed, start.baseline.digest), key)
         if done is not None and (place.resume or waited) and is_of(place.results / "models" / done["file"], done):
             place.screen.say(f"{job.name}: its row is in {folder} already, from commit {done.get('commit')}")
             return done.changed(paper=plain(job.paper), note=job.note, order=order)
@@ -111,7 +111,9 @@ def setup_of(job: Job, dataset: Dataset) -> Setup:
 
 def job_key(job: Job, dataset: Dataset, setup: Setup, baseline: Baseline) -> str:
     """Of all that determines the file: not what is printed beside it."""
-    return run_key({"job": plain(replace(job, paper={}, note="")), "setup": _batches(setup),
+    own = source_digest(job.network)
+    return run_key({"job": plain(replace(job, paper={}, note="", network=label(job.network))),
+                    **({} if own is None else {"network_source": own}), "setup": _batches(setup),
                     "checkpoint": baseline.digest, "data": dataset.digest})
 
 
@@ -121,7 +123,8 @@ def _batches(setup: Setup) -> dict[str, Any]:
 
 def described(job: Job, setup: Setup, dataset: Dataset, baseline: Baseline) -> dict[str, Any]:
     """What went in, as a row says it."""
-    return {"schema": SCHEMA, "name": job.name, "method": job.method, "task": job.task, "network": job.network,
+    return {"schema": SCHEMA, "name": job.name, "method": job.method, "task": job.task, "network": label(job.network),
+            "float_policy": list(job.float_policy),
             "seed": job.seed, "setup": _batches(setup), "note": job.note, "paper": plain(job.paper),
             "data": dataset.digest, "checkpoint": baseline.described()}
 
@@ -129,7 +132,7 @@ def described(job: Job, setup: Setup, dataset: Dataset, baseline: Baseline) -> d
 def store(given: Mapping[str, Any], compressed: CompressedModel, job: Job, network: nn.Module, dataset: Dataset,
           setup: Setup, start: Start, place: Place, run: DiskRun) -> Row:
     """Write the file under a name of its own, measure it, and only then give file and row their names, together."""
-    name = stem(job.name, job.network, job.seed, start.baseline.digest)
+    name = stem(job.name, label(job.network), job.seed, start.baseline.digest)
     path = place.results / "models" / given["table"] / f"{name}.jc"
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -26,7 +26,7 @@ from .execute import Place, Start, run_job
 from .jobs import Job
 from .locks import locked
 from .measure import right_of
-from .networks import find
+from .networks import find, label, source_digest
 from .rows import Row, slug
 from .runs import DiskRun, Screen, run_key
 from .settings import build, plain
@@ -154,9 +154,9 @@ def trained(dataset: Dataset, network: str, setup: Setup, seed: int, place: Plac
     Where `out` holds the result of this very training and `place.resume` is set, it is taken.
     """
     facts = {"setup": plain(setup), "data": dataset.digest, "network": network, "seed": seed}
-    key, own = run_key(facts), out is None
+    key, own = run_key({**facts, "source": source_digest(network)} if source_digest(network) else facts), out is None
     if own:
-        out = place.states / "baselines" / f"{slug(dataset.name)}_{slug(network)}_{key}.safetensors"
+        out = place.states / "baselines" / f"{slug(dataset.name)}_{slug(label(network))}_{key}.safetensors"
     waiting = f"train {network}: another process is at work on it: waiting for its checkpoint"
     with locked(place.states / f"{key}.lock", lambda: place.screen.say(waiting)) as waited:
         if out.exists() and (own or place.resume or waited) and is_trained(out, facts):

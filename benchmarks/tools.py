@@ -2,23 +2,29 @@
 
 import dataclasses
 from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from rich.console import Console
 
 from methods.core.errors import ConfigError
 from methods.core.file import container
+from methods.core.file.layouts import INDEX_BITS
 from methods.core.file.storage import decode
 from methods.engine.fast import FastNetwork
 from methods.engine.verify import verify
 
 from . import foreign
 from .baselines import skeleton
+from .checkpoints import digest_of
 from .citations import bibtex
 from .data import open_dataset, test_batches
 from .dead import as_text, network_of, networks_of, shrink_file
 from .measure import measure
 from .networks import find
+from .rows import Row, read_rows, tables
 from .speed import as_table, check_positive, measure_speed
 from .speed_training import measure_training, training_table
 
@@ -27,9 +33,35 @@ def measure_file(options: Namespace, console: Console) -> None:
     dataset = open_dataset(options.task, options.data_dir)
     height, width, channels = dataset.image_shape
     test = test_batches(dataset, batch_size=250, device="cpu", scaling=find(options.network).scaling)
-    console.print_json(data=measure(options.file, skeleton(dataset, options.network), test.epoch(None),
-                                    (channels, height, width), index_bits=options.index_bits,
-                                    float_policy=tuple(options.float_policy)))
+    row = row_of(options.file, options.results) if options.index_bits == ["row"] else {}
+    policy = options.float_policy if options.float_policy else row.get("float_policy", [])
+    found = measure(options.file, skeleton(dataset, options.network), test.epoch(None), (channels, height, width),
+                    index_bits=index_bits_of(options.index_bits, row), float_policy=tuple(policy))
+    console.print_json(data={key: value for key, value in found.items() if key != "right"})
+
+
+def row_of(file: Path, results: Path) -> Row:
+    """The row that was measured from a file; ConfigError if there is none."""
+    digest = digest_of(file)
+    rows = (row for folder in tables(results) for row in read_rows(folder, lambda line: None))
+    found = next((row for row in rows if row.get("file_digest") == digest), None)
+    if found is None:
+        raise ConfigError(f"--index-bits row: no row under {results / 'rows'} was measured from {file}")
+    return found
+
+
+def index_bits_of(words: list[str], row: Mapping[str, Any]) -> int | str | dict[str, int]:
+    """--index-bits: a number, auto, LAYER=BITS for each layer, or those of a row; ConfigError for anything else."""
+    if words == ["row"]:
+        return {name: layer["index_bits"] for name, layer in row["layers"].items() if "index_bits" in layer}
+    given = words[0] if len(words) == 1 and "=" not in words[0] else dict(word.partition("=")[::2] for word in words)
+    for width in given.values() if isinstance(given, dict) else [given]:
+        if width != "auto" and not (width.isdecimal() and len(width) < 3 and int(width) in INDEX_BITS):
+            raise ConfigError(f"--index-bits {' '.join(words)}: allowed is {INDEX_BITS[0]}..{INDEX_BITS[-1]}, one or "
+                              "LAYER=BITS for each layer, auto, or row")
+    if isinstance(given, dict):
+        return {name: int(width) for name, width in given.items()}
+    return given if given == "auto" else int(given)
 
 
 def verify_file(options: Namespace, console: Console) -> None:

@@ -2,6 +2,7 @@
 # ruff: noqa: F811 - fixtures are imported
 
 import errno
+import json
 import os
 
 import pytest
@@ -115,3 +116,56 @@ def test_escape_sequences_are_shown_not_obeyed(run, place):
 def test_a_key_given_twice_is_refused(run, place):
     code, _, err = run(QUICK + " --budget density=0.5 bits=8 density=0.6")
     assert code == 1 and err == "error: density is given twice\n"
+
+
+# --- index widths of a measurement, networks of one's own --------------------------------------------------
+
+
+def test_measure_takes_the_index_widths_of_the_row(run, place, made):
+    (row,) = rows_of(place, "own")
+    words = ["measure", made[0], "--task", "digits", "--network", "resnet18w2", "--results", place / "results"]
+    for given, width in ((["row"], 5), (["3"], 3), ([f"{name}=4" for name in row["layers"]], 4)):
+        code, out, _ = run(*words, "--index-bits", *given)
+        assert code == 0 and json.loads(out)["layers"]["conv1"]["index_bits"] == width
+        assert (json.loads(out)["accounting"] == row["accounting"]) == (width == 5)
+    copy = place / "copy.jc"
+    copy.write_bytes(made[0].read_bytes()[:-1])
+    for given, fault in ((["17"], "allowed is 1..16"), (["9" * 5000], "allowed is 1..16"),
+                         (["conv1=3"], "index_bits lacks"), (["x"], "allowed is 1..16")):
+        code, _, err = run(*words, "--index-bits", *given)
+        assert code == 1 and fault in err and len(err.splitlines()) == 1
+    words[1] = copy
+    code, _, err = run(*words, "--index-bits", "row")
+    assert code == 1 and "no row under" in err
+
+
+OWN = """
+import torch
+from torch import nn
+
+def make(classes, channels):
+    return nn.Sequential(nn.Conv2d(channels, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, classes))
+
+make.size, make.channels, make.scaling = 8, 1, ((0.0,), (1.0,))
+
+def other(classes, channels):
+    return "no module"
+"""
+
+
+def test_a_network_of_ones_own(run, place):
+    (place / "net.py").write_text(OWN)
+    words = "compress prune_then_quantize --budget density=0.5 bits=8 --epochs 1 --name own --network"
+    code, out, err = run(words, f"{place}/net.py:make")
+    assert code == 0, err
+    (row,) = rows_of(place, "own")
+    assert row["network"] == "net.py:make" and row["file"].startswith("own/own-net-py-make-") and str(place) not in str(
+        dict(row))
+    (place / "net.py").write_text(OWN.replace("nn.ReLU()", "nn.ReLU6()"))
+    assert run(words, f"{place}/net.py:make", "--resume")[0] == 0
+    assert rows_of(place, "own")[0]["job"] != row["job"]  # another source is another job
+    for name, fault in (("absent.py:make", "there is no file"), ("net.py:nothing", "has no function 'nothing'"),
+                        ("net.py:other", "made str; needed is a torch.nn.Module"), ("bad.py:make", "SyntaxError")):
+        (place / "bad.py").write_text("def (")
+        code, _, err = run(words, f"{place}/{name}")
+        assert code == 1 and fault in err and len(err.splitlines()) == 1, err

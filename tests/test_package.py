@@ -1,5 +1,6 @@
 """The wheel: built and installed without a network, it holds the methods, their types and a console script."""
 
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -28,8 +29,12 @@ def run(*words, cwd=None):
 def installed(tmp_path_factory):
     """(names in the wheel, python, console script) of a fresh environment that borrows only this one's packages."""
     folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a build leaves folders behind, and old ones get into a wheel
+    shutil.copytree(ROOT / "methods", source / "methods", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
     built = run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "--wheel-dir",
-                folder, ROOT)
+                folder, source)
     assert built.returncode == 0, built.stderr
     (wheel,) = folder.glob("jointcompress-*.whl")
     home = folder / "environment"

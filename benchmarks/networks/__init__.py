@@ -3,9 +3,12 @@
 torchvision:NAME is torchvision's own network, for its published weights, given as a file with --checkpoint.
 """
 
+import hashlib
+import importlib.util
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,7 @@ from ..data import Dataset
 from ..sources import Scaling
 from . import lenet, resnet, vgg
 
+OWN = ".py:"  # in the name of a network of one's own
 PIXEL_256: Scaling = ((0.0,), (256 / 255,))  # Caffe: pixel / 256
 PIXEL_255: Scaling = ((0.0,), (1.0,))
 IMAGENET: Scaling = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of all weights that torchvision publishes
@@ -69,6 +73,8 @@ def find(name: str) -> Network:
         return NETWORKS[name]
     if name.startswith(TORCHVISION):
         return _of_torchvision(name.removeprefix(TORCHVISION))
+    if OWN in name:
+        return _from_file(name)
     wide = re.fullmatch(r"resnet18w([1-9]\d{0,3})", name)
     if wide is None:
         raise ConfigError(f"unknown network {name!r}; there are: {', '.join(network_names())}")
@@ -94,6 +100,36 @@ def named(network: Network, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in found.items() if name}
 
 
+def label(name: str) -> str:
+    """How a row calls a network: one of a file without its folder."""
+    return f"{Path(name.rpartition(':')[0]).name}:{name.rpartition(':')[2]}" if OWN in name else name
+
+
+def source_digest(name: str) -> str | None:
+    """Of the file of a network of one's own; None for the others."""
+    path = Path(name.rpartition(":")[0])
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if OWN in name and path.is_file() else None
+
+
+def _from_file(name: str) -> Network:
+    """FILE.py:FUNCTION, a function (classes, channels) -> module; its attributes `size`, `channels` and `scaling`,
+    where it has them, say which pictures it takes and how they are scaled (see `Network`)."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"network {name!r}: there is no file {path}")
+    found = importlib.util.spec_from_file_location(f"own_network_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - a user's file raises whatever it likes
+        raise ConfigError(f"network {name!r}: {path} cannot be imported: {type(error).__name__}: "
+                          f"{' '.join(str(error).split())}") from error
+    make = getattr(module, function, None)
+    if not callable(make):
+        raise ConfigError(f"network {name!r}: {path} has no function {function!r}")
+    return Network(make, *(getattr(make, part, None) for part in ("size", "channels", "scaling")))
+
+
 def build(name: str, classes: int, channels: int, seed: int = 0) -> nn.Module:
     """A freshly initialised network; equal seeds give equal weights, torch's global generator is left alone.
 
@@ -107,7 +143,10 @@ def build(name: str, classes: int, channels: int, seed: int = 0) -> nn.Module:
         raise ConfigError(f"channels = {channels}: network {name} takes {allowed}")
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed accelerators too
-        return network.make(classes, channels)
+        made = network.make(classes, channels)
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"network {name!r} made {type(made).__name__}; needed is a torch.nn.Module")
+    return made
 
 
 def check_fits(name: str, dataset: Dataset) -> None:
