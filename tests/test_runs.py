@@ -1,7 +1,6 @@
 """Runs on disk: states survive an interruption, resume to the bytes of an uninterrupted run, and say little."""
 
 import io
-import multiprocessing
 import os
 import re
 
@@ -10,7 +9,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import runs
-from benchmarks.locks import is_free, locked
+from benchmarks.locks import locked
 from benchmarks.runs import Clock, DiskRun, Screen, run_key
 from methods import deep_compression, prune_then_quantize
 from methods.core.budget import Budget
@@ -221,38 +220,6 @@ def test_leftovers_are_removed(tmp_path, monkeypatch):
         assert {path.name for path in states.iterdir()} == {"cut", "locked", "locked.lock", ".young.tmp"}
     assert (tmp_path / "own.tmp").exists() and not (tmp_path / ".part.tmp").exists()
     assert len(Silent.said) == 1 and "old, not continued for 30 days" in Silent.said[0]
-
-
-# --- locks -------------------------------------------------------------------------------------------------
-
-
-def hold(path, started, release, order):
-    with locked(path):
-        started.set()
-        release.wait(30)
-        order.put("first")
-
-
-def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
-    context, path = multiprocessing.get_context("fork"), tmp_path / "deep" / "a.lock"
-    for killed in (False, True):
-        started, release, order, waited = context.Event(), context.Event(), context.Queue(), []
-        process = context.Process(target=hold, args=(path, started, release, order))
-        process.start()
-        assert started.wait(30) and not is_free(path)
-
-        def waiting(seen=waited, end=release, kill=killed, held_by=process):
-            seen.append(1)
-            held_by.kill() if kill else end.set()
-
-        with locked(path, waiting) as had_to_wait:
-            assert had_to_wait and waited == [1]
-            if not killed:
-                assert order.get(timeout=30) == "first"
-        process.join()
-        assert not path.exists() and is_free(path)
-        with locked(path) as had_to_wait:
-            assert not had_to_wait
 
 
 def test_keys_depend_on_all_facts_and_not_on_their_order():
