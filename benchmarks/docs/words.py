@@ -9,7 +9,8 @@ METHODS = {
     "prune_then_quantize": "Prune, then quantize", "quantize_then_prune": "Quantize, then prune",
     "deep_compression": "Deep Compression", "clip_q": "CLIP-Q", "admm": "ADMM", "annc": "ANNC",
     "bayesian_bits": "Bayesian Bits", "udfc": "UDFC", "neuron_merging": "Neuron merging", "dfq": "DFQ",
-    "df_mpc": "DF-MPC", "sparq": "SPARQ", "rptq": "RPTQ",
+    "df_mpc": "DF-MPC", "sparq": "SPARQ", "rptq": "RPTQ", "rptq_train": "RPTQ, trained",
+    "sequential_reconstruction": "Sequential reconstruction", "pipeline": "Pipeline",
 }
 # Okabe and Ito's colours, told apart by the colour-blind; with the marker, two methods never look alike.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
