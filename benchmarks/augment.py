@@ -5,9 +5,11 @@ come from outside an image, and those cut out of it, are 0: black before normali
 recipe (RandomCrop(32, padding=4) on pictures). Cutout's authors fill with the mean colour.
 """
 
+import math
 import re
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from methods.core.errors import ConfigError
 
 Policy = Callable[[Tensor, torch.Generator], Tensor]  # (images [N, H, W, C] uint8, CPU generator) -> images
 
+AREAS, RATIOS, TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10  # of random parts
 CUTOUT = 8  # pixels; the side of the square that `cifar10_cutout` removes
 
 
@@ -50,6 +53,34 @@ def cutout(images: Tensor, size: int, generator: torch.Generator) -> Tensor:
     return images.masked_fill(hole.to(images.device, non_blocking=True), 0)
 
 
+def crop_box(height: int, width: int, drawn: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random part: 8 to 100 % of the area, sides as 3:4 to 4:3 (Szegedy et al. 2015).
+
+    Area uniform, ratio log-uniform, place uniform; the first of ten that fits, else the largest middle part of an
+    allowed ratio (as torchvision's RandomResizedCrop).
+    """
+    areas = height * width * drawn.uniform(*AREAS, TRIES)
+    ratios = np.exp(drawn.uniform(*np.log(RATIOS), TRIES))
+    for area, ratio in zip(areas, ratios, strict=True):
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            return int(drawn.integers(height - h + 1)), int(drawn.integers(width - w + 1)), h, w
+    h, w = min(height, round(width / RATIOS[0])), min(width, round(height * RATIOS[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def random_resized_crop(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Of each image a random part (see `crop_box`), resized to the whole."""
+    _, height, width, _ = images.shape
+    out, seeds = torch.empty_like(images), torch.randint(2**62, (len(images),), generator=generator).tolist()
+    for i, seed in enumerate(seeds):
+        top, left, h, w = crop_box(height, width, np.random.default_rng(seed))
+        part = images[i:i + 1, top:top + h, left:left + w].permute(0, 3, 1, 2).to(torch.float32)
+        resized = F.interpolate(part, (height, width), mode="bilinear", antialias=True)
+        out[i] = resized[0].permute(1, 2, 0).round().clamp(0, 255)
+    return out
+
+
 def _none(images: Tensor, generator: torch.Generator) -> Tensor:
     return images
 
@@ -62,6 +93,10 @@ def _cifar10(images: Tensor, generator: torch.Generator) -> Tensor:
     return flip(pad_crop(images, 4, generator), generator)
 
 
+def _imagenet(images: Tensor, generator: torch.Generator) -> Tensor:
+    return flip(random_resized_crop(images, generator), generator)
+
+
 def _cifar10_cutout(size: int) -> Policy:
     return lambda images, generator: cutout(_cifar10(images, generator), size, generator)
 
@@ -72,6 +107,7 @@ POLICIES: dict[str, Policy] = {
     "mnist": _none,
     "shift2": _shift(2),
     "cifar10": _cifar10,
+    "imagenet": _imagenet,
     "cifar10_cutout": _cifar10_cutout(CUTOUT),
 }
 

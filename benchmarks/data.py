@@ -1,38 +1,26 @@
-"""Data sets with fixed splits, and their batches.
+"""Data sets with fixed splits.
 
-Images are uint8 [N, H, W, C] and become float only in a batch. Every data set is first sorted by a digest of
-each image and its label: splits and `digest` depend on the pictures alone, not on the order of a file, on
-file names or on a seed. Splits are stratified: each class gives its share of the first images in that order.
+Every data set is first sorted by a digest of each image and its label: splits and `digest` depend on the pictures
+alone, not on the order of a file, on file names or on a seed. Splits are stratified: each class gives its share of
+the first images in that order. ImageNet's pictures stay on disk: there, names and sizes of files stand for them.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from methods.core.errors import ConfigError
-from methods.core.train.task import Batch, Task
+from methods.core.train.task import Task
 
-from . import sources
-from .augment import Policy, find_policy
+from . import imagenet, sources
+from .batches import Device, FileBatches, FileSplit, Split, TensorBatches
 from .sources import Arrays, Scaling
 
-Device = torch.device | str
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """images uint8 [N, H, W, C] and labels int64 [N], on the CPU."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
+USUAL_SIZE = 32  # pixels of a folder's pictures
+FULL_BATCH = 64 * 64  # pixels of the largest pictures that come in full test batches
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +33,9 @@ class Dataset:
 
     name: str
     class_names: tuple[str, ...]
-    train: Split
-    held_out: Split
-    test: Split
+    train: Split | FileSplit
+    held_out: Split | FileSplit
+    test: Split | FileSplit
     mean: tuple[float, ...]
     std: tuple[float, ...]
     digest: str
@@ -59,24 +47,31 @@ class Dataset:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Height, width, channels."""
-        return tuple(self.train.images.shape[1:])
+        return self.train.shape
 
     @property
     def channels(self) -> int:
         return self.image_shape[2]
 
 
-def open_dataset(name: str, data_dir: str | Path | None = None, image_size: int = 32) -> Dataset:
-    """The data set `name`: digits, mnist, cifar10 or folder:DIR.
+def open_dataset(name: str, data_dir: str | Path | None = None, image_size: int | None = None) -> Dataset:
+    """The data set `name`: digits, mnist, cifar10, folder:DIR, imagenet or imagenet:DIR.
 
     digits      scikit-learn's 8 x 8 digits: 1,293 train, 144 held out, 360 test
     mnist       55,000 / 5,000 / 10,000; cifar10 45,000 / 5,000 / 10,000; from NAME.npz in `data_dir`, else in
                 $JOINTCOMPRESS_DATA, else in the user's cache folder; a missing file is downloaded
     folder:DIR  pictures, one folder per class, resized to `image_size` (see `sources.read_folder`); parts
                 that DIR lacks: 20 % of all images are the test set, 10 % of the training images are held out
+    imagenet:DIR  ImageNet's layout, read batch by batch (see `imagenet`); imagenet is the folder of this name
+                beside the .npz files
+    image_size  pixels; by default 32 of folders, 224 of ImageNet
     Raises ConfigError for an unknown name, and for missing or malformed data.
     """
-    source = sources.read(name, data_dir, image_size)
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"image_size = {image_size}: allowed is 1 or more pixels")
+    if name.partition(":")[0] == imagenet.NAME:
+        return _of_files(name, data_dir, imagenet.USUAL_SIZE if image_size is None else image_size)
+    source = sources.read(name, data_dir, USUAL_SIZE if image_size is None else image_size)
     train, test, held_out = _sorted(source.train), source.test, source.held_out
     if not isinstance(test, tuple):
         train, test = _split(train, round(test * len(train[1])))
@@ -97,6 +92,17 @@ def open_dataset(name: str, data_dir: str | Path | None = None, image_size: int 
                           f"{digest.hexdigest()[:16]} instead of {source.digest}); other pictures come as folder:DIR")
     splits = (Split(torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in parts)
     return Dataset(source.name, source.class_names, *splits, tuple(mean), tuple(std), digest.hexdigest()[:16])
+
+
+def _of_files(name: str, data_dir: str | Path | None, size: int) -> Dataset:
+    """ImageNet: val/ is the test set, of train/ a tenth is held out, but at most 10,000 pictures."""
+    found = imagenet.read(name, data_dir, size)
+    train, held_out = _split(found.train, max(min(len(found.train[1]) // 10, imagenet.HELD_OUT), 1))
+    if np.bincount(train[1], minlength=len(found.class_names)).min() == 0:
+        raise ConfigError(f"{found.name} has too few images: train needs two or more of every class")
+    splits = (FileSplit(tuple(paths), torch.from_numpy(labels), size)
+              for paths, labels in (train, held_out, found.test))
+    return Dataset(found.name, found.class_names, *splits, *imagenet.SCALING, found.digest)
 
 
 def _sorted(arrays: Arrays) -> Arrays:
@@ -135,55 +141,6 @@ def _measured(images: np.ndarray) -> Scaling:
     return mean, std
 
 
-class TensorBatches:
-    """`Batches` of a split that lies on `device` as uint8 tensors (see `methods.core.task.Batches`).
-
-    images, labels  uint8 [N, H, W, C], int64 [N]
-    mean, std       on the 0..1 scale, one value per channel or one for all
-    augment         what `epoch(generator)` does to the images of a batch
-
-    Inputs are float32 [N, C, H, W] = (image / 255 - mean) / std in channels_last memory. No image is left out:
-    a last batch of one, on which batch norm cannot train, is joined to the one before it.
-    """
-
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, mean: Sequence[float],
-                 std: Sequence[float], augment: Policy | None = None, device: Device = "cpu"):
-        channels = images.shape[3]
-        if batch_size < 1:
-            raise ConfigError(f"batch_size = {batch_size}: allowed is 1 or more")
-        if not {len(mean), len(std)} <= {1, channels} or min(std) <= 0:
-            raise ConfigError(f"mean {tuple(mean)} and std {tuple(std)}: allowed are 1 or {channels} values, "
-                              "those of std positive")
-        self.images, self.labels = images.to(device), labels.to(device)
-        self.batch_size, self.augment = batch_size, augment
-        self._mean, self._std = (torch.tensor([255 * value for value in values], dtype=torch.float32).to(device)
-                                 for values in (mean, std))
-        n = len(self.labels)
-        starts = list(range(0, n, batch_size))
-        if n > batch_size > 1 and n - starts[-1] == 1:
-            starts.pop()
-        self._bounds = list(zip(starts, [*starts[1:], n], strict=True))
-
-    def __len__(self) -> int:
-        return len(self._bounds)
-
-    def epoch(self, generator: torch.Generator | None) -> Iterator[Batch]:
-        if generator is None:
-            for start, end in self._bounds:
-                yield self._inputs(self.images[start:end]), self.labels[start:end]
-            return
-        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        for start, end in self._bounds:
-            chosen = order[start:end]
-            images = self.images[chosen]
-            if self.augment is not None:
-                images = self.augment(images, generator)
-            yield self._inputs(images), self.labels[chosen]
-
-    def _inputs(self, images: Tensor) -> Tensor:
-        return images.to(torch.float32).sub_(self._mean).div_(self._std).permute(0, 3, 1, 2)
-
-
 def make_task(dataset: Dataset, *, batch_size: int, device: Device, autocast: torch.dtype | None = None,
               augment: str = "none", scaling: Scaling | None = None) -> Task:
     """What a method may see of `dataset`: train and calibration with the policy `augment`, held-out without.
@@ -192,19 +149,21 @@ def make_task(dataset: Dataset, *, batch_size: int, device: Device, autocast: to
     """
     mean, std = (dataset.mean, dataset.std) if scaling is None else scaling
     device = torch.device(device)
-    policy = find_policy(augment)
-    images, labels = dataset.train.images.to(device), dataset.train.labels.to(device)
-    train = TensorBatches(images, labels, batch_size, mean, std, policy, device)
-    choices = dataset.held_out
-    held_out = TensorBatches(choices.images, choices.labels, batch_size, mean, std, None, device)
+    train = dataset.train.batches(batch_size, mean, std, augment, device)
+    held_out = dataset.held_out.batches(batch_size, mean, std, "none", device)
     return Task(train, held_out, device=device, autocast=autocast, channels_last=True, calibration=train)
 
 
 def test_batches(dataset: Dataset, *, batch_size: int, device: Device,
-                 scaling: Scaling | None = None) -> TensorBatches:
-    """The test set, for the code that measures a finished file; what trains or chooses may not call this."""
+                 scaling: Scaling | None = None) -> TensorBatches | FileBatches:
+    """The test set, for the code that measures a finished file; what trains or chooses may not call this.
+
+    Pictures above 64 x 64 come in smaller batches, of as many pixels.
+    """
     mean, std = (dataset.mean, dataset.std) if scaling is None else scaling
-    return TensorBatches(dataset.test.images, dataset.test.labels, batch_size, mean, std, None, device)
+    height, width, _ = dataset.image_shape
+    batch_size = min(batch_size, max(batch_size * FULL_BATCH // (height * width), 1))
+    return dataset.test.batches(batch_size, mean, std, "none", device)
 
 
 test_batches.__test__ = False  # pytest would take it for a test wherever it is imported

@@ -14,13 +14,14 @@ from methods.core.errors import CompressError, ConfigError
 from methods.core.file.container import write_file
 
 from . import _torchvision
+from .pictures import PICTURES, read_squeezed
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images uint8 [N, H, W, C], labels int64 [N]
 Scaling = tuple[tuple[float, ...], tuple[float, ...]]  # (mean, std) on the 0..1 scale, per channel or for all
 
 DATA_VARIABLE = "JOINTCOMPRESS_DATA"
+SHOWN = 4  # names in an error message
 KEYS = ("train_images", "train_labels", "test_images", "test_labels")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ def read(name: str, data_dir: str | Path | None, image_size: int) -> Source:
         return read_digits()
     if name in PUBLISHED:
         return read_published(name, data_directory(data_dir))
-    raise ConfigError(f"unknown data set {name!r}; there are: digits, {', '.join(PUBLISHED)}, folder:DIR")
+    raise ConfigError(f"unknown data set {name!r}; there are: digits, {', '.join(PUBLISHED)}, folder:DIR, imagenet:DIR")
 
 
 def data_directory(given: str | Path | None = None) -> Path:
@@ -145,49 +146,44 @@ def read_folder(root: Path, image_size: int) -> Source:
     files and files without a picture's suffix are passed over. Raises ConfigError for a missing folder, fewer
     than 2 classes, a class without a picture, or a picture that cannot be read.
     """
-    if image_size < 1:
-        raise ConfigError(f"image_size = {image_size}: allowed is 1 or more pixels")
     if not root.is_dir():
         raise ConfigError(f"there is no folder {root}; folder:DIR takes one with a folder per class")
     name = f"folder:{root.resolve().name}"  # not the whole path: the name goes into result rows
     parts = [part for part in ("train", "test", "val") if (root / part).is_dir()]
     if "train" not in parts or len(parts) == 1:
-        class_names = _class_names(root)
+        class_names = class_names_of(root)
         return Source(name, class_names, _read_classes(root, class_names, image_size), test=0.2)
-    class_names = _class_names(root / "train")
+    class_names = class_names_of(root / "train")
     arrays = {part: _read_classes(root / part, class_names, image_size) for part in parts}
     held_out = arrays["val"] if len(parts) == 3 else 0.1
     return Source(name, class_names, arrays["train"], arrays["test" if "test" in parts else "val"], held_out)
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def class_names_of(folder: Path) -> tuple[str, ...]:
+    """The names of the folders in `folder`, in order; ConfigError if there are fewer than 2."""
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if len(names) < 2:
         raise ConfigError(f"{folder} holds {len(names)} class folders; classification needs 2 or more")
     return tuple(names)
 
 
+def same_classes(folder: Path, class_names: tuple[str, ...]) -> None:
+    """ConfigError unless these are the folders in `folder`."""
+    found = class_names_of(folder)
+    if found != class_names:
+        different = sorted(set(found) ^ set(class_names))
+        raise ConfigError(f"{folder} holds {len(found)} classes, train {len(class_names)}; only one of them has: "
+                          f"{', '.join(different[:SHOWN])}" + " ..." * (len(different) > SHOWN))
+
+
 def _read_classes(folder: Path, class_names: tuple[str, ...], image_size: int) -> Arrays:
-    if _class_names(folder) != class_names:
-        raise ConfigError(f"{folder} holds the classes {', '.join(_class_names(folder))}; "
-                          f"those of train are {', '.join(class_names)}")
+    same_classes(folder, class_names)
     images, labels = [], []
     for label, class_name in enumerate(class_names):
         files = [file for file in sorted((folder / class_name).rglob("*"))
                  if file.suffix.lower() in PICTURES and not file.name.startswith(".")]
         if not files:
             raise ConfigError(f"class folder {folder / class_name} holds no picture ({' '.join(PICTURES)})")
-        images += [_read_picture(file, image_size) for file in files]
+        images += [read_squeezed(file, image_size) for file in files]
         labels += [label] * len(files)
     return np.stack(images), np.array(labels, dtype=np.int64)
-
-
-def _read_picture(file: Path, image_size: int) -> np.ndarray:
-    from PIL import Image, ImageOps  # an extra, used for folders only
-
-    try:
-        with Image.open(file) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGB")
-            return np.asarray(upright.resize((image_size, image_size), Image.Resampling.BILINEAR))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ConfigError(f"picture {file} cannot be read: {str(error).splitlines()[0]}") from error

@@ -17,13 +17,13 @@ from methods.core.errors import ConfigError
 
 from .. import _torchvision
 from ..data import Dataset
+from ..imagenet import SCALING as IMAGENET  # of all weights that torchvision publishes
 from ..sources import Scaling
 from . import lenet, resnet, vgg
 
 OWN = ".py:"  # in the name of a network of one's own
 PIXEL_256: Scaling = ((0.0,), (256 / 255,))  # Caffe: pixel / 256
 PIXEL_255: Scaling = ((0.0,), (1.0,))
-IMAGENET: Scaling = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of all weights that torchvision publishes
 TORCHVISION = "torchvision:"
 
 
