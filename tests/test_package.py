@@ -57,7 +57,7 @@ def test_what_the_wheel_holds(installed):
 
 def test_the_installed_package_runs(installed, tmp_path):
     _, python, _ = installed
-    code = ("import jointcompress.methods as m; from jointcompress.methods.engine.command import main; "
+    code = ("import jointcompress.methods as m; from jointcompress.methods._command import main; "
             "print(m.__file__, m.__version__); main(['methods'])")
     done = run(python, "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

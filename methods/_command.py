@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def parser() -> argparse.ArgumentParser:
-    from .. import __version__
+    from . import __version__
 
     top = argparse.ArgumentParser(prog="jointcompress", description="Look into compressed networks.",
                                   epilog="Compressing, measuring and comparing: python -m benchmarks, in the clone.")
@@ -25,17 +25,17 @@ def parser() -> argparse.ArgumentParser:
 def answer(options: argparse.Namespace) -> str:
     """What the command says; imports wait until they are needed."""
     if options.command == "methods":
-        from .. import method_names
+        from . import method_names
 
         return "\n".join(method_names())
-    from ..core.file.storage import decode, inspect
+    from .core.file.storage import decode, inspect
 
     if options.command == "inspect":
         return json.dumps(inspect(options.file), indent=2)
     import safetensors.torch
 
-    from ..core.errors import ConfigError
-    from ..core.file.container import write_file
+    from .core.errors import ConfigError
+    from .core.file.container import write_file
 
     if options.out.suffix != ".safetensors":
         raise ConfigError(f"{options.out}: written are only .safetensors")
@@ -45,7 +45,7 @@ def answer(options: argparse.Namespace) -> str:
 
 
 def main(words: list[str] | None = None) -> int:
-    from ..core.errors import CompressError
+    from .core.errors import CompressError
 
     try:
         sys.stdout.write(answer(parser().parse_args(words)) + "\n")
