@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import methods
+from methods import _command as command
 from methods import find_method, method_names
 from methods.core.errors import ConfigError
-from methods.engine import command
 
 ROOT = Path(__file__).resolve().parent.parent
 
