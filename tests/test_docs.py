@@ -53,7 +53,7 @@ def test_a_plot_has_each_row_at_its_loss_with_its_interval():
 
 
 def test_the_paired_interval_is_taken_where_there_is_one():
-    assert figures.interval(full("a", change_integer={"low": -0.5, "high": 0.1})) == pytest.approx(0.3)
+    assert figures.interval(full("a", against_baseline={"integer": {"low": -0.5, "high": 0.1}})) == pytest.approx(0.3)
 
 
 def test_methods_never_look_alike():

@@ -22,9 +22,9 @@ PARTS = {"codes": "#0072B2", "positions": "#E69F00", "codebooks": "#009E73", "re
 
 def interval(row: Row) -> float:
     """Half of the 95 % interval of points lost, from the size of the test set; of the paired change where it is."""
-    change = row.get("change_integer")
-    if isinstance(change, dict) and "low" in change:
-        return (change["high"] - change["low"]) / 2
+    paired = row.get("against_baseline")
+    if paired is not None:
+        return (paired["integer"]["high"] - paired["integer"]["low"]) / 2
     share = row["top1_integer"] / 100
     return 100 * Z95 * (share * (1 - share) / row.get("n_test", 10_000)) ** 0.5
 
