@@ -96,7 +96,11 @@ def run_all(specs: Sequence[Spec], options: Namespace) -> list[Row]:
         prepare(spec.job)
     with Screen() as screen:
         session = prepared(options, screen)
-        return [run_one(plain(spec), session) for spec in specs]
+        rows = []
+        for i, spec in enumerate(specs):
+            screen.say(f"row {i + 1} of {len(specs)}: {spec.job.name}, {spec.job.network}")
+            rows.append(run_one(plain(spec), session))
+        return rows
 
 
 def network_for(dataset: Dataset, options: Namespace) -> str:

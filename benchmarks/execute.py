@@ -136,6 +136,7 @@ def store(given: Mapping[str, Any], compressed: CompressedModel, job: Job, netwo
     path = place.results / "models" / given["table"] / f"{name}.jc"
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    place.screen.say(f"{job.name}: storing the file and measuring it on {len(dataset.test):,} test inputs")
     try:
         scores = place.scores.setdefault((dataset.digest, job.network), {})
         measured = store_and_measure(compressed, own, job, network, dataset, setup, start, scores)
