@@ -12,6 +12,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import methods
 from methods import _command as command
@@ -121,3 +122,18 @@ def test_methods_come_by_entry_points(theirs):
         find_method("partial")
     with pytest.raises(ConfigError, match="unknown method 'none'; there are: .*theirs"):
         find_method("none")
+
+
+def test_pins_lie_in_the_ranges_of_the_library():
+    """What `make` installs has to be installable: pip refuses a pin outside a range only in a new environment."""
+    root = Path(__file__).parent.parent
+    config = ConfigParser()
+    config.read(root / "setup.cfg", encoding="utf-8")
+    groups = [config["options"]["install_requires"], *config["options.extras_require"].values()]
+    wanted = [Requirement(line) for group in groups for line in group.splitlines() if line and "[" not in line]
+    lines = (root / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    pinned = {pin.name: next(iter(pin.specifier)).version.replace(".*", ".0") for pin in pins}
+    unpinned = [one.name for one in wanted if one.name not in pinned]
+    outside = [str(one) for one in wanted if not one.specifier.contains(pinned[one.name], prereleases=True)]
+    assert unpinned == [] and outside == []
