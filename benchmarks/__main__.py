@@ -23,12 +23,15 @@ def parser() -> argparse.ArgumentParser:
     subs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     run = argparse.ArgumentParser(add_help=False)
-    run.add_argument("--data-dir", type=Path, help="folder with cifar10.npz or mnist.npz")
+    _add_data(run)
     run.add_argument("--results", type=Path, default=RESULTS, help="folder for rows, models and reports")
     run.add_argument("--device", default="cpu", help="cpu or cuda")
     run.add_argument("--seed", type=_seed, help="of the method (default: the job's, else 0); train: of the training")
     run.add_argument("--checkpoint", type=Path, help="start from this one (.safetensors, .pt, .pth, .tar, .npz)")
     run.add_argument("--epochs", type=int, help="train the baseline now, so long, though one is shipped")
+    run.add_argument("--setup", nargs="+", default=[], metavar="KEY=VALUE",
+                     help="in place of baselines.toml: batch_size and augment, with which methods train, too, or "
+                          "recipe.lr, recipe.epochs ... of a baseline that is trained now")
     run.add_argument("--resume", action="store_true",
                      help="continue an interrupted run of the same command; what is finished is not done again")
 
@@ -38,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("compare", "commands.compare", "every method on one task: a table and a report", [run])
-    sub.add_argument("--task", default="digits", help="digits, mnist, cifar10 or folder:DIR")
+    sub.add_argument("--task", default="digits", help="digits, mnist, cifar10, folder:DIR or imagenet:DIR")
     sub.add_argument("--network", help="default: the one usual for the task")
     sub.add_argument("--methods", nargs="+", default=[], help="only these")
     sub = command("reproduce", "commands.reproduce", "the rows of one paper table, beside the printed numbers", [run])
@@ -75,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     _add_tools(command)
     return top
+
+
+def _add_data(sub) -> None:
+    sub.add_argument("--data-dir", type=Path, help="folder with cifar10.npz, mnist.npz or imagenet/")
+    sub.add_argument("--image-size", type=int, metavar="PIXELS",
+                     help="of pictures from files (default: as baselines.toml says, else 32; of ImageNet 224)")
 
 
 def _completion(options: argparse.Namespace, console: Console) -> None:
@@ -124,7 +133,7 @@ def _add_tools(command) -> None:
         sub.add_argument("file", type=Path)
         sub.add_argument("--task", required=True)
         sub.add_argument("--network", required=True)
-        sub.add_argument("--data-dir", type=Path)
+        _add_data(sub)
         sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
         if name == "measure":
             sub.add_argument("--index-bits", nargs="+", default=["5"], metavar="BITS",
@@ -149,7 +158,7 @@ def _add_tools(command) -> None:
             sub.add_argument("--threads", type=int, default=1)
         sub.add_argument("--task", required=True)
         sub.add_argument("--network", required=True)
-        sub.add_argument("--data-dir", type=Path)
+        _add_data(sub)
         sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
     sub = command("speed", "tools.speed", "CPU time of the integer kernels beside float32, and of a training step of "
                   "each method beside a plain one, on random pictures")
@@ -167,7 +176,7 @@ def _add_tools(command) -> None:
     sub.add_argument("files", type=Path, nargs="*", help="default: the stored files of all MNIST rows")
     sub.add_argument("--task", help="default: as the row of the file says; so the network")
     sub.add_argument("--network")
-    sub.add_argument("--data-dir", type=Path)
+    _add_data(sub)
     sub.add_argument("--results", type=Path, default=RESULTS)
     sub.add_argument("--json", action="store_true")
     sub = command("decode", "tools.decode_file", "a compressed file as plain float weights")

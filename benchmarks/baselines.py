@@ -12,16 +12,17 @@ from methods.core.errors import ConfigError
 from methods.core.train.finetune import Recipe, train
 from methods.core.train.task import Task, top1
 
+from .augment import find_policy
 from .checkpoints import digest_of, load_into, read_checkpoint, read_provenance, rounded, write_checkpoint
 from .data import Dataset, make_task, test_batches
 from .networks import build, check_fits, find, label, named
 from .provenance import joined, provenance
+from .recipes import RECIPES, setup_table
 from .rows import RESULTS, ROOT
 from .runs import DiskRun
 from .settings import build as build_settings
-from .settings import plain, read_toml
+from .settings import merge, plain
 
-RECIPES = ROOT / "paper_configs" / "baselines.toml"
 SHIPPED = RESULTS / "baselines"
 
 
@@ -67,13 +68,17 @@ class Baseline:
 
 
 def find_setup(task: str, network: str, recipes: Path = RECIPES) -> Setup:
-    """The setup of paper_configs/baselines.toml for a task and network, else [TASK.default], else its [default]."""
-    tables = read_toml(recipes)
-    own = tables.get(task, {})
-    found = own.get(network, own.get("default", tables.get("default")))
-    if found is None:
-        raise ConfigError(f"{recipes.name} has no table [{task}.{network}], [{task}.default] or [default]")
-    return build_settings(Setup, found, f"{task}.{network}.")
+    """The setup of paper_configs/baselines.toml for a task and network (see `recipes`)."""
+    return build_settings(Setup, setup_table(task, network, recipes), f"{task}.{network}.")
+
+
+def changed(setup: Setup, changes: Mapping[str, Any]) -> Setup:
+    """The setup with the values of --setup; ConfigError for an unknown key, value or augmentation."""
+    found = build_settings(Setup, merge(plain(setup), changes), "--setup ")
+    find_policy(found.augment)
+    if found.batch_size < 1:
+        raise ConfigError(f"--setup batch_size = {found.batch_size}: allowed is 1 or more")
+    return found
 
 
 def shipped_path(task: str, network: str) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 Z95 = 1.959964  # standard normal: 95 % lie within
@@ -17,6 +18,15 @@ def standard_error(top1: float, n: int) -> float:
     """Of an accuracy in percent over `n` examples drawn at random (binomial)."""
     share = min(max(top1 / 100, 0.0), 1.0)
     return 100 * math.sqrt(share * (1 - share) / max(n, 1))
+
+
+def at_chance(top1: float, labels: Tensor) -> bool:
+    """Whether an accuracy in percent on these labels (int64 [n]) could be that of always guessing the commonest class.
+
+    One-sided binomial test at 2.5 %.
+    """
+    guess = float(labels.bincount().max()) / len(labels)
+    return bool(binom.sf(round(top1 * len(labels) / 100) - 1, len(labels), guess) > 0.025)
 
 
 @dataclass(frozen=True)

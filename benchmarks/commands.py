@@ -7,12 +7,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from methods.core.errors import CompressError, ConfigError
+from methods.core.train.recipe import Recipe
 
-from .baselines import find_setup, shipped_path, shorter
+from .baselines import Setup, changed, find_setup, shipped_path, shorter
 from .checkpoints import read_provenance
 from .data import Dataset, open_dataset
 from .docs import readme
@@ -23,8 +25,8 @@ from .networks import network_names
 from .report import against_paper, table
 from .rows import RESULTS, ROOT, Row, read_rows, slug, tables
 from .runs import Screen, clean_up
-from .settings import from_assignments, plain
-from .specs import Session, Spec, check_results, device_of, is_trained, run_one, trained
+from .settings import from_assignments, merge, plain
+from .specs import Session, Spec, check_results, device_of, is_trained, run_one, trained, warn_at_chance
 
 NETWORK_OF = {"digits": "resnet18w16", "mnist": "lenet5_caffe", "cifar10": "resnet18"}  # what compare runs by default
 HEADLINE = "compare_cifar10"  # the table that README and the index of the site show
@@ -42,10 +44,18 @@ def prepared(options: Namespace, screen: Screen) -> Session:
 
 def spec_of(job: Job, table: str, order: int, options: Namespace, data: str | None = None) -> Spec:
     """The row of a job under the options of the command line."""
-    seed = job.seed if options.seed is None else options.seed
-    return Spec(dataclasses.replace(job, seed=seed), table, order, job.task if data is None else data,
+    seed, setup = job.seed if options.seed is None else options.seed, given_setup(options)
+    own = merge(job.setup, {key: value for key, value in setup.items() if key != "recipe"})
+    return Spec(dataclasses.replace(job, seed=seed, setup=own), table, order, job.task if data is None else data,
                 str(options.results), _text(options.data_dir), options.device, _text(options.checkpoint),
-                options.epochs, options.resume)
+                options.epochs, options.resume, image_size=options.image_size, setup=setup)
+
+
+def given_setup(options: Namespace) -> dict[str, Any]:
+    """What --setup changes; ConfigError for values that no baseline can have."""
+    setup = from_assignments(options.setup)
+    changed(Setup(Recipe(epochs=1, lr=0.1)), setup)
+    return setup
 
 
 def _text(path: Path | None) -> str | None:
@@ -53,11 +63,12 @@ def _text(path: Path | None) -> str | None:
 
 
 def train(options: Namespace, console: Console) -> None:
-    dataset = open_dataset(options.task, options.data_dir)
+    given = given_setup(options)
+    dataset = open_dataset(options.task, options.data_dir, options.image_size)
     network, seed = options.network, 0 if options.seed is None else options.seed
     if options.checkpoint is not None:
         raise ConfigError(f"--checkpoint {options.checkpoint}: train starts from nothing; leave it out")
-    setup = shorter(find_setup(dataset.name, network), options.epochs)
+    setup = shorter(changed(find_setup(dataset.name, network), given), options.epochs)
     shipped = options.results / "baselines" / shipped_path(dataset.name, network).name
     if options.out is None and shipped.exists() and not options.resume:
         raise ConfigError(f"{shipped} is there already, and rows start from it: to replace it, give it as --out")
@@ -72,13 +83,15 @@ def train(options: Namespace, console: Console) -> None:
         prepared(options, screen)
         place = Place(options.results, device_of(options.device), screen, options.resume)
         baseline = trained(dataset, network, setup, seed, place, out)
+        warn_at_chance(baseline.provenance["test_top1"], dataset, screen)
     facts = baseline.provenance
     console.print(f"{out}: held-out {facts['held_out_top1']:.2f} %, test {facts['test_top1']:.2f} %, "
                   f"digest {baseline.digest}", soft_wrap=True)
 
 
 def compare(options: Namespace, console: Console) -> None:
-    dataset = open_dataset(options.task, options.data_dir)
+    given_setup(options)
+    dataset = open_dataset(options.task, options.data_dir, options.image_size)
     network = network_for(dataset, options)
     name = f"compare_{slug(dataset.name)}"
     specs = [spec_of(job, name, order, options, options.task)
@@ -212,7 +225,8 @@ def compress(options: Namespace, console: Console) -> None:
     job = Job(name, options.method, options.task, "", from_assignments(options.budget), from_assignments(options.set),
               index_bits=options.index_bits, shrink=not options.no_shrink)
     prepare(job)
-    dataset = open_dataset(options.task, options.data_dir)
+    given_setup(options)
+    dataset = open_dataset(options.task, options.data_dir, options.image_size)
     job = dataclasses.replace(job, task=dataset.name, network=network_for(dataset, options))
     (row,) = run_all([spec_of(job, options.rows_name, 0, options, options.task)], options)
     console.print(table.terminal(table.listed([row]), f"{job.network} on {dataset.name}", console.width))

@@ -17,9 +17,10 @@ from methods.core.train.task import Task
 
 from . import imagenet, sources
 from .batches import Device, FileBatches, FileSplit, Split, TensorBatches
-from .sources import Arrays, Scaling
+from .recipes import picture_size
+from .sources import Arrays, Scaling, kind_of, label_of
 
-USUAL_SIZE = 32  # pixels of a folder's pictures
+SIZES = {"folder": 32, imagenet.NAME: imagenet.USUAL_SIZE}  # usual sides of pictures from files
 FULL_BATCH = 64 * 64  # pixels of the largest pictures that come in full test batches
 
 
@@ -64,14 +65,14 @@ def open_dataset(name: str, data_dir: str | Path | None = None, image_size: int 
                 that DIR lacks: 20 % of all images are the test set, 10 % of the training images are held out
     imagenet:DIR  ImageNet's layout, read batch by batch (see `imagenet`); imagenet is the folder of this name
                 beside the .npz files
-    image_size  pixels; by default 32 of folders, 224 of ImageNet
+    image_size  side of the pictures of folders and of ImageNet; by default what baselines.toml says of the task
+                (see `recipes`), else 32 and 224
     Raises ConfigError for an unknown name, and for missing or malformed data.
     """
-    if image_size is not None and image_size < 1:
-        raise ConfigError(f"image_size = {image_size}: allowed is 1 or more pixels")
-    if name.partition(":")[0] == imagenet.NAME:
-        return _of_files(name, data_dir, imagenet.USUAL_SIZE if image_size is None else image_size)
-    source = sources.read(name, data_dir, USUAL_SIZE if image_size is None else image_size)
+    size = _size(name, image_size)
+    if kind_of(name) == imagenet.NAME:
+        return _of_files(name, data_dir, size)
+    source = sources.read(name, data_dir, size)
     train, test, held_out = _sorted(source.train), source.test, source.held_out
     if not isinstance(test, tuple):
         train, test = _split(train, round(test * len(train[1])))
@@ -92,6 +93,18 @@ def open_dataset(name: str, data_dir: str | Path | None = None, image_size: int 
                           f"{digest.hexdigest()[:16]} instead of {source.digest}); other pictures come as folder:DIR")
     splits = (Split(torch.from_numpy(images), torch.from_numpy(labels)) for images, labels in parts)
     return Dataset(source.name, source.class_names, *splits, tuple(mean), tuple(std), digest.hexdigest()[:16])
+
+
+def _size(name: str, given: int | None) -> int:
+    """Side of the pictures: as given, as baselines.toml has it, or the usual one."""
+    usual = SIZES.get(kind_of(name))
+    if given is not None and (usual is None or given < 1):
+        fault = "allowed is 1 or more pixels" if usual is not None else f"{name} has pictures of one size"
+        raise ConfigError(f"image_size = {given}: {fault}")
+    if usual is None:
+        return 0
+    size = picture_size(label_of(name)) if given is None else given
+    return usual if size is None else size
 
 
 def _of_files(name: str, data_dir: str | Path | None, size: int) -> Dataset:

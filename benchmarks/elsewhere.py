@@ -29,7 +29,7 @@ def export_file(options: Namespace, console: Console) -> None:
     if options.out.suffix != ".onnx":
         raise ConfigError(f"{options.out}: written are only .onnx")
     check_positive({"inputs": options.inputs})
-    dataset, compressed = open_dataset(options.task, options.data_dir), decode(options.file)
+    dataset, compressed = open_dataset(options.task, options.data_dir, options.image_size), decode(options.file)
     network, policy = skeleton(dataset, options.network), tuple(options.float_policy)
     written = to_onnx(compressed, network, options.out, input_shape(dataset), opset=options.opset,
                       residual=options.residual, windows=options.windows, float_policy=policy)
@@ -51,7 +51,7 @@ def bench_file(options: Namespace, console: Console) -> None:
     """`bench FILE`: CPU time of float32, our integers and the engines that are installed, in one run."""
     check_positive({"batch": options.batch, "rounds": options.rounds, "threads": options.threads})
     torch.set_num_threads(options.threads)
-    dataset, compressed = open_dataset(options.task, options.data_dir), decode(options.file)
+    dataset, compressed = open_dataset(options.task, options.data_dir, options.image_size), decode(options.file)
     network = skeleton(dataset, options.network)
     fast = FastNetwork(compressed, network, tuple(options.float_policy))
     x = next(pictures(dataset, options.network, options.batch))[0]

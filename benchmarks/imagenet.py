@@ -14,7 +14,7 @@ import numpy as np
 from methods.core.errors import ConfigError
 
 from .pictures import PICTURES
-from .sources import Arrays, Scaling, class_names_of, data_directory, same_classes
+from .sources import Arrays, Scaling, class_names_of, data_directory, label_of, same_classes
 
 NAME = "imagenet"
 USUAL_SIZE = 224
@@ -50,8 +50,7 @@ def read(name: str, data_dir: str | Path | None, size: int) -> Found:
     same_classes(root / "val", class_names)
     digest = hashlib.sha256(f"{size}".encode())
     train, test = (_files(root / part, class_names, digest) for part in ("train", "val"))
-    label = f"{NAME}:{root.resolve().name}" if given else NAME  # not the whole path: it goes into result rows
-    return Found(label, class_names, train, test, digest.hexdigest()[:16])
+    return Found(label_of(name), class_names, train, test, digest.hexdigest()[:16])
 
 
 def _files(folder: Path, class_names: tuple[str, ...], digest: "hashlib._Hash") -> Arrays:

@@ -74,6 +74,17 @@ def read(name: str, data_dir: str | Path | None, image_size: int) -> Source:
     raise ConfigError(f"unknown data set {name!r}; there are: digits, {', '.join(PUBLISHED)}, folder:DIR, imagenet:DIR")
 
 
+def kind_of(name: str) -> str:
+    """Of folder:DIR it is folder."""
+    return name.partition(":")[0]
+
+
+def label_of(name: str) -> str:
+    """How rows call a data set: one in a folder by that folder's last name, not its whole path."""
+    kind, colon, folder = name.partition(":")
+    return f"{kind}:{Path(folder).expanduser().resolve().name}" if colon else name
+
+
 def data_directory(given: str | Path | None = None) -> Path:
     """Where NAME.npz files are: `given`, else $JOINTCOMPRESS_DATA, else the user's cache folder."""
     if given is not None:
@@ -148,7 +159,7 @@ def read_folder(root: Path, image_size: int) -> Source:
     """
     if not root.is_dir():
         raise ConfigError(f"there is no folder {root}; folder:DIR takes one with a folder per class")
-    name = f"folder:{root.resolve().name}"  # not the whole path: the name goes into result rows
+    name = label_of(f"folder:{root}")
     parts = [part for part in ("train", "test", "val") if (root / part).is_dir()]
     if "train" not in parts or len(parts) == 1:
         class_names = class_names_of(root)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,14 @@ from methods.core.errors import ConfigError
 from .baselines import (
     Baseline,
     Setup,
+    changed,
     find_setup,
     load_baseline,
     shipped_path,
     shorter,
     train_baseline,
 )
+from .chance import at_chance
 from .checkpoints import read_provenance
 from .data import Dataset, open_dataset, test_batches
 from .execute import Place, Start, run_job
@@ -39,6 +41,7 @@ class Spec:
     table, order  the folder under results/rows, and the row's position in it
     data          what `open_dataset` takes
     checkpoint    a file to start from;  epochs  train a baseline of so many: else the shipped one, or one trained now
+    image_size    of pictures from files;  setup  changes of the baseline's, {batch_size, augment, recipe}
     resume        take the row if it is there, and go on from saved states
     threads       of torch; None leaves them as they are
     """
@@ -54,6 +57,8 @@ class Spec:
     epochs: int | None = None
     resume: bool = False
     threads: int | None = None
+    image_size: int | None = None
+    setup: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Session:
@@ -66,7 +71,7 @@ class Session:
         self._starts: dict[tuple, Start] = {}
 
     def dataset(self, spec: Spec) -> Dataset:
-        key = (spec.data, spec.data_dir)
+        key = (spec.data, spec.data_dir, spec.image_size)
         if key not in self._datasets:
             self._datasets[key] = open_dataset(*key)
         return self._datasets[key]
@@ -76,10 +81,13 @@ class Session:
 
     def start(self, spec: Spec) -> Start:
         """The network that the row starts from, scored once."""
-        key = (spec.data, spec.data_dir, spec.job.network, spec.checkpoint, spec.epochs, spec.device, spec.results)
+        key = (spec.data, spec.data_dir, spec.image_size, spec.job.network, spec.checkpoint, spec.epochs,
+               repr(spec.setup), spec.device, spec.results)
         if key not in self._starts:
             dataset, place = self.dataset(spec), self.place(spec)
-            self._starts[key] = scored(get_baseline(dataset, spec, place), dataset, spec.job.network, place.device)
+            start = scored(get_baseline(dataset, spec, place), dataset, spec.job.network, place.device)
+            warn_at_chance(start.top1, dataset, self.screen)
+            self._starts[key] = start
         return self._starts[key]
 
 
@@ -130,8 +138,18 @@ def scored(baseline: Baseline, dataset: Dataset, network: str, device: torch.dev
     return Start(baseline, right, find_setup(dataset.name, network).task(dataset, network, device).score(model))
 
 
+def warn_at_chance(top1: float, dataset: Dataset, screen: Screen) -> None:
+    """A line where a network has learned nothing that its test accuracy could show."""
+    labels = dataset.test.labels
+    if at_chance(top1, labels):
+        guess = 100 * int(labels.bincount().max()) / len(labels)
+        screen.say(f"warning: the baseline is at chance level: {top1:.2f} % of {len(labels)} test pictures of "
+                   f"{dataset.name}, where guessing gives {guess:.2f} %; see --image-size and --setup "
+                   "(recipe.lr, recipe.epochs, batch_size)")
+
+
 def get_baseline(dataset: Dataset, spec: Spec, place: Place) -> Baseline:
-    """`checkpoint` if given, else (without `epochs`) the checkpoint the project ships, else one trained now.
+    """`checkpoint` if given; else, without `epochs` or a recipe, the one that the project ships; else one trained now.
 
     What was trained by an earlier command from the same recipe, data and seed is taken instead of training again.
     """
@@ -139,13 +157,16 @@ def get_baseline(dataset: Dataset, spec: Spec, place: Place) -> Baseline:
     if spec.checkpoint is not None:
         if spec.epochs is not None:
             raise ConfigError(f"--epochs {spec.epochs} trains a baseline, --checkpoint gives one: choose")
+        if "recipe" in spec.setup:
+            raise ConfigError("--setup recipe... trains a baseline, --checkpoint gives one: choose")
         return load_baseline(dataset, network, Path(spec.checkpoint))
     shipped = shipped_path(dataset.name, network)
-    if shipped.exists() and spec.epochs is None:
+    if shipped.exists() and spec.epochs is None and "recipe" not in spec.setup:
         if read_provenance(shipped).get("data") == dataset.digest:
             return load_baseline(dataset, network, shipped)
         place.screen.say(f"baseline: {shipped.name} has seen other pictures than these splits hold: training one")
-    return trained(dataset, network, shorter(find_setup(dataset.name, network), spec.epochs), 0, place)
+    setup = changed(find_setup(dataset.name, network), spec.setup)
+    return trained(dataset, network, shorter(setup, spec.epochs), 0, place)
 
 
 def trained(dataset: Dataset, network: str, setup: Setup, seed: int, place: Place, out: Path | None = None) -> Baseline:

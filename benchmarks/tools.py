@@ -30,7 +30,7 @@ from .speed_training import measure_training, training_table
 
 
 def measure_file(options: Namespace, console: Console) -> None:
-    dataset = open_dataset(options.task, options.data_dir)
+    dataset = open_dataset(options.task, options.data_dir, options.image_size)
     height, width, channels = dataset.image_shape
     test = test_batches(dataset, batch_size=250, device="cpu", scaling=find(options.network).scaling)
     row = row_of(options.file, options.results) if options.index_bits == ["row"] else {}
@@ -66,7 +66,7 @@ def index_bits_of(words: list[str], row: Mapping[str, Any]) -> int | str | dict[
 
 def verify_file(options: Namespace, console: Console) -> None:
     check_positive({"inputs": options.inputs})
-    dataset, compressed = open_dataset(options.task, options.data_dir), decode(options.file)
+    dataset, compressed = open_dataset(options.task, options.data_dir, options.image_size), decode(options.file)
     network = FastNetwork(compressed, skeleton(dataset, options.network), tuple(options.float_policy))
     test = test_batches(dataset, batch_size=100, device="cpu", scaling=find(options.network).scaling)
     console.print(f"kernels: {network.backend}", soft_wrap=True)
@@ -93,7 +93,7 @@ def shrink_files(options: Namespace, console: Console) -> None:
     chosen = [(path, *network_of(path, known, options.task, options.network)) for path in paths]
     found = []
     for path, task, network in chosen:
-        dataset = open_dataset(task, options.data_dir)
+        dataset = open_dataset(task, options.data_dir, options.image_size)
         found.append(shrink_file(path, dataset, network, skeleton(dataset, network)))
     if options.json:
         console.print_json(data=[dataclasses.asdict(one) for one in found])
