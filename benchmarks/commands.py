@@ -26,7 +26,17 @@ from .report import against_paper, table
 from .rows import RESULTS, ROOT, Row, read_rows, slug, tables
 from .runs import Screen, clean_up
 from .settings import from_assignments, merge, plain
-from .specs import Session, Spec, check_results, device_of, is_trained, run_one, trained, warn_at_chance
+from .specs import (
+    Session,
+    Spec,
+    check_results,
+    check_start,
+    device_of,
+    is_trained,
+    run_one,
+    trained,
+    warn_at_chance,
+)
 
 NETWORK_OF = {"digits": "resnet18w16", "mnist": "lenet5_caffe", "cifar10": "resnet18"}  # what compare runs by default
 HEADLINE = "compare_cifar10"  # the table that README and the index of the site show
@@ -55,6 +65,7 @@ def given_setup(options: Namespace) -> dict[str, Any]:
     """What --setup changes; ConfigError for values that no baseline can have."""
     setup = from_assignments(options.setup)
     changed(Setup(Recipe(epochs=1, lr=0.1)), setup)
+    check_start(options.checkpoint, options.epochs, setup)
     return setup
 
 
@@ -63,11 +74,11 @@ def _text(path: Path | None) -> str | None:
 
 
 def train(options: Namespace, console: Console) -> None:
+    if options.checkpoint is not None:
+        raise ConfigError(f"--checkpoint {options.checkpoint}: train starts from nothing; leave it out")
     given = given_setup(options)
     dataset = open_dataset(options.task, options.data_dir, options.image_size)
     network, seed = options.network, 0 if options.seed is None else options.seed
-    if options.checkpoint is not None:
-        raise ConfigError(f"--checkpoint {options.checkpoint}: train starts from nothing; leave it out")
     setup = shorter(changed(find_setup(dataset.name, network), given), options.epochs)
     shipped = options.results / "baselines" / shipped_path(dataset.name, network).name
     if options.out is None and shipped.exists() and not options.resume:

@@ -138,6 +138,13 @@ def scored(baseline: Baseline, dataset: Dataset, network: str, device: torch.dev
     return Start(baseline, right, find_setup(dataset.name, network).task(dataset, network, device).score(model))
 
 
+def check_start(checkpoint: Any, epochs: int | None, setup: Mapping[str, Any]) -> None:
+    """ConfigError where a baseline is given and also to be trained."""
+    asked = f"--epochs {epochs}" if epochs is not None else "--setup recipe..." if "recipe" in setup else None
+    if checkpoint is not None and asked is not None:
+        raise ConfigError(f"{asked} trains a baseline, --checkpoint gives one: choose")
+
+
 def warn_at_chance(top1: float, dataset: Dataset, screen: Screen) -> None:
     """A line where a network has learned nothing that its test accuracy could show."""
     labels = dataset.test.labels
@@ -155,10 +162,7 @@ def get_baseline(dataset: Dataset, spec: Spec, place: Place) -> Baseline:
     """
     network = spec.job.network
     if spec.checkpoint is not None:
-        if spec.epochs is not None:
-            raise ConfigError(f"--epochs {spec.epochs} trains a baseline, --checkpoint gives one: choose")
-        if "recipe" in spec.setup:
-            raise ConfigError("--setup recipe... trains a baseline, --checkpoint gives one: choose")
+        check_start(spec.checkpoint, spec.epochs, spec.setup)
         return load_baseline(dataset, network, Path(spec.checkpoint))
     shipped = shipped_path(dataset.name, network)
     if shipped.exists() and spec.epochs is None and "recipe" not in spec.setup:
