@@ -104,8 +104,8 @@ def apply(compressed: CompressedModel, skeleton: nn.Module) -> nn.Module:
         if names:
             raise CompressError(f"the compressed model {fault} {', '.join(names[:4])}"
                                 f"{' …' if len(names) > 4 else ''}: it belongs to another network")
-    state = OrderedDict(have)
-    state._metadata = model.state_dict()._metadata  # versions that some modules ask for when they load
+    state = OrderedDict(have)  # with the versions that some modules ask for when they load
+    vars(state)["_metadata"] = vars(model.state_dict())["_metadata"]
     model.load_state_dict(state, strict=False)
     return model.eval()
 
