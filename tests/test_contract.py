@@ -33,7 +33,7 @@ class Case:
     """A method with its smoke row, called on a fresh tiny network."""
 
     def __init__(self, name, tiny):
-        found = [table.smoke for table in all_tables() if table.method == name]
+        found = [table.smoke for table in all_tables() if table.method == name and table.smoke]
         assert found and set(found[0]) >= {"budget"}, f"no paper_configs file has a [smoke] table for {name}"
         self.method, self.tiny = find_method(name), tiny
         self.budget = build(Budget, found[0]["budget"])

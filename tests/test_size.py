@@ -28,7 +28,7 @@ LOOSE = {"bayesian_bits", "annc", "udfc", "neuron_merging", "sequential_reconstr
 
 def smoke(name):
     method = find_method(name)
-    found = next(table.smoke for table in all_tables() if table.method == name)
+    found = next(table.smoke for table in all_tables() if table.method == name and table.smoke)
     knob = method.SIZE_KNOB
     ratio = RATIO.get(name, BITS_RATIO if knob.whole else 0.13)
     budget = {key: value for key, value in found["budget"].items() if key != knob.name}
