@@ -115,7 +115,7 @@ def test_the_steering_reaches_the_size_and_the_file_has_it(tiny, tmp_path, conte
         split = encode(made, tmp_path / "a.jc")
         assert made.notes["entropy_bits"] / 8 == pytest.approx(split.codes + split.positions, rel=0.15)
         bits = sum(tensor.codes.numel() * entropy(tensor.codes.numpy()) for tensor in made.weights.values())
-        assert split.codes + split.positions == pytest.approx(bits / 8, rel=0.02)
+        assert 0.95 * bits / 8 < split.codes + split.positions < 1.02 * bits / 8  # classes of rows may cost less
     else:
         assert made.topology.widths["a"][0] < 112
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..report.against_paper import compared
+from ..report.seeds import spread_of
 from ..report.table import in_markdown, listed
 from .words import DATA, Row, count, method_name, plain, points, points_lost, size, times
 
@@ -99,7 +100,9 @@ def _cell(column: Column, row: Row) -> Cell:
     if value is None or (column.header == "method" and value == "none"):
         return Cell("—", None)
     numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return Cell(column.show(value), float(value) if numeric else None)
+    deviation, count = spread_of(row, column.value) if numeric and "seeds" in row else (0.0, 1)
+    spread = f" ± {column.show(deviation)}" if count > 1 and deviation > 0 else ""
+    return Cell(column.show(value) + spread, float(value) if numeric else None)
 
 
 def markdown(table: Table) -> str:

@@ -132,7 +132,8 @@ class RateAware(Hooks):
         for name, quantizer in self.quantizers.items():
             if name in self.norms:
                 ratio = norm_ratio(self.model.get_submodule(self.norms[name])).abs().clamp_min(TINY)
-                quantizer.step = (quantizer.unit / ratio).to(quantizer.step).reshape(quantizer.step.shape)
+                step = (quantizer.unit / ratio).float().to(quantizer.step.device)
+                quantizer.step = step.reshape(quantizer.step.shape)
             for _ in range(ROUNDS):
                 size = quantizer.price(self.behind(name))
                 quantizer.charge(self.lam)
