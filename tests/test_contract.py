@@ -6,7 +6,7 @@ excepted, and none is treated apart by its name.
 
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 
 import pytest
 import torch
@@ -199,9 +199,11 @@ def test_layers_left_alone_stay_float_or_the_method_says_it_cannot(case, tiny):
 
 
 def with_recipes(config, **changes):
-    """`config` with every recipe changed."""
-    recipes = {f.name: getattr(config, f.name) for f in fields(config) if isinstance(getattr(config, f.name), Recipe)}
-    return replace(config, **{name: replace(recipe, **changes) for name, recipe in recipes.items()})
+    """`config` with every recipe, at any depth, changed."""
+    if isinstance(config, Recipe):
+        return replace(config, **changes)
+    parts = {f.name: getattr(config, f.name) for f in fields(config) if is_dataclass(getattr(config, f.name))}
+    return replace(config, **{name: with_recipes(part, **changes) for name, part in parts.items()})
 
 
 def test_every_training_can_be_distilled(case, compressed, tiny):

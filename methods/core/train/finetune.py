@@ -53,7 +53,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     check_trainable(task)
     task.placed(model)
     objective = smoothed(task.loss, recipe.label_smoothing)
-    if recipe.distill is None:
+    if recipe.distill is None or recipe.epochs == 0:
         return _train(model, task, recipe, generator, as_hooks(hooks), objective, run)
     lesson = Distillation(model, task, recipe.distill)
     with lesson.watching(model):

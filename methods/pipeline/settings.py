@@ -1,0 +1,162 @@
+"""The settings of a pipeline and of its stages; what has no sense is refused as soon as it is said."""
+
+from dataclasses import dataclass, replace
+
+from ..core.errors import ConfigError
+from ..core.fit.calibrate import check_calibration
+from ..core.fit.criteria import CRITERIA, SCOPES, find_criterion
+from ..core.fit.quantize import find_scheme
+from ..core.fit.schedules import find_schedule
+from ..core.fit.weight_quantizers import QUANTIZERS, find_quantizer
+from ..core.settings import check_idle
+from ..core.train.recipe import Distill, Recipe
+
+FLOAT16 = "float16"
+STAGES = ("prune", "quantize", "distil")
+
+
+@dataclass(frozen=True)
+class Prune:
+    """criterion, granularity ("weight" or "channel"), schedule: of core/fit; scope: rank per layer or over all.
+
+    updates  of the masks (linear, agp), or rounds;  until  share of the training after which masks stay
+    recipe   of the training while or after pruning, in every round;  before  of a training that precedes one_shot
+    rewind   step of the first training to which the lottery goes back;  fresh  it starts from initial weights
+    score_batches  training batches that taylor and movement look at where no training showed them any
+    penalty  lambda of slim
+    """
+
+    criterion: str = "level"
+    granularity: str = "weight"
+    schedule: str = "one_shot"
+    scope: str = "local"
+    updates: int = 10
+    until: float = 0.75
+    rewind: int = 0
+    fresh: bool = False
+    score_batches: int = 8
+    penalty: float = 1e-4
+    recipe: Recipe | None = None
+    before: Recipe | None = None
+
+    def __post_init__(self):
+        find_criterion(self.criterion, self.granularity)
+        find_schedule(self.schedule)
+        if self.scope not in SCOPES:
+            raise ConfigError(f"scope = {self.scope!r}: allowed are {', '.join(SCOPES)}")
+        for name, least in (("updates", 1), ("rewind", 0), ("score_batches", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is {least} or more")
+        if not 0 < self.until <= 1 or not self.penalty >= 0:
+            raise ConfigError(f"until = {self.until}, penalty = {self.penalty}: allowed are a number in (0, 1] and one "
+                              "of 0 or more")
+        if self.schedule != "one_shot" and self.recipe is None:
+            raise ConfigError(f"schedule = {self.schedule!r} prunes while it trains: give prune.recipe")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        chosen, found = f"schedule = {self.schedule!r}", {}
+        if self.schedule == "one_shot":
+            found["updates"] = f"{chosen} chooses masks once"
+        else:
+            found["before"] = f"{chosen} trains while it prunes"
+        if self.schedule not in ("linear", "agp"):
+            found["until"] = f"{chosen} chooses masks between trainings"
+        if self.schedule != "lottery":
+            found |= dict.fromkeys(("rewind", "fresh"), f"{chosen} winds nothing back")
+        if CRITERIA[self.criterion].sees != "gradients":
+            found["score_batches"] = f"criterion = {self.criterion!r} sees no gradients"
+        if self.criterion != "slim":
+            found["penalty"] = f"criterion = {self.criterion!r} penalises nothing"
+        return found
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """quantizer: "rtn", "qat", "lsq", "lsq+", "dorefa", "bnn" (core/fit/weight_quantizers.py) or "float16".
+
+    scheme  grid of rtn and qat: "symmetric", "mse" or "asymmetric";  recipe  of the training through the quantizer
+    """
+
+    quantizer: str = "rtn"
+    scheme: str = "symmetric"
+    per_channel: bool = True
+    recipe: Recipe | None = None
+
+    def __post_init__(self):
+        if self.quantizer not in (*QUANTIZERS, FLOAT16):
+            raise ConfigError(f"quantizer = {self.quantizer!r}: allowed are {', '.join((*QUANTIZERS, FLOAT16))}")
+        find_scheme(self.scheme)
+        trains = self.quantizer != FLOAT16 and find_quantizer(self.quantizer).trains
+        if trains and self.recipe is None:
+            raise ConfigError(f"quantizer = {self.quantizer!r} is trained through: give quantize.recipe, or rtn")
+        check_idle(self)
+
+    @property
+    def has_zero(self) -> bool:
+        return self.quantizer == FLOAT16 or find_quantizer(self.quantizer).has_zero
+
+    def idle(self) -> dict[str, str]:
+        kind = None if self.quantizer == FLOAT16 else find_quantizer(self.quantizer)
+        effective = () if kind is None else kind.settings
+        found = {name: f"quantizer = {self.quantizer!r} has its own" for name in ("scheme", "per_channel")
+                 if name not in effective}
+        if kind is None or not kind.trains:
+            found["recipe"] = f"quantizer = {self.quantizer!r} is not trained through"
+        return found
+
+
+@dataclass(frozen=True)
+class Config:
+    """order: stages, each at most once, of "prune", "quantize" (which there has to be) and "distil"; their settings.
+
+    distil       recipe of that stage; without `distill` in it, logits at temperature 4
+    activations  "static": ranges from calibration inputs; "float": none
+    """
+
+    order: tuple[str, ...] = ("prune", "quantize")
+    prune: Prune = Prune()
+    quantize: Quantize = Quantize()
+    distil: Recipe | None = None
+    activations: str = "static"
+    activation_bits: int = 8
+    calibration_inputs: int = 1024
+    range_method: str = "minmax"
+
+    def __post_init__(self):
+        object.__setattr__(self, "order", tuple(self.order))
+        wrong = [stage for stage in self.order if stage not in STAGES or self.order.count(stage) > 1]
+        if wrong or "quantize" not in self.order:
+            raise ConfigError(f"order = {list(self.order)}: allowed are prune, quantize, distil, each at most once; "
+                              "quantize has to be there (quantizer = 'float16' keeps floats)")
+        if "distil" in self.order and self.distil is None:
+            raise ConfigError("order has a distil stage: give distil, its recipe")
+        if self.distil is not None and self.distil.distill is None:
+            object.__setattr__(self, "distil", replace(self.distil, distill=Distill()))
+        if self.activations == "dynamic":
+            raise ConfigError("activations = 'dynamic': a file holds fixed ranges; allowed are 'static', 'float'")
+        if self.activations not in ("static", "float"):
+            raise ConfigError(f"activations = {self.activations!r}: allowed are 'static', 'float'")
+        check_calibration(self.activation_bits, self.calibration_inputs, self.range_method)
+        check_idle(self)
+        if "prune" in self.order and self.prune.granularity == "weight" and not self.quantize.has_zero:
+            raise ConfigError(f"quantizer = {self.quantize.quantizer!r} has no 0 that a single weight could be pruned "
+                              "to: allowed are granularity = 'channel', or a quantizer with a zero")
+        if self.prune.fresh and self.order[0] != "prune":
+            raise ConfigError(f"fresh = True starts from initial weights: prune has to be first in {list(self.order)}")
+
+    def idle(self) -> dict[str, str]:
+        found = {stage: f"order has no {stage} stage" for stage in ("prune", "distil") if stage not in self.order}
+        if self.activations == "float":
+            found |= dict.fromkeys(("activation_bits", "calibration_inputs", "range_method"), "activations are float")
+        return found
+
+    @property
+    def data(self) -> str:
+        """What these settings need to see."""
+        recipes = [self.quantize.recipe, self.distil]
+        recipes += [self.prune.recipe, self.prune.before] if "prune" in self.order else []
+        sees = CRITERIA[self.prune.criterion].sees if "prune" in self.order else "nothing"
+        if any(recipe is not None for recipe in recipes) or sees == "gradients":
+            return "train"
+        return "calibration" if self.activations == "static" else "none"
