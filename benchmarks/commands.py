@@ -122,7 +122,8 @@ def run_all(specs: Sequence[Spec], options: Namespace) -> list[Row]:
         session = prepared(options, screen)
         rows = []
         for i, spec in enumerate(specs):
-            screen.say(f"row {i + 1} of {len(specs)}: {spec.job.name}, {spec.job.network}")
+            if len(specs) > 1:
+                screen.say(f"row {i + 1} of {len(specs)}: {spec.job.name}, {spec.job.network}")
             rows.append(run_one(plain(spec), session))
         return rows
 

@@ -79,6 +79,16 @@ def place(tmp_path_factory):
     return root
 
 
+def test_a_baseline_and_a_method_train_on_random_crops(place, tmp_path, capsys):
+    assert main(["compress", "prune_then_quantize", "--task", f"imagenet:{place / 'imagenet'}", "--image-size", "32",
+                 "--network", "resnet18w2", "--setup", "batch_size=2", "recipe.epochs=1", "--budget", "density=0.5",
+                 "bits=8", "--set", "retrain={epochs=1, lr=0.01}",
+                 "--results", str(tmp_path)]) == 0, capsys.readouterr().err
+    (row,) = read_rows(tmp_path / "rows" / "own", print)
+    assert row["setup"]["augment"] == "imagenet" and row["setup"]["batch_size"] == 2
+    assert row["task"] == "imagenet:imagenet" and row["n_test"] == 4
+
+
 @pytest.mark.parametrize("table, name", CHEAP)
 def test_a_row_runs_at_full_resolution(place, tmp_path, capsys, table, name):
     assert main(["reproduce", str(CONFIGS / f"{table}.toml"), "--row", name, "--network", "torchvision:resnet18",
