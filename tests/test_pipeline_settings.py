@@ -84,6 +84,9 @@ def test_data_that_is_not_there_is_said_before_anything(tiny):
         made(tiny, {"prune": {"criterion": "taylor"}}, task=blind, density=0.5, bits=8)
     with pytest.raises(ConfigError, match="no training batches"):
         made(tiny, {"prune": {"recipe": SHORT}}, task=blind, density=0.5, bits=8)
+    with pytest.raises(ConfigError, match="they need a task"):
+        pipeline.compress(tiny.model(), None, Budget(density=0.5, bits=8),
+                          build(pipeline.Config, {"prune": {"recipe": SHORT}}), torch.Generator())
     with pytest.raises(ConfigError, match="updates = 10: the first 75% of prune.recipe are 3 steps"):
         made(tiny, {"prune": AGP}, density=0.5, bits=8)
     with pytest.raises(ConfigError, match="rewind = 99: prune.recipe has 4 steps"):

@@ -33,7 +33,8 @@ from methods import (
 
 
 @pytest.mark.parametrize("module", ["budget", "graph.build", "train.metric", "train.hooks", "train.start",
-                                    "train.finetune", "fit.images"])
+                                    "train.finetune", "fit.images", "fit.criteria", "fit.schedules",
+                                    "fit.layer_rates", "graph.coupled"])
 def test_the_examples_run(module):
     found = importlib.import_module(f"methods.core.{module}")
     names = {"nn": nn, "torch": torch, **vars(found)}

@@ -19,6 +19,7 @@ Departures  There is no single paper; those of the parts are named in `core/fit`
     score is the plain sum (no Adam), and masks are chosen at the updates alone.
   * A pruned channel loses its bias and its batch norm's, so that it is 0; `shrink` cuts it out. Channels of the
     network's outputs stay. Layers that share channels share one mask.
+  * rates = "sensitivity" chooses densities of layers by the held-out error of each pruned alone (core/fit/layer_rates).
   * slim penalises |gamma| until the last masks are chosen: with one_shot in `before`.
   * The lottery rewinds to the network that is given, which is trained, or to step `rewind` of the first training from
     it; `fresh` starts from initial weights, as the paper does. Batch norms are rewound, too.
@@ -36,7 +37,8 @@ from ..core.artifact import Affine, CompressedModel, tensor_name
 from ..core.budget import Budget
 from ..core.errors import BudgetError, CompressError, ConfigError
 from ..core.fit.calibrate import calibrate
-from ..core.fit.criteria import CRITERIA, check_scope
+from ..core.fit.criteria import CRITERIA, check_scope, choose, score_weight
+from ..core.fit.layer_rates import equal_drop, measure_curves
 from ..core.fit.quantize import find_scheme
 from ..core.fit.size import Knob
 from ..core.fit.weight_quantizers import find_quantizer
@@ -103,8 +105,22 @@ def prune(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, set
     scores = make_scores(settings.criterion, settings.granularity, dressed, units.layers, norms, settings.penalty,
                          generator)
     updates = 1 if settings.schedule == "one_shot" else settings.updates
-    masks = Masks(dressed, units, scores, plan.densities, settings.schedule, settings.scope, updates)
+    densities = plan.densities if settings.rates == "budget" else by_sensitivity(model, task, dressed, plan)
+    masks = Masks(dressed, units, scores, densities, settings.schedule, settings.scope, updates)
     RUNS[settings.schedule](Pruning(model, task, masks, settings, generator, run))
+
+
+def by_sensitivity(model: nn.Module, task: Task, dressed: Dressed, plan: Plan) -> dict[str, float]:
+    """Densities of equal drop in the held-out error, each layer pruned alone by magnitude."""
+    task.placed(model)
+
+    def alone(name: str, density: float) -> None:
+        size = score_weight("level", dressed.master(name))
+        dressed.set_masks(choose({name: size}, {name: density}, "local"))
+
+    curves = measure_curves(list(plan.densities), alone, lambda: task.error(model))
+    sizes = {name: dressed.master(name).numel() for name in curves}
+    return equal_drop(curves, sizes, next(iter(plan.densities.values())))
 
 
 def quantize(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, settings: Quantize,
@@ -168,6 +184,8 @@ def make_plan(model: nn.Module, graph: Graph, budget: Budget, config: Config) ->
         densities = budget.per_layer("density", layers)
         chosen = [name for name in chosen if name in densities]
         check_scope(prune.scope, densities)
+        if prune.rates == "sensitivity" and len(set(densities.values())) > 1:
+            raise ConfigError(f"rates = 'sensitivity' takes one density, not {sorted(set(densities.values()))}")
         return Plan(chosen, bits, densities, None, {})
     groups, densities = channel_groups(graph, budget.per_layer("channel_density", layers), chosen)
     check_scope(prune.scope, densities)
@@ -218,6 +236,8 @@ def check_data(task: Task | None, config: Config) -> None:
     if pruned and CRITERIA[prune.criterion].sees == "gradients" and (task is None or task.train is None):
         raise ConfigError(f"criterion = {prune.criterion!r} needs training batches, and this task holds none: without "
                           "there are level, l1, l2, fpgm, slim, random")
+    if task is None:
+        raise ConfigError("these settings train or look at errors: they need a task, and there is none")
     check_trainable(task)
     steps = len(task.train)
     if pruned and prune.schedule in ("linear", "agp"):

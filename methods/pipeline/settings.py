@@ -19,6 +19,7 @@ STAGES = ("prune", "quantize", "distil")
 class Prune:
     """criterion, granularity ("weight" or "channel"), schedule: of core/fit; scope: rank per layer or over all.
 
+    rates    of layers: "budget", or "sensitivity": of equal drop in the held-out error, together the budget's density
     updates  of the masks (linear, agp), or rounds;  until  share of the training after which masks stay
     recipe   of the training while or after pruning, in every round;  before  of a training that precedes one_shot
     rewind   step of the first training to which the lottery goes back;  fresh  it starts from initial weights
@@ -30,6 +31,7 @@ class Prune:
     granularity: str = "weight"
     schedule: str = "one_shot"
     scope: str = "local"
+    rates: str = "budget"
     updates: int = 10
     until: float = 0.75
     rewind: int = 0
@@ -44,6 +46,11 @@ class Prune:
         find_schedule(self.schedule)
         if self.scope not in SCOPES:
             raise ConfigError(f"scope = {self.scope!r}: allowed are {', '.join(SCOPES)}")
+        if self.rates not in ("budget", "sensitivity"):
+            raise ConfigError(f"rates = {self.rates!r}: allowed are budget, sensitivity")
+        if self.rates == "sensitivity" and (self.granularity, self.scope) != ("weight", "local"):
+            raise ConfigError("rates = 'sensitivity' are densities of weights in each layer: allowed are granularity = "
+                              "'weight' and scope = 'local'")
         for name, least in (("updates", 1), ("rewind", 0), ("score_batches", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: allowed is {least} or more")
@@ -157,6 +164,7 @@ class Config:
         recipes = [self.quantize.recipe, self.distil]
         recipes += [self.prune.recipe, self.prune.before] if "prune" in self.order else []
         sees = CRITERIA[self.prune.criterion].sees if "prune" in self.order else "nothing"
-        if any(recipe is not None for recipe in recipes) or sees == "gradients":
+        judged = "prune" in self.order and self.prune.rates == "sensitivity"
+        if any(recipe is not None for recipe in recipes) or sees == "gradients" or judged:
             return "train"
         return "calibration" if self.activations == "static" else "none"
