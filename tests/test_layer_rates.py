@@ -25,7 +25,7 @@ def test_the_levels_are_distillers():
     assert len(LEVELS) == 20 and LEVELS[0] == 1.0 and LEVELS[-1] == 0.05
 
 
-@pytest.mark.parametrize("density", [1.0, 0.8, 0.5, 0.2, 0.05, 0.01])
+@pytest.mark.parametrize("density", [1.0, 0.7777, 0.5, 0.2013, 0.05, 0.01])
 def test_together_the_layers_keep_the_density(density):
     found = equal_drop(CURVES, SIZES, density)
     assert sum(found[name] * n for name, n in SIZES.items()) == pytest.approx(density * 200)
