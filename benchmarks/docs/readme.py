@@ -11,7 +11,7 @@ from typing import Any
 from methods.core.errors import CompressError
 from methods.core.file.container import write_file
 
-from ..report.table import comparable, in_markdown, told_apart
+from ..report.table import in_markdown, told_apart
 from .figures import as_png, front_plot
 from .tables import Table, markdown, table_of
 from .words import Row
@@ -29,7 +29,7 @@ def refresh(readme: Path, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
     write_file(readme, filled(text, rows_of, papers, baselines).encode())
     for match in BLOCK.finditer(text):
         if match[2] == "headline":
-            figure = front_plot(largest(rows_of[match[3]]), "bytes", wide=True)
+            figure = front_plot(told_apart(rows_of[match[3]]), "bytes", wide=True)
             path = readme.parent / "results" / "figures" / f"{match[3]}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, as_png(figure))
@@ -51,14 +51,9 @@ def filled(text: str, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
     return BLOCK.sub(fill, text)
 
 
-def largest(rows: Sequence[Row]) -> list[Row]:
-    """The largest group of rows that can be compared."""
-    return max(comparable(told_apart(rows)), key=len)
-
-
 def headline(rows: Sequence[Row], name: str) -> str:
-    """A GitHub table of the columns in HEADLINE."""
-    whole = table_of(largest(rows), name, name)
+    """A GitHub table of the columns in HEADLINE, each row under the baseline it starts from."""
+    whole = table_of(rows, name, name)
     kept = [i for i, column in enumerate(whole.columns) if column.header in HEADLINE]
     lines = [type(line)(line.kind, [line.cells[i] for i in kept]) for line in whole.lines]
     return markdown(Table(whole.caption, whole.stem, [whole.columns[i] for i in kept], lines))

@@ -107,11 +107,11 @@ def summary(one: Paper, parts: Sequence[Mapping[str, Any]]) -> dict:
 
 
 def headline_of(rows: Sequence[Row], name: str) -> dict:
-    """The index' first screen: the largest group of rows that can be compared."""
-    group = max(comparable(told_apart(rows)), key=len)
-    what = f"{group[0]['network']} on {group[0]['task']}, baseline {group[0]['baseline_top1']:.2f} %"
-    return {"what": what, "figures": [front(group, "bytes", what, wide=True)],
-            "table": table_of(group, f"All methods: {what}.", name)}
+    """The index' first screen: all rows of a table, each measured against the baseline it starts from."""
+    tops = ", ".join(f"{group[0]['baseline_top1']:.2f} %" for group in comparable(rows))
+    what = f"{title_of(rows)}, points lost against each row's own baseline ({tops})"
+    return {"what": what, "figures": [front(told_apart(rows), "bytes", what, wide=True)],
+            "table": table_of(rows, f"All methods: {what}.", name)}
 
 
 def title_of(rows: Sequence[Row]) -> str:
