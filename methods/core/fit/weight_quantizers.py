@@ -15,6 +15,7 @@ Departures  Weights alone: activations get fixed ranges afterwards. LSQ has Q = 
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ def straight(value: Tensor, through: Tensor) -> Tensor:
     return value.detach() + (through - through.detach())
 
 
-class WeightQuantizer(nn.Module):
+class WeightQuantizer(nn.Module, ABC):
     """The weight of one layer [C_out, ...] through a quantizer of `bits` bits.
 
     scheme       the grid of rtn and qat (`SCHEMES`);  per_channel  one scale for each output channel, or one for all
@@ -47,9 +48,9 @@ class WeightQuantizer(nn.Module):
     def start(self, weight: Tensor, mask: Tensor) -> None:
         """Fit to a weight under its mask, before any training."""
 
+    @abstractmethod
     def forward(self, weight: Tensor, mask: Tensor) -> Tensor:
         """Values on the grid, not yet masked."""
-        raise NotImplementedError
 
     def after_step(self, weight: Tensor) -> None:
         """The optimizer has stepped: `weight`, and what is learned, are put back into their bounds, in place."""
@@ -58,16 +59,17 @@ class WeightQuantizer(nn.Module):
         """From now on the grid stays."""
         self.requires_grad_(False)
 
+    @abstractmethod
     def encode(self, weight: Tensor, mask: Tensor) -> CompressedTensor:
         """The codes of what `forward` gives, masked."""
-        raise NotImplementedError
 
 
 class _OnAffine(WeightQuantizer):
     """Codes are those of an Affine grid."""
 
+    @abstractmethod
     def grid(self, weight: Tensor, mask: Tensor) -> Affine:
-        raise NotImplementedError
+        """The grid of the codes."""
 
     def encode(self, weight, mask):
         return quantize(weight, self.grid(weight, mask), self.bits, mask)
