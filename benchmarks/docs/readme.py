@@ -17,8 +17,8 @@ from .tables import Table, markdown, table_of
 from .words import Row
 
 BLOCK = re.compile(r"(<!-- (headline|papers|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HEADLINE = ("row", "points lost", "top-1, float", "top-1, integer", "file", "smaller", "BOPs, zeros skipped", "energy", "cycles",
-            "data", "CPU s")
+HEADLINE = ("row", "points lost", "top-1, float", "top-1, integer", "file", "smaller", "BOPs, zeros skipped", "energy",
+            "cycles", "data", "CPU s")
 RowsOf = Mapping[str, Sequence[Row]]
 
 
