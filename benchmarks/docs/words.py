@@ -3,6 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..report.table import short_bytes as size
+from ..report.table import short_count as count
+
 Row = Mapping[str, Any]
 
 METHODS = {
@@ -28,22 +31,6 @@ def look(method: str, others: list[str]) -> tuple[str, str]:
     order = [*METHODS, *sorted(set(others) - set(METHODS))]
     place = order.index(method)
     return COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-
-
-def size(n: float) -> str:
-    """Bytes in units of 1000: 974 KB."""
-    return scaled(n, (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1.0)))
-
-
-def count(n: float) -> str:
-    """A number of operations: 35.5 G."""
-    return scaled(n, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3), ("", 1.0)))
-
-
-def scaled(n: float, units: tuple[tuple[str, float], ...]) -> str:
-    """Three digits in the largest unit that leaves 1 or more once rounded."""
-    unit, factor = next((pair for pair in units if n >= 0.9995 * pair[1]), units[-1])
-    return f"{n / factor:.3g} {unit}".rstrip()
 
 
 def points(value: float) -> str:

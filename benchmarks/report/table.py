@@ -28,10 +28,12 @@ class Column:
 
 
 def short_bytes(n: float) -> str:
+    """Bytes in units of 1000: 974 KB."""
     return _short(n, (("GB", 1e9), ("MB", 1e6), ("KB", 1e3), ("B", 1)))
 
 
 def short_count(n: float) -> str:
+    """A number of operations: 35.5 G."""
     return _short(n, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("K", 1e3), ("", 1)))
 
 
