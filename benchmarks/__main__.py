@@ -142,16 +142,17 @@ def _add_tools(command) -> None:
         else:
             sub.add_argument("--inputs", type=int, default=10_000, help="test inputs")
             sub.add_argument("--reference", type=int, default=100, help="of them through the int64 reference too")
-    for name, function, text in (("export", "elsewhere.export_file", "a file as an ONNX graph of 8-bit integers"),
-                                 ("bench", "elsewhere.bench_file", "CPU time of a file here and in other engines")):
+    for name, function, text in (
+            ("export", "elsewhere.export_file", "a file as an ONNX graph of 8-bit integers, or as a C header"),
+            ("bench", "elsewhere.bench_file", "CPU time of a file here and in other engines")):
         sub = command(name, function, text)
         sub.add_argument("file", type=Path)
         if name == "export":
-            sub.add_argument("out", type=Path, help="a .onnx file")
-            sub.add_argument("--opset", type=int, default=13, help="13, or 21 for weights of 4 bits")
-            sub.add_argument("--residual", default="float", help="accumulators that an add takes: float or int8")
-            sub.add_argument("--windows", default="refuse", help="SPARQ's bit windows: refuse or drop")
-            sub.add_argument("--inputs", type=int, default=10_000, help="test inputs to compare on")
+            sub.add_argument("out", type=Path, help="a .onnx file, or a .h file: codes, tables, scales, geometry")
+            sub.add_argument("--opset", type=int, help="13 (default), or 21 for weights of 4 bits")
+            sub.add_argument("--residual", help="accumulators that an add takes: float (default) or int8")
+            sub.add_argument("--windows", default="refuse", help="SPARQ's bit windows: refuse (default) or drop")
+            sub.add_argument("--inputs", type=int, help="test inputs to compare on (default: 10000)")
         else:
             sub.add_argument("--batch", type=int, default=64)
             sub.add_argument("--rounds", type=int, default=7)

@@ -1,4 +1,4 @@
-"""A compressed file in other engines: written as ONNX, compared with our integers, timed beside them."""
+"""A compressed file elsewhere: as ONNX, compared with our integers and timed beside them, and as a C header."""
 
 import dataclasses
 import itertools
@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
+from methods.core.artifact import CompressedModel
 from methods.core.errors import ConfigError
 from methods.core.file.storage import decode
 from methods.engine import onednn
-from methods.engine.export import compare_onnx, onnx_session, openvino_session, to_onnx
+from methods.engine.export import Exported, compare_onnx, onnx_session, openvino_session, to_c_header, to_onnx
 from methods.engine.fast import FastNetwork
 
 from .baselines import skeleton
@@ -23,19 +24,36 @@ from .data import Dataset, open_dataset, test_batches
 from .networks import find
 from .speed import BASELINE, FAST, as_table, check_positive, in_turn
 
+ONNX_OPTIONS = {"opset": 13, "residual": "float", "inputs": 10_000}  # and their defaults
+
 
 def export_file(options: Namespace, console: Console) -> None:
-    """`export FILE OUT.onnx`: the graph, how each layer is stored, and how far its outputs are from ours."""
-    if options.out.suffix != ".onnx":
-        raise ConfigError(f"{options.out}: written are only .onnx")
-    check_positive({"inputs": options.inputs})
+    """`export FILE OUT`: an ONNX graph, compared with our integers over test inputs, or the arrays of a C header."""
+    kinds: dict[str, Callable] = {".onnx": _export_onnx, ".h": _export_header}
+    if options.out.suffix not in kinds:
+        raise ConfigError(f"{options.out}: written are only {' and '.join(kinds)}")
+    given = {name: value for name in ONNX_OPTIONS if (value := getattr(options, name)) is not None}
+    if options.out.suffix != ".onnx" and (given or options.float_policy):
+        name = next(iter([*given, "float-policy"]))
+        raise ConfigError(f"--{name} is of .onnx files: {options.out} is none")
+    settings = Namespace(**{**vars(options), **ONNX_OPTIONS, **given})
+    check_positive({"inputs": settings.inputs})
     dataset, compressed = open_dataset(options.task, options.data_dir, options.image_size), decode(options.file)
-    network, policy = skeleton(dataset, options.network), tuple(options.float_policy)
+    kinds[options.out.suffix](settings, dataset, compressed, skeleton(dataset, options.network), console)
+
+
+def _export_header(options: Namespace, dataset: Dataset, compressed: CompressedModel, network: nn.Module,
+                   console: Console) -> None:
+    written = to_c_header(compressed, network, options.out, windows=options.windows)
+    console.print(as_stored(options.out, written), soft_wrap=True)
+
+
+def _export_onnx(options: Namespace, dataset: Dataset, compressed: CompressedModel, network: nn.Module,
+                 console: Console) -> None:
+    policy = tuple(options.float_policy)
     written = to_onnx(compressed, network, options.out, input_shape(dataset), opset=options.opset,
                       residual=options.residual, windows=options.windows, float_policy=policy)
-    kinds = list(written.layers.values())
-    console.print(f"{options.out}: {written.bytes:,} bytes; weights of "
-                  + ", ".join(f"{kinds.count(kind)} layers as {kind}" for kind in dict.fromkeys(kinds)), soft_wrap=True)
+    console.print(as_stored(options.out, written), soft_wrap=True)
     inexact = [name for name, kind in written.layers.items() if kind == "float32"]
     if inexact:
         console.print(f"float32, because 8 bits do not hold them exactly: {', '.join(inexact)}", soft_wrap=True)
@@ -45,6 +63,12 @@ def export_file(options: Namespace, console: Console) -> None:
     console.print(f"{found.inputs:,} test inputs: top-1 {found.top1_ours:.2f} % here, {found.top1_onnx:.2f} % in ONNX "
                   f"Runtime; the same class for {found.same_argmax:.2f} %; outputs differ by at most "
                   f"{found.largest_difference:.3g} (the largest is {found.largest_output:.3g})", soft_wrap=True)
+
+
+def as_stored(path: Path, written: Exported) -> str:
+    kinds = list(written.layers.values())
+    return (f"{path}: {written.bytes:,} bytes; weights of "
+            + ", ".join(f"{kinds.count(kind)} layers as {kind}" for kind in dict.fromkeys(kinds)))
 
 
 def bench_file(options: Namespace, console: Console) -> None:
@@ -82,7 +106,7 @@ def others(path: Path, residual: str, x: Tensor, threads: int) -> dict[str, Call
     return found
 
 
-def channels_last(module: torch.nn.Module, x: Tensor) -> Callable[[], Tensor]:
+def channels_last(module: nn.Module, x: Tensor) -> Callable[[], Tensor]:
     """The float network in the memory format that is fastest on CPUs."""
     if x.ndim != 4:
         return lambda: module(x)

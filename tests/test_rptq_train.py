@@ -1,7 +1,5 @@
 """The trained form: codes and prices against their definitions, the steering, the size at the end, contexts."""
 
-import doctest
-import importlib
 import math
 from dataclasses import replace
 
@@ -189,9 +187,3 @@ def test_the_teacher_is_listened_to(tiny):
         wanted = tiny.model().eval()(inputs).softmax(1)
         gap = [float((student(inputs).softmax(1) - wanted).square().mean()) for student in students]
     assert gap[0] < 0.8 * gap[1]
-
-
-@pytest.mark.parametrize("module", ["rptq", "rptq_train", "core.fit.gptq", "core.fit.descent"])
-def test_the_examples_run(module):
-    result = doctest.testmod(importlib.import_module(f"methods.{module}"))
-    assert result.attempted and not result.failed

@@ -15,7 +15,7 @@ from ..core.train.task import Batch
 from .costs import hardware_costs
 from .costs.shapes import Traced
 from .exact import IntegerNetwork
-from .export import Exported, to_onnx
+from .export import Exported, to_c_header, to_onnx
 from .fast import FastNetwork
 from .layers import LayerCost, layer_costs
 from .verify import Verdict, verify
@@ -85,6 +85,10 @@ class Opened:
     def to_onnx(self, path: str | Path, **options) -> Exported:
         """The integer network as an ONNX file (options: see `export.to_onnx`)."""
         return to_onnx(self.compressed, self.skeleton, path, self.shape, float_policy=self.float_policy, **options)
+
+    def to_c_header(self, path: str | Path, **options) -> Exported:
+        """Codes, tables, scales and geometry as a C header (options: see `export.to_c_header`)."""
+        return to_c_header(self.compressed, self.skeleton, path, **options)
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ FLOAT = "float32"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: bytes of the file, and how each layer's weight is stored in it (int4, int8, float32)."""
+    """What was written: bytes of the file, and how each layer's weight is stored in it (int4, int8, float32; in C the
+    type of its codes)."""
 
     bytes: int
     layers: dict[str, str]
@@ -49,9 +50,15 @@ def to_onnx(compressed: CompressedModel, skeleton: nn.Module, path: str | Path, 
     A weight on a table or grid that 8 bits do not hold exactly is stored as float32, and named so in the result.
     Raises GraphError naming the operation that has no ONNX form, ConfigError for an option or a missing package.
 
-    >>> written = to_onnx(compressed, network, "net.onnx", (3, 32, 32))      # doctest: +SKIP
-    >>> written.layers["conv1"]                                              # doctest: +SKIP
-    'int8'
+    >>> import tempfile
+    >>> from ...core.artifact import Affine, CompressedTensor
+    >>> from ...core.graph.build import assemble
+    >>> net = nn.Sequential(nn.Linear(2, 1))
+    >>> ternary = CompressedTensor.of(torch.tensor([[-1, 1]]), Affine(torch.ones(1), torch.zeros(1).int()), 2)
+    >>> made = assemble(net, {"0": ternary}, activations={"0": ActivationQuantizer(scale=0.1, zero=128)})
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     to_onnx(made, net, Path(folder) / "net.onnx", (2,)).layers
+    {'0': 'int8'}
     """
     for name, value, allowed in (("opset", opset, OPSETS), ("residual", residual, RESIDUALS),
                                  ("windows", windows, WINDOWS)):
