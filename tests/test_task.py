@@ -2,14 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from methods import prune_then_quantize as pq
 from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
 from methods.core.file.storage import to_bytes
-from methods.core.train.finetune import Recipe
-from methods.core.train.task import First, Task, top1
+from methods.core.train.finetune import Recipe, train
+from methods.core.train.task import First, Task, needs_contiguous, top1
 
 
 def loader(tiny, n=96, **settings):
@@ -87,3 +88,33 @@ def test_channels_last_and_autocast(tiny):
     budget, config = Budget(density=0.5, bits=4), pq.Config(aware=Recipe(1, 0.01))
     out = pq.compress(tiny.model(), task, budget, config, torch.Generator())
     assert all(value.is_contiguous() for value in out.state_dict().values())
+
+
+class TestNarrowStridedConvs:
+    """1x1 convs of stride 2 with fewer channels than oneDNN takes together: wrong gradients in channels_last."""
+
+    @pytest.mark.parametrize("channels, expected", [(4, torch.contiguous_format), (16, torch.channels_last)])
+    def test_they_are_trained_in_contiguous_memory(self, tiny, channels, expected):
+        model = nn.Sequential(nn.Conv2d(3, channels, 3), nn.Conv2d(channels, 8, 1, 2), nn.AdaptiveAvgPool2d(1),
+                              nn.Flatten(), nn.Linear(8, 4))
+        seen = []
+        model[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        data = tiny.Batches(8, 1)
+        inputs = data.inputs.contiguous(memory_format=torch.channels_last)
+        task = Task.from_loader([(inputs, data.targets)], [], channels_last=True)
+        train(model, task, Recipe(1, 0.1), torch.Generator().manual_seed(0))
+        assert seen[0].is_contiguous(memory_format=expected) and needs_contiguous(model) == (channels == 4)
+
+    def test_a_step_is_that_of_float64(self):
+        """With two threads the wrong gradient ended the process."""
+        model = nn.Sequential(nn.Conv2d(2, 4, 1, 2, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        before = model[0].weight.detach().double()
+        x, y = torch.randn(5, 2, 16, 16), torch.randint(0, 4, (5,))
+        weight = before.clone().requires_grad_()
+        outputs = torch.nn.functional.conv2d(x.double(), weight, stride=2).mean((2, 3))
+        torch.nn.functional.cross_entropy(outputs, y).backward()
+        task = Task.from_loader([(x, y)], [], channels_last=True)
+        train(model, task, Recipe(1, 0.1, momentum=0, weight_decay=0, schedule="constant", warmup=0),
+              torch.Generator().manual_seed(0))
+        moved = (model[0].weight.detach().double() - before) / -0.1
+        assert torch.allclose(moved, weight.grad, rtol=1e-3, atol=1e-6)

@@ -153,6 +153,7 @@ def make_scores(criterion: str, granularity: str, dressed: Dressed, layers: list
 def look(model: nn.Module, task: Task, batches: int, generator: torch.Generator, scores: Scores) -> None:
     """Gradients of `batches` training batches at the weights as they are, in eval mode, for the scores."""
     seed = int(torch.randint(2**62, (), generator=generator))
+    task = task.suited_to(model)
     task.placed(model)
     with evaluating(model), fixed_order(seed), torch.enable_grad():
         for batch in islice(task.train.epoch(torch.Generator().manual_seed(seed)), batches):

@@ -25,7 +25,7 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
     layers = weight_layers(model)
     total = dict.fromkeys(layers, 0.0)
     with torch.enable_grad():
-        for x in inputs.split(1):
+        for x in inputs.contiguous().split(1):  # channels_last: see `needs_contiguous` of the training
             y = model(x)
             signs = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1
             found = torch.autograd.grad((y * signs).sum(), [layer.weight for layer in layers.values()],

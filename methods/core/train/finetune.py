@@ -51,6 +51,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     Raises TrainingDiverged with the step where the loss stops being finite, or the epoch after which a weight is not.
     """
     check_trainable(task)
+    task = task.suited_to(model)
     task.placed(model)
     objective = smoothed(task.loss, recipe.label_smoothing)
     if recipe.distill is None or recipe.epochs == 0:

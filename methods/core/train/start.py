@@ -49,7 +49,7 @@ def ready(model: nn.Module, task: Task, config: Any) -> Task:
     task.placed(model)
     if task.teacher is None and any(recipe.distill is not None for recipe in recipes):
         task = replace(task, teacher=copy.deepcopy(model).eval().requires_grad_(False))
-    inputs, targets = task.placed_batch(batch)
+    inputs, targets = task.suited_to(model).placed_batch(batch)
     with evaluating(model), fixed_order(), torch.enable_grad():
         for distill, smoothing in dict.fromkeys((recipe.distill, recipe.label_smoothing) for recipe in recipes):
             loss = smoothed(task.loss, smoothing)

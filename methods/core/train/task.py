@@ -5,7 +5,7 @@ No task holds a test set.
 
 import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from ..errors import CompressError, ConfigError
 from .loaders import Batch, Batches, First, LoaderBatches, Unpack, describe, fixed_order, map_tensors, read_batch
 from .loss import Loss
 from .metric import TOP1, Metric, evaluate, top1
+
+BLOCK = 16  # channels that oneDNN's kernels take together
 
 __all__ = ["Batch", "Batches", "First", "LoaderBatches", "Metric", "Task", "read_batch", "top1"]
 
@@ -29,7 +31,7 @@ class Task:
     loss           (outputs, targets) -> scalar, or (outputs, targets, inputs) -> scalar
     device         where batches and model live while training and scoring
     autocast       torch.bfloat16 to train under autocast, or None for float32
-    channels_last  train 4-d tensors in channels_last memory
+    channels_last  train 4-d tensors in channels_last memory, but for networks of `needs_contiguous`
     calibration    the training inputs for methods that may only calibrate: plain and in order from epoch(None), as in
                    training from epoch(generator) where they can be; None: `train`
     metric         what choices are judged by and training reports; top-1 where outputs and targets are a
@@ -80,9 +82,13 @@ class Task:
             source = self.train if self.train is not None else self.calibration
             return _first_inputs(source, n, torch.Generator().manual_seed(seed))
 
+    def suited_to(self, model: nn.Module) -> "Task":
+        """This task, without channels_last where gradients of `model` would be wrong in it."""
+        return replace(self, channels_last=False) if self.channels_last and needs_contiguous(model) else self
+
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` moved (in place) to the task's device and memory format."""
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        layout = torch.channels_last if self.suited_to(model).channels_last else torch.contiguous_format
         return model.to(self.device, memory_format=layout)
 
     def placed_batch(self, batch: Batch) -> Batch:
@@ -90,7 +96,8 @@ class Task:
         return map_tensors(self._formatted, inputs), targets
 
     def _formatted(self, x: Tensor) -> Tensor:
-        return x.contiguous(memory_format=torch.channels_last) if self.channels_last and x.ndim == 4 else x
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.contiguous(memory_format=layout) if x.ndim == 4 else x
 
     def precision(self) -> contextlib.AbstractContextManager:
         """The autocast context for forward passes while training."""
@@ -113,6 +120,17 @@ class Task:
             metric, score = evaluate(model, map(self.placed_batch, self.held_out.epoch(None)), self.metric_of,
                                      self.loss)
         return score if metric is None else metric.error(score)
+
+
+def needs_contiguous(model: nn.Module) -> bool:
+    """Whether `model` has a strided 1x1 convolution of few channels.
+
+    In channels_last oneDNN's gradient of its weights writes beyond its workspace (uxlfoundation/oneDNN issue 6035):
+    wrong gradients, or the end of the process; on contiguous pictures it is right.
+    """
+    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return any(set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.in_channels // conv.groups < BLOCK
+               for conv in convs)
 
 
 def _first_inputs(source: Batches | None, n: int, generator: torch.Generator | None) -> Tensor:
