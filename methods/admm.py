@@ -52,7 +52,7 @@ from .core.fit.prune import MaskHooks, apply_masks, keep_count
 from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.graph import trace
-from .core.graph.live import live_positions
+from .core.graph.live import give_back
 from .core.graph.weights import layer_of
 from .core.settings import check_idle
 from .core.train.finetune import Hooks, Recipe, train
@@ -234,19 +234,17 @@ def keep_each(weights: Weights, counts: Mapping[str, int], masks: Mapping[str, T
     return {name: keep_sparse(weight, counts[name], masks[name]) for name, weight in weights.items()}
 
 
-def keep_live(weights: Weights, counts: Mapping[str, int], masks: Mapping[str, Tensor], model: nn.Module
+def keep_live(weights: Weights, counts: Mapping[str, int], masks: dict[str, Tensor], model: nn.Module
               ) -> dict[str, Tensor]:
     """As `keep_each`, of weights that can change an output: those of units that lost all inputs or all outputs give
-    their places to the next largest, until there are none. A layer may end up with fewer than its count."""
-    graph, support = trace(model), dict(masks)
-    while True:
-        places = {name: min(counts[name], int(support[name].sum())) for name in weights}
-        found = keep_each(weights, places, support, model)
-        live = live_positions(graph, {**masks, **found})
-        if not any(bool((found[name] & ~live[name].to(found[name].device)).any()) for name in weights):
-            return found
-        support = {name: mask & live[name].to(mask.device) if name in weights else mask
-                   for name, mask in support.items()}
+    their places to the next largest of their layer. A layer may end up with fewer than its count."""
+    def grow(kept: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        places = {name: free[name] & masks[name] for name in weights}
+        return {name: keep_sparse(weight, min(counts[name] - int(kept[name].sum()), int(places[name].sum())),
+                                  places[name]) for name, weight in weights.items()}
+
+    found = give_back(trace(model), masks | keep_each(weights, counts, masks, model), grow)
+    return {name: found[name] for name in weights}
 
 
 def quantize(weights: Weights, masks: Mapping[str, Tensor], bits: Mapping[str, int], training: Training

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .core.artifact import CompressedModel, CompressedTensor
 from .core.budget import Budget
 from .core.fit.calibrate import calibrate, check_calibration
-from .core.fit.prune import keep_count
+from .core.fit.prune import keep_count, keep_largest
 from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
 from .core.fit.size import Knob
 from .core.graph.build import apply, assemble, own_copy
@@ -86,9 +86,4 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
 
 def keep_salient(quantized: CompressedTensor, weight: Tensor, count: int) -> Tensor:
     """Bool mask of the `count` weights with the largest |s (q - z)|; ties by |weight|, then by lowest index."""
-    second = torch.sort(weight.detach().abs().reshape(-1), descending=True, stable=True).indices
-    saliency = quantized.decode().abs().reshape(-1)[second]
-    order = second[torch.sort(saliency, descending=True, stable=True).indices]
-    mask = torch.zeros(weight.numel(), dtype=torch.bool)
-    mask[order[:count]] = True
-    return mask.reshape(weight.shape)
+    return keep_largest(quantized.decode().abs(), count, weight.abs())

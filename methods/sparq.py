@@ -152,9 +152,9 @@ def quantized_layers(graph: Graph, inputs: Tensor) -> tuple[list[str], dict[str,
             left[node.name] = found[0]
     chosen = [node.name for node in nodes[1:-1] if node.name not in left]
     if not chosen:
-        names, why = [node.name for node in nodes], [f"{name}: {reason}" for name, reason in left.items()]
-        raise GraphError(f"sparq leaves the first and the last of the layers {names[:6]} as they are, and what its "
-                         f"windows cannot act on ({', '.join(why[:3]) or 'none'}): there must be others"
+        why = [f"{name}: {reason}" for name, reason in left.items()]
+        raise GraphError(f"sparq has no layer to act on: it leaves the first and the last of {len(nodes)} as they are, "
+                         f"and its windows cannot take the others ({', '.join(why[:3]) if why else 'there are none'})"
                          f"{graph.why_opaque()}")
     return chosen, left
 

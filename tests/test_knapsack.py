@@ -226,3 +226,26 @@ def test_worse_options_are_never_chosen():
     assert choose_options(costs, losses, 2) == [0, 1]  # dearer and worse; free and best
     assert choose_options(costs, losses, 3) == [2, 1]
     assert choose_options([[0] * 8], [[0.0] * 8], 0) == [0]  # a layer without weights takes the narrowest
+
+
+@pytest.mark.parametrize("fill", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_thousands_of_weights_in_one_order(seed, fill):
+    """The greedy pass written out, with ties, over magnitudes of many orders: no shortcut may change what is kept."""
+    g = seeded(seed)
+    sizes, costs = (700, 1, 1200, 300), (3, 8, 2, 5)
+    weights = [(torch.randn(n, generator=g) * 10 ** (6 * torch.rand(n, generator=g) - 3)).bfloat16().float()
+               for n in sizes]
+    items = sorted((-float(x) ** 2 / cost, layer, place)
+                   for layer, (w, cost) in enumerate(zip(weights, costs, strict=True))
+                   for place, x in enumerate(w.double()))
+    for limit in (0, 1, 2, 7, 1000, 4321, sum(n * c for n, c in zip(sizes, costs, strict=True)) - 1, 10**6):
+        kept, spent = set(), 0
+        for _, layer, place in items:
+            if spent + costs[layer] <= limit:
+                spent += costs[layer]
+                kept.add((layer, place))
+            elif not fill:
+                break
+        masks = keep_worthiest(weights, costs, limit, fill=fill)
+        assert {(layer, int(place)) for layer, mask in enumerate(masks) for place in mask.nonzero()} == kept

@@ -340,7 +340,7 @@ def test_positive_inputs_without_a_zero_are_taken():
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda: chain()[-2:], r"layers \['9'\]"),
+    (lambda: chain()[-2:], r"the last of 1 as they are, .*there are none"),
     (lambda: nn.Sequential(*chain()[:2], *chain()[3:5], *chain()[-2:]), "2: its input may be negative")])
 def test_networks_it_cannot_take(change, message):
     with pytest.raises(GraphError, match=message):

@@ -16,18 +16,19 @@ installed = pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, 
 @pytest.mark.parametrize("method", ["sparq", "dfq", "prune_then_quantize"])
 @pytest.mark.parametrize("network", ["squeezenet1_1", "shufflenet_v2_x1_0"])
 def test_integers_are_exact(network, method):
-    assert foreign.try_one(network, method)["result"].startswith("ok")
+    assert foreign.try_one(*foreign.build(network), method)["result"].startswith("ok")
 
 
 def test_a_table_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     path, tried = tmp_path / "networks.json", []
     path.write_text(json.dumps({"resnet18": {"dfq": {"result": "ok, 21 of 21 layers in integers", "seconds": 1.0}}}))
 
-    def try_one(network, method):
-        tried.append((network, method))
+    def try_one(model, task, method):
+        tried.append((model, method))
         return {"result": "refused: no ReLU" if method == "sparq" else "ok", "seconds": 0.0}
 
     monkeypatch.setattr(foreign, "try_one", try_one)
+    monkeypatch.setattr(foreign, "build", lambda network: (network, None))
     words = ["networks", "--networks", "alexnet", "resnet18", "--methods", "sparq", "dfq", "--out", str(path)]
     assert main(words) == main(words) == 0
     assert tried == [("alexnet", "sparq"), ("alexnet", "dfq"), ("resnet18", "sparq")]

@@ -25,6 +25,9 @@ Departures   Equations and settings are those of the authors' code; of the paper
   * Theirs keeps one weight fewer than fit, spaces levels evenly where a layer has few distinct values, and moves an
     emptied cluster to 0. Here: all that fit, the distinct values, and an empty cluster stays where it is.
   * fill = True goes on after the first weight that does not fit; theirs stops. With equal b both are optimal.
+  * live = True removes weights of units that lost all their inputs or all their outputs after each projection, and
+    spends their bits where a weight can change an output, on the largest w^2 / (b_l + bits of its position): there w is
+    the sum of the gradients of an epoch. Not in the paper; the limit holds, and counts codes alone, as before.
   * A budget that not one weight meets is refused; theirs goes over it. Layers left without weights, which cuts most
     networks, are named in the notes; at_least = k keeps the k largest of each layer (not in the paper).
   * Recipe's weight decay (theirs acts on the scale of batch norm too), Nesterov momentum, warm-up in every step.
@@ -49,8 +52,11 @@ from ..core.artifact import Codebook, CompressedModel, CompressedTensor
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.project import SortedValues, boundaries, nearest
+from ..core.fit.rates import entropy_bits
 from ..core.fit.size import Knob
 from ..core.graph.build import assemble, own_copy
+from ..core.graph.graph import trace
+from ..core.graph.live import give_back
 from ..core.graph.weights import Layer, layer_of, place_of, weight_layers
 from ..core.settings import check_idle
 from ..core.train.finetune import Hooks, Recipe, check_trained, train
@@ -68,7 +74,7 @@ REFRESHES, WARM_ITERATIONS = 20, 5  # fine-tuning: codebook refreshes an epoch, 
 
 @dataclass(frozen=True)
 class Config:
-    """The authors' settings for MNIST; rho, start_bits, at_least, fill and mode as in the docstring above.
+    """The authors' settings for MNIST; rho, start_bits, at_least, fill, live and mode as in the docstring above.
 
     least_bits, most_bits  the widths a layer may get
     bits_epochs  epochs in which widths are chosen; then only codebooks are (0: start_bits throughout; None: always)
@@ -86,6 +92,7 @@ class Config:
     stages: tuple[float, ...] = (1.0,)
     fill: bool = False
     at_least: int = 0
+    live: bool = False
     finetune: Recipe | None = None
 
     def __post_init__(self):
@@ -107,7 +114,7 @@ class Config:
 
     def idle(self) -> dict[str, str]:
         found = {"joint": (), "prune": ("rho", "start_bits", "least_bits", "most_bits", "bits_epochs"),
-                 "quantize": ("fill", "at_least")}[self.mode]
+                 "quantize": ("fill", "at_least", "live")}[self.mode]
         return dict.fromkeys(found, f"mode = {self.mode!r}")
 
 
@@ -166,6 +173,7 @@ class JointHooks(Hooks):
         self.toward = [w.detach().clone() for w in coupled]  # V = W, Y = 0
         self.dual = [torch.zeros_like(w) for w in coupled]
         self.started, self.gap, self.trace = False, 0.0, []
+        self.graph = trace(model) if config.live else None
 
     @torch.no_grad()
     def after_step(self, model: nn.Module, lr: float) -> None:
@@ -205,8 +213,21 @@ class JointHooks(Hooks):
             return
         fill, at_least = self.config.fill, self.config.at_least
         masks = keep_worthiest(self.weights, self.bits, self.limit, fill=fill, at_least=at_least)
-        for weight, mask in zip(self.weights, masks, strict=True):
-            weight.mul_(mask)
+        found = dict(zip(self.named, masks, strict=True))
+        if self.graph is not None:
+            found = give_back(self.graph, found, self.grow)
+        for name, weight in self.named.items():
+            weight.mul_(found[name])
+
+    def grow(self, kept: Mapping[str, Tensor], free: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the bits that `kept` leaves buy among `free`, by w^2 per bit of the code and of the position."""
+        counts = [int(mask.sum()) for mask in kept.values()]
+        left = self.limit - sum(b * count for b, count in zip(self.bits, counts, strict=True))
+        shares = [torch.tensor([max(k, 1), w.numel() - k]) for k, w in zip(counts, self.weights, strict=True)]
+        prices = [b + entropy_bits(share) / int(share[0]) for b, share in zip(self.bits, shares, strict=True)]
+        added = keep_worthiest([weight * free[name] for name, weight in self.named.items()], self.bits, left,
+                               fill=self.config.fill, prices=prices)
+        return {name: mask & free[name] for (name, mask) in zip(self.named, added, strict=True)}
 
     def quantize(self, seen: list[Tensor], epoch: int) -> list[np.ndarray]:
         """Codebooks, with the 0, of `seen` = W + Y; their widths `bits` by the knapsack over layers."""

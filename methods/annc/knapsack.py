@@ -16,33 +16,50 @@ from ..core.fit.prune import keep_largest
 
 
 def keep_worthiest(weights: Sequence[Tensor], costs: Sequence[int], limit: int, *, fill: bool = False,
-                   at_least: int = 0) -> list[Tensor]:
+                   at_least: int = 0, prices: Sequence[float] | None = None) -> list[Tensor]:
     """Bool masks: argmax of the kept sum of w^2 such that the kept weights, `costs[l]` each in tensor l, cost <= limit.
 
     All weights of all tensors in one order of descending w^2 / cost (ties: first comes first); the longest prefix that
     fits is kept. Exact where all costs are equal; else the optimum is better by less than the first weight left out.
     fill      goes on after that one and keeps every later weight that still fits
     at_least  the largest weights of each tensor come before all others
+    prices    of a weight of each tensor, in place of the costs in the order, not in the limit
     """
+    prices = costs if prices is None else prices
     reserved = sum(min(at_least, w.numel()) * cost for w, cost in zip(weights, costs, strict=True))
     if reserved > limit:
         raise BudgetError(f"{at_least} weights of every layer cost {reserved}: the limit is {limit}")
-    scores = np.concatenate([_scores(w, math.sqrt(min(costs) / cost), at_least)
-                             for w, cost in zip(weights, costs, strict=True)])
-    order = _descending(scores)
-    each = np.repeat(np.asarray(costs, np.int64), [w.numel() for w in weights])[order]
-    spent = np.cumsum(each)
-    count = int(np.searchsorted(spent, limit, side="right"))
-    mask = np.zeros(len(scores), bool)
-    mask[order[:count]] = True
+    scores = [_scores(w, math.sqrt(min(prices) / price), at_least) for w, price in zip(weights, prices, strict=True)]
+    bins = [score.view(np.int32) >> 16 for score in scores]  # bits of a float ascend with it
+    bar, spent = _crossing(bins, costs, limit)
+    masks = [one > bar for one in bins]
+    places = [np.flatnonzero(one <= bar if fill else one == bar) for one in bins]  # only these need an order
+    order = _descending(np.concatenate([score[at] for score, at in zip(scores, places, strict=True)]))
+    each = np.repeat(np.asarray(costs, np.int64), [len(at) for at in places])[order]
+    running = spent + np.cumsum(each)
+    count = int(np.searchsorted(running, limit, side="right"))
+    taken = np.zeros(len(order), bool)
+    taken[order[:count]] = True
     if fill:
-        mask[order[_later(each, count, limit - int(spent[count - 1]) if count else limit)]] = True
-    parts = torch.from_numpy(mask).split([w.numel() for w in weights])
-    return [part.reshape(w.shape).to(w.device) for part, w in zip(parts, weights, strict=True)]
+        taken[order[_later(each, count, limit - (int(running[count - 1]) if count else spent))]] = True
+    for mask, at, part in zip(masks, places, np.split(taken, np.cumsum([len(at) for at in places])[:-1]), strict=True):
+        mask[at] = part
+    return [torch.from_numpy(mask).reshape(w.shape).to(w.device) for mask, w in zip(masks, weights, strict=True)]
+
+
+def _crossing(bins: Sequence[np.ndarray], costs: Sequence[int], limit: int) -> tuple[int, int]:
+    """The bin in which the running cost, from the highest bin down, passes the limit, and the cost before it.
+
+    Bin -1 where all fit.
+    """
+    each = sum(cost * np.bincount(one, minlength=1 << 15) for one, cost in zip(bins, costs, strict=True))
+    running = np.append(np.cumsum(each[::-1])[::-1], 0)
+    bar = int((running > limit).sum()) - 1
+    return bar, int(running[bar + 1])
 
 
 def _scores(weight: Tensor, factor: float, at_least: int) -> np.ndarray:
-    """|w| sqrt(least cost / cost): the order of w^2 / cost, without squares that underflow; float32 [n]."""
+    """|w| sqrt(least price / price): the order of w^2 / price, without squares that underflow; float32 [n]."""
     scores = weight.detach().abs().float().mul(factor)
     if at_least:
         scores[keep_largest(scores, min(at_least, scores.numel()))] = float("inf")

@@ -15,6 +15,8 @@ from torch import Tensor
 from .channel_flow import Forward, Reading, Value, numbers
 from .graph import Graph
 
+Masks = dict[str, Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Flow:
@@ -117,3 +119,25 @@ def live_positions(graph: Graph, masks: Mapping[str, Tensor] | None = None) -> d
         useful = torch.from_numpy(reading.open & flow.reached[name][:, None])
         found[name] = useful.reshape(*useful.shape, *[1] * (weight.ndim - 2)).expand(weight.shape).clone()
     return found
+
+
+def give_back(graph: Graph, masks: Mapping[str, Tensor], grow: Callable[[Masks, Masks], Masks]) -> Masks:
+    """`masks` {layer: bool} without the weights that can change no output, and with others in their place.
+
+    grow  (kept, free) -> {layer: bool}, what to add: places of `free`, which are pruned and where, beside `kept`, a
+          weight could change an output
+    A unit that lost one side loses the other, so what may grow is asked once that is gone; what is added there leaves
+    nothing idle. A layer that the graph does not follow keeps what it has, and a network that is cut, so that no one
+    weight could change an output, its masks.
+    """
+    kept = {name: mask & places for (name, mask), places in zip(masks.items(), _places(graph, masks), strict=True)}
+    if not any(bool(mask.any()) for mask in kept.values()):
+        return dict(masks)
+    free = {name: places & ~mask for (name, mask), places in zip(masks.items(), _places(graph, kept), strict=True)}
+    added = grow(kept, free)
+    return {name: mask | added[name] if name in added else mask for name, mask in kept.items()}
+
+
+def _places(graph: Graph, masks: Mapping[str, Tensor]) -> list[Tensor]:
+    live = live_positions(graph, masks)
+    return [live[name].to(mask.device) if name in live else torch.ones_like(mask) for name, mask in masks.items()]
