@@ -87,6 +87,29 @@ def test_weights_are_stored_as_integers(tmp_path):
     assert np.array_equal(codes, compressed.weights["stem"].codes.numpy())  # also where a factor is negative
 
 
+@pytest.mark.parametrize("bits, opset, kind", [(8, 13, "int8"), (4, 21, "int4")])
+@pytest.mark.parametrize("residual", ["float", "int8"])
+def test_weights_around_a_zero_point_stay_integers(tmp_path, bits, opset, kind, residual):
+    """Codes of a grid per tensor whose zero is not in the middle, as DFQ makes them; a zero at an end, too."""
+    net, compressed, x = compressed_net()
+    top, weights = (1 << bits) - 1, {}
+    for name, layer in weight_layers(net).items():
+        low, high = layer.weight.min(), layer.weight.max()
+        low = low.new_zeros(()) if name == "point" else low
+        zero = torch.round(-low / (high - low) * top).int()
+        grid = Affine(((high - low) / top).detach(), zero, signed=False)
+        codes = torch.round(layer.weight.detach() / grid.scale) + zero
+        weights[name] = CompressedTensor.of(codes.clamp(0, top).int(), grid, bits)
+    assert int(weights["point"].codes.max()) == top  # above what a type around 0 holds
+    made = assemble(net, weights)
+    made = assemble(net, weights, activations=calibrate(apply(made, net), x, 8))
+    written = to_onnx(made, net, tmp_path / "net.onnx", (3, 16, 16), opset=opset, residual=residual)
+    assert set(written.layers.values()) == {kind}
+    ours, theirs = IntegerNetwork(made, net)(x), ran(tmp_path / "net.onnx", x)
+    assert float((ours - theirs).abs().max()) < 0.05 * float(ours.max() - ours.min())
+    assert float((ours - theirs).abs().mean()) < 0.01 * float(ours.max() - ours.min())
+
+
 def test_any_batch_and_one_comparison(tmp_path):
     net, compressed, x = compressed_net()
     to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16))

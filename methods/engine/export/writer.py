@@ -78,17 +78,20 @@ class Writer:
         return self.known[key]
 
     def weight(self, integers: Tensor, scale: Tensor, axis: int, int4: bool) -> tuple[str, str]:
-        """scale [C] * integers (int32, C along `axis`), stored in the narrowest type; and the name of that type."""
+        """scale [C] * integers (int32, C along `axis`), stored in the narrowest type; and the name of that type.
+
+        The zero point is one for the whole tensor (engines take no other beside several scales), and 0 where it can be.
+        """
         onnx, scales = onnx_library(), self.real(scale)
-        low, high = (int(integers.min()), int(integers.max())) if integers.numel() else (0, 0)
-        values = integers.cpu().numpy()
-        if int4 and -8 <= low and high <= 7:
-            zero = self.constant(np.zeros(len(scale), np.int8), onnx.TensorProto.INT4)
-            return self.add("DequantizeLinear", self.constant(values, onnx.TensorProto.INT4), scales, zero,
-                            axis=axis), "int4"
-        if -128 <= low and high <= 127:
-            zero = self.constant(np.zeros(len(scale), np.int8))
-            return self.add("DequantizeLinear", self.constant(values.astype(np.int8)), scales, zero, axis=axis), "int8"
+        low, high = (min(int(integers.min()), 0), max(int(integers.max()), 0)) if integers.numel() else (0, 0)
+        for name, kind, bits in (("int4", onnx.TensorProto.INT4, 4), ("int8", None, 8))[0 if int4 else 1:]:
+            least, most = -(1 << bits - 1), (1 << bits - 1) - 1
+            if high - low > most - least:
+                continue
+            zero = 0 if least <= low and high <= most else least - low
+            values, zeros = (integers + zero).cpu().numpy().astype(np.int8), np.full(len(scale), zero, np.int8)
+            return self.add("DequantizeLinear", self.constant(values, kind), scales, self.constant(zeros, kind),
+                            axis=axis), name
         shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
         return self.real(integers.double() * scale.double().reshape(shape)), "float32"
 
