@@ -191,3 +191,41 @@ def test_clamps_and_means_have_a_form(tmp_path):
     to_onnx(made, net, tmp_path / "net.onnx", (3, 12, 12))
     want = IntegerNetwork(made, net)(x)
     assert float((ran(tmp_path / "net.onnx", x) - want).abs().max()) < 0.02 * float(want.abs().max())
+
+
+class Dense(nn.Module):
+    """Concatenations of values on different ranges; with `stacks`, of whole inputs into a new dimension."""
+
+    def __init__(self, stacks):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 1), nn.Conv2d(6, 4, 3)
+        self.d, self.stacks = nn.Conv2d(6, 4, 3), stacks
+
+    def forward(self, x):
+        x = torch.relu(self.a(x))
+        x = torch.cat([x, self.b(x)], 1)
+        return torch.stack([self.c(x), self.d(x)], 1) if self.stacks else self.c(x) + self.d(x)
+
+
+def dense_net(stacks):
+    net, x = Dense(stacks).eval(), torch.randn(32, 3, 8, 8)
+    weights = {name: quantize(layer.weight, fit_symmetric(layer.weight, 8), 8)
+               for name, layer in weight_layers(net).items()}
+    made = assemble(net, weights)
+    return net, assemble(net, weights, activations=calibrate(apply(made, net), x, 8)), x
+
+
+def test_concatenations_join_codes(tmp_path):
+    net, made, x = dense_net(stacks=False)
+    to_onnx(made, net, tmp_path / "net.onnx", (3, 8, 8))
+    want = IntegerNetwork(made, net)(x)
+    assert float((ran(tmp_path / "net.onnx", x) - want).abs().max()) < 0.02 * float(want.abs().max())
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    (concat,) = (node for node in graph.node if node.op_type == "Concat")
+    assert all(name.startswith("dequantizelinear") for name in concat.input)
+
+
+def test_stacks_are_refused_by_name(tmp_path):
+    net, made, _ = dense_net(stacks=True)
+    with pytest.raises(GraphError, match=r"stack makes \[2, 4, 6, 6\] of \[4, 6, 6\] and \[4, 6, 6\]"):
+        to_onnx(made, net, tmp_path / "net.onnx", (3, 8, 8))

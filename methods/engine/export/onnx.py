@@ -123,7 +123,7 @@ class _Export:
         """What a node reads; one that moves codes reads those of its readers, if all read the same."""
         wanted = self.network.wanted[node.name]
         if node.op in operations.MOVING and len(wanted) == 1:
-            return [self._read(node.inputs[0], wanted[0])]
+            return [self._read(name, wanted[0]) for name in node.inputs]
         edges = node.edges()
         if not edges:
             return [self.reals[name] for name in node.inputs]

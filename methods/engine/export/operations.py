@@ -10,7 +10,7 @@ from ...core.errors import GraphError
 from ...core.graph.graph import Node
 from .writer import Writer
 
-MOVING = ("maxpool", "flatten", "identity")  # codes come out as they went in, or the largest of them
+MOVING = ("maxpool", "flatten", "identity", "cat")  # codes come out as they went in, or the largest of them
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,17 @@ def _flatten(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
     return write.add("Reshape", *inputs, write.constant(_int64([0, *facts.output])))
 
 
+def _concat(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
+    """Along the one dimension in which the output is as long as all inputs together."""
+    ranks = {len(shape) for shape in (*facts.inputs, facts.output)}
+    axes = [i for i in range(len(facts.output)) if len(ranks) == 1
+            and facts.output[i] == sum(shape[i] for shape in facts.inputs)]
+    if not axes:
+        raise GraphError(f"ONNX export knows concatenations of parts of an input: {node.name} makes "
+                         f"{list(facts.output)} of {' and '.join(str(list(shape)) for shape in facts.inputs)}")
+    return write.add("Concat", *inputs, axis=axes[0] + 1)
+
+
 def _int64(values: list[int]):
     return torch.tensor(values, dtype=torch.int64).numpy()
 
@@ -127,7 +138,7 @@ EMITTERS: dict[str, Emit] = {
     "relu": lambda write, node, inputs, facts: write.add("Relu", *inputs),
     "clamp": _clamp,
     "identity": lambda write, node, inputs, facts: inputs[0],
-    "flatten": _flatten,
+    "flatten": _flatten, "cat": _concat,
     "add": lambda write, node, inputs, facts: write.add("Add", *inputs),
 }
 
