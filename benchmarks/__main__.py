@@ -124,6 +124,30 @@ def _add_networks(command) -> None:
                      help="what is known already, and is not tried again")
 
 
+def _add_elsewhere(command) -> None:
+    for name, function, text in (
+            ("export", "elsewhere.export_file", "a file as an ONNX graph of 8-bit integers, or as a C header"),
+            ("bench", "elsewhere.bench_file", "CPU time of a file here and in other engines")):
+        sub = command(name, function, text)
+        sub.add_argument("file", type=Path)
+        if name == "export":
+            sub.add_argument("out", type=Path, help="a .onnx file, or a .h file: codes, tables, scales, geometry")
+            sub.add_argument("--opset", type=int, help="13 (default), or 21 for weights of 4 bits")
+            sub.add_argument("--residual", help="accumulators that an add takes: float (default) or int8")
+            sub.add_argument("--arithmetic", help="qdq (default): engines run it in their integers; exact: the codes "
+                             "that it has here, spelled out in float32")
+            sub.add_argument("--windows", default="refuse", help="SPARQ's bit windows: refuse (default) or drop")
+            sub.add_argument("--inputs", type=int, help="test inputs to compare on (default: 10000)")
+        else:
+            sub.add_argument("--batch", type=int, default=64)
+            sub.add_argument("--rounds", type=int, default=7)
+            sub.add_argument("--threads", type=int, default=1)
+        sub.add_argument("--task", required=True)
+        sub.add_argument("--network", required=True)
+        _add_data(sub)
+        sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
+
+
 def _add_tools(command) -> None:
     _add_networks(command)
     for name, function, text in (
@@ -142,25 +166,7 @@ def _add_tools(command) -> None:
         else:
             sub.add_argument("--inputs", type=int, default=10_000, help="test inputs")
             sub.add_argument("--reference", type=int, default=100, help="of them through the int64 reference too")
-    for name, function, text in (
-            ("export", "elsewhere.export_file", "a file as an ONNX graph of 8-bit integers, or as a C header"),
-            ("bench", "elsewhere.bench_file", "CPU time of a file here and in other engines")):
-        sub = command(name, function, text)
-        sub.add_argument("file", type=Path)
-        if name == "export":
-            sub.add_argument("out", type=Path, help="a .onnx file, or a .h file: codes, tables, scales, geometry")
-            sub.add_argument("--opset", type=int, help="13 (default), or 21 for weights of 4 bits")
-            sub.add_argument("--residual", help="accumulators that an add takes: float (default) or int8")
-            sub.add_argument("--windows", default="refuse", help="SPARQ's bit windows: refuse (default) or drop")
-            sub.add_argument("--inputs", type=int, help="test inputs to compare on (default: 10000)")
-        else:
-            sub.add_argument("--batch", type=int, default=64)
-            sub.add_argument("--rounds", type=int, default=7)
-            sub.add_argument("--threads", type=int, default=1)
-        sub.add_argument("--task", required=True)
-        sub.add_argument("--network", required=True)
-        _add_data(sub)
-        sub.add_argument("--float-policy", nargs="*", default=[], metavar="LAYER", help="layers to run in float")
+    _add_elsewhere(command)
     sub = command("speed", "tools.speed", "CPU time of the integer kernels beside float32, and of a training step of "
                   "each method beside a plain one, on random pictures")
     sub.add_argument("files", type=Path, nargs="*", help="compressed files of --network (default: forms made of it)")

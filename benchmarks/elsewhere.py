@@ -24,7 +24,7 @@ from .data import Dataset, open_dataset, test_batches
 from .networks import find
 from .speed import BASELINE, FAST, as_table, check_positive, in_turn
 
-ONNX_OPTIONS = {"opset": 13, "residual": "float", "inputs": 10_000}  # and their defaults
+ONNX_OPTIONS = {"opset": 13, "residual": "float", "arithmetic": "qdq", "inputs": 10_000}  # and their defaults
 
 
 def export_file(options: Namespace, console: Console) -> None:
@@ -52,7 +52,8 @@ def _export_onnx(options: Namespace, dataset: Dataset, compressed: CompressedMod
                  console: Console) -> None:
     policy = tuple(options.float_policy)
     written = to_onnx(compressed, network, options.out, input_shape(dataset), opset=options.opset,
-                      residual=options.residual, windows=options.windows, float_policy=policy)
+                      residual=options.residual, windows=options.windows, arithmetic=options.arithmetic,
+                      float_policy=policy)
     console.print(as_stored(options.out, written), soft_wrap=True)
     inexact = [name for name, kind in written.layers.items() if kind == "float32"]
     if inexact:

@@ -75,6 +75,16 @@ def test_outputs_agree(tmp_path, bits, activation_bits, opset, tolerance, residu
     assert set(written.layers.values()) == {"int4" if bits == 4 else "int8"}
 
 
+@pytest.mark.parametrize("bits, activation_bits, asymmetric", [(8, 8, False), (6, 5, True), (4, 12, False)])
+def test_spelled_out_outputs_are_equal(tmp_path, bits, activation_bits, asymmetric):
+    net, compressed, x = compressed_net(bits, activation_bits, asymmetric)
+    written = to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16), arithmetic="exact")
+    assert torch.equal(IntegerNetwork(compressed, net)(x), ran(tmp_path / "net.onnx", x))
+    assert set(written.layers.values()) == {"int8"}
+    assert {t.data_type for t in onnx.load(tmp_path / "net.onnx").graph.initializer if len(t.dims) == 4 and
+            max(t.dims) > 1 and t.dims[0] > 1} == {onnx.TensorProto.INT8}
+
+
 def test_weights_are_stored_as_integers(tmp_path):
     net, compressed, _ = compressed_net()
     to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16))
@@ -161,6 +171,10 @@ def test_mistakes_are_one_line(tmp_path):
         to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16))
     with pytest.raises(ConfigError, match="opset = 12: allowed are 13, 21"):
         to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16), opset=12)
+    with pytest.raises(ConfigError, match="arithmetic = 'integer': allowed are qdq, exact"):
+        to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16), arithmetic="integer")
+    with pytest.raises(ConfigError, match="residual = 'int8': arithmetic = 'exact' rounds no sums"):
+        to_onnx(compressed, net, tmp_path / "net.onnx", (3, 16, 16), arithmetic="exact", residual="int8")
     window = {"deep": Window(4, (0, 2, 4))}
     ranges = {**compressed.activations, "deep": ActivationQuantizer(0.1)}
     with pytest.raises(GraphError, match="input of deep goes through a bit window"):
@@ -190,6 +204,8 @@ def test_clamps_and_means_have_a_form(tmp_path):
     made = assemble(net, weights, activations=calibrate(apply(made, net), x, 8))
     to_onnx(made, net, tmp_path / "net.onnx", (3, 12, 12))
     want = IntegerNetwork(made, net)(x)
+    to_onnx(made, net, tmp_path / "exact.onnx", (3, 12, 12), arithmetic="exact")
+    assert torch.equal(ran(tmp_path / "exact.onnx", x), want)
     assert float((ran(tmp_path / "net.onnx", x) - want).abs().max()) < 0.02 * float(want.abs().max())
 
 
@@ -220,6 +236,8 @@ def test_concatenations_join_codes(tmp_path):
     to_onnx(made, net, tmp_path / "net.onnx", (3, 8, 8))
     want = IntegerNetwork(made, net)(x)
     assert float((ran(tmp_path / "net.onnx", x) - want).abs().max()) < 0.02 * float(want.abs().max())
+    to_onnx(made, net, tmp_path / "exact.onnx", (3, 8, 8), arithmetic="exact")
+    assert torch.equal(ran(tmp_path / "exact.onnx", x), want)
     graph = onnx.load(tmp_path / "net.onnx").graph
     (concat,) = (node for node in graph.node if node.op_type == "Concat")
     assert all(name.startswith("dequantizelinear") for name in concat.input)

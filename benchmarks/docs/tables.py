@@ -128,7 +128,8 @@ def _safe(text: str) -> str:
 
 
 LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{",
-         "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "--", "×": r"$\times$"}
+         "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "—": "--", "×": r"$\times$",
+         "±": r"$\pm$"}
 
 
 def in_latex(text: str) -> str:

@@ -23,9 +23,11 @@ from ...core.file.container import write_file
 from ...core.graph.graph import Node
 from ..exact import REAL, IntegerLayer, IntegerNetwork
 from . import operations
-from .writer import BIAS_LIMIT, IR_VERSIONS, OPSETS, Writer, onnx_library
+from .spelled import Spelled
+from .walk import Walk
+from .writer import BIAS_LIMIT, OPSETS, Writer
 
-RESIDUALS, WINDOWS = ("float", "int8"), ("refuse", "drop")
+RESIDUALS, WINDOWS, ARITHMETICS = ("float", "int8"), ("refuse", "drop"), ("qdq", "exact")
 FLOAT = "float32"
 
 
@@ -39,7 +41,7 @@ class Exported:
 
 
 def to_onnx(compressed: CompressedModel, skeleton: nn.Module, path: str | Path, shape: tuple[int, ...], *,
-            opset: int = 13, residual: str = "float", windows: str = "refuse",
+            opset: int = 13, residual: str = "float", windows: str = "refuse", arithmetic: str = "qdq",
             float_policy: tuple[str, ...] = ()) -> Exported:
     """Write the integer network of `compressed` for inputs [N, *shape] to `path`, N any.
 
@@ -47,6 +49,8 @@ def to_onnx(compressed: CompressedModel, skeleton: nn.Module, path: str | Path, 
               then multiplies in float), activations of up to 16 bits
     residual  "float" or "int8": the accumulators that an add takes
     windows   "refuse" or "drop" SPARQ's bit windows, which ONNX has no operation for
+    arithmetic  "qdq", which engines run in integers of their own, or "exact": the codes that it has here, spelled out
+              in float32 (see `spelled`); `residual` is then "float"
     A weight on a table or grid that 8 bits do not hold exactly is stored as float32, and named so in the result.
     Raises GraphError naming the operation that has no ONNX form, ConfigError for an option or a missing package.
 
@@ -61,7 +65,7 @@ def to_onnx(compressed: CompressedModel, skeleton: nn.Module, path: str | Path, 
     {'0': 'int8'}
     """
     for name, value, allowed in (("opset", opset, OPSETS), ("residual", residual, RESIDUALS),
-                                 ("windows", windows, WINDOWS)):
+                                 ("windows", windows, WINDOWS), ("arithmetic", arithmetic, ARITHMETICS)):
         if value not in allowed:
             raise ConfigError(f"{name} = {value!r}: allowed are {', '.join(map(str, allowed))}")
     if compressed.windows and windows == "refuse":
@@ -69,55 +73,31 @@ def to_onnx(compressed: CompressedModel, skeleton: nn.Module, path: str | Path, 
                          "operation for: windows='drop' exports plain 8-bit activations")
     network = IntegerNetwork(CompressedModel(compressed.weights, compressed.rest, compressed.activations, {},
                                              compressed.topology), skeleton, float_policy)
-    export = _Export(network, Writer(opset), residual == "int8")
+    if arithmetic == "exact" and residual != "float":
+        raise ConfigError(f"residual = {residual!r}: arithmetic = 'exact' rounds no sums, 'float' is allowed")
+    export = Spelled(network, Writer(opset)) if arithmetic == "exact" else _Quantized(network, Writer(opset),
+                                                                                      residual == "int8")
     data = export.model(shape).SerializeToString()
     write_file(path, data)
     return Exported(len(data), export.stored)
 
 
-class _Export:
-    """Walks the graph; a value has one ONNX tensor for each form in which it is read."""
+class _Quantized(Walk):
+    """A value has one ONNX tensor for each form in which it is read."""
 
     def __init__(self, network: IntegerNetwork, writer: Writer, rounds_sums: bool):
-        self.network, self.graph, self.write, self.rounds_sums = network, network.graph, writer, rounds_sums
-        self.stored: dict[str, str] = {}
-        self.reals: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        super().__init__(network, writer)
+        self.rounds_sums = rounds_sums
 
-    def model(self, shape: tuple[int, ...]):
-        """The checked ONNX model."""
-        onnx = onnx_library()
-        self._shapes(shape)
-        for node in self.graph:
-            self.reals[node.name] = "input" if node.op == "input" else self._emit(node)
-        self.write.nodes.append(onnx.helper.make_node("Identity", [self.reals[self.graph.output]], ["output"]))
-        ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", *self.shapes[node]])
-                for name, node in (("input", next(iter(self.graph.nodes))), ("output", self.graph.output))]
-        graph = onnx.helper.make_graph(self.write.nodes, "jointcompress", ends[:1], ends[1:], self.write.constants)
-        opset = self.write.opset
-        model = onnx.helper.make_model(graph, ir_version=IR_VERSIONS[opset], producer_name="jointcompress",
-                                       opset_imports=[onnx.helper.make_opsetid("", opset)])
-        onnx.checker.check_model(model)
-        return model
-
-    @torch.no_grad()
-    def _shapes(self, shape: tuple[int, ...]) -> None:
-        """{node: shape of its value without the batch}."""
-        def see(node, inputs, output):
-            self.shapes[node.name] = tuple(output.shape[1:])
-        self.shapes[next(iter(self.graph.nodes))] = tuple(shape)
-        self.graph.run(torch.zeros(1, *shape), see)
-
-    def _emit(self, node: Node) -> str:
-        """The real value of a node."""
+    def emit(self, node: Node) -> str:
         network = self.network
+        if node.op == "input":
+            return "input"
         if node.name in network.fused:
             return self.reals[node.inputs[0]]
         if node.name in network.layers:
             return self._layer(network.layers[node.name])
-        y = operations.find(node)(self.write, node, self._inputs(node), self._facts(node))
-        norm = self.graph.norm_after(node.name) if node.op in ("conv", "linear") else None
-        return y if norm is None else operations.batch_norm(self.write, self.graph.nodes[norm], [y], None)
+        return self.with_norm(node, operations.find(node)(self.write, node, self._inputs(node), self.facts(node)))
 
     def _inputs(self, node: Node) -> list[str]:
         """What a node reads; one that moves codes reads those of its readers, if all read the same."""
@@ -128,9 +108,6 @@ class _Export:
         if not edges:
             return [self.reals[name] for name in node.inputs]
         return [self._at(edge, name) for edge, name in zip(edges, node.inputs, strict=True)]
-
-    def _facts(self, node: Node) -> operations.Facts:
-        return operations.Facts(tuple(self.shapes[name] for name in node.inputs), self.shapes[node.name])
 
     def _read(self, name: str, form) -> str:
         """The value `name` in a form: real, or rounded to codes."""
@@ -172,4 +149,4 @@ class _Export:
         exact = kind != FLOAT and bool((unit.abs() >= least).all())
         bias = self.write.bias(layer.shift, unit.float()) if exact else self.write.real(layer.shift)
         x = self._read(node.inputs[0], layer.source)
-        return operations.multiply(self.write, node, x, weight, bias, self._facts(node))
+        return operations.multiply(self.write, node, x, weight, bias, self.facts(node))

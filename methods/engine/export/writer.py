@@ -95,6 +95,13 @@ class Writer:
         shape = [-1 if i == axis else 1 for i in range(integers.ndim)]
         return self.real(integers.double() * scale.double().reshape(shape)), "float32"
 
+    def whole(self, integers: Tensor) -> tuple[str, str]:
+        """Integers as real numbers, stored in the narrowest type; and the name of that type."""
+        kind = next(kind for kind in (np.int8, np.int16, np.int32) if not integers.numel() or (
+            np.iinfo(kind).min <= int(integers.min()) and int(integers.max()) <= np.iinfo(kind).max))
+        return self.add("Cast", self.constant(integers.cpu().numpy().astype(kind)),
+                        to=onnx_library().TensorProto.FLOAT), np.dtype(kind).name
+
     def bias(self, shift: Tensor, unit: Tensor) -> str:
         """`shift` [C] as int32 in units [C] of an accumulator, decoded."""
         zero = self.constant(np.zeros(len(unit), np.int32))
