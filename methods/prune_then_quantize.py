@@ -20,7 +20,7 @@ Departures  There is no single paper. Every conv and linear layer is pruned, the
             layer, with what the pruned weights gave to it handed on to the others, and corrects the biases.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +42,7 @@ from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
 from .core.train.task import Task
+from .pipeline.curves import pruning_curves, quantization_curves
 
 DATA = "train"
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
@@ -52,12 +53,16 @@ class Config:
     """scope: rank |w| per layer ("local") or over the network ("global"); scheme: "symmetric", "mse" or "asymmetric".
 
     rounding is "nearest", "gptq" or "descent".
+    rates, widths: "budget", or "sensitivity": densities and 2 to 8 bits of equal drop in the held-out error when that
+    layer alone is pruned or rounded (core/fit/layer_rates.py); their mean over the weights is the budget's.
     retrain (before quantization) and aware (quantization-aware) are recipes, or None to skip the stage.
     """
 
     scope: str = "local"
     scheme: str = "symmetric"
     rounding: str = "nearest"
+    rates: str = "budget"
+    widths: str = "budget"
     per_channel: bool = True
     retrain: Recipe | None = None
     aware: Recipe | None = None
@@ -67,6 +72,11 @@ class Config:
 
     def __post_init__(self):
         check_rounding(self.rounding)
+        for name in ("rates", "widths"):
+            if getattr(self, name) not in ("budget", "sensitivity"):
+                raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed are budget, sensitivity")
+        if self.rates == "sensitivity" and self.scope != "local":
+            raise ConfigError("rates = 'sensitivity' are densities in each layer: allowed is scope = 'local'")
         check_calibration(self.activation_bits, self.calibration_inputs, self.range_method)
 
 
@@ -79,11 +89,21 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     trace(model)  # a network that cannot be folded is refused before any training
     bits = {name: int(b) for name, b in budget.per_layer("bits", weight_layers(model)).items()}
     fit = find_scheme(config.scheme, bits.values())
-    masks = choose_masks(model, bits, budget, config.scope)
+    masks, density = choose_masks(model, bits, budget, config.scope), budget.per_layer("density", weight_layers(model))
+    mean = {name: _single(name, values) for name, values, rule in (("density", density, config.rates),
+                                                                   ("bits", bits, config.widths))
+            if rule == "sensitivity"}
     task = ready(model, task, config)
+    if "density" in mean:
+        felt = pruning_curves(model, task, generator, layers=list(bits), run=run.stage("rates"))
+        masks = keep_local({name: layer_of(model, name).weight for name in bits}, felt.choose(mean["density"]))
     apply_masks(model, masks)
     if config.retrain is not None:
         train(model, task, config.retrain, generator, hooks=MaskHooks(masks), run=run.stage("retrain"))
+    if "bits" in mean:
+        felt = quantization_curves(model, task, scheme=config.scheme, per_channel=config.per_channel,
+                                   layers=list(bits), run=run.stage("widths"))
+        bits = {name: int(width) for name, width in felt.choose(mean["bits"]).items()}
 
     if config.aware is not None:
         quantizers = {name: FakeQuantize(bits[name], mask, config.scheme, per_channel=config.per_channel)
@@ -115,3 +135,10 @@ def choose_masks(model: nn.Module, chosen: Iterable[str], budget: Budget, scope:
             raise ConfigError(f"scope = 'global' takes one density, not {budget.density!r}")
         return keep_global(weights, budget.density)
     raise ConfigError(f"scope = {scope!r}: allowed are 'local', 'global'")
+
+
+def _single(name: str, values: Mapping[str, float]) -> float:
+    """The number that all layers share, of which sensitivity makes one for each."""
+    if len(set(values.values())) > 1:
+        raise ConfigError(f"sensitivity takes one budget {name}, not {sorted(set(values.values()))}")
+    return next(iter(values.values()))

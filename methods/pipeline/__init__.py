@@ -19,7 +19,8 @@ Departures  There is no single paper; those of the parts are named in `core/fit`
     score is the plain sum (no Adam), and masks are chosen at the updates alone.
   * A pruned channel loses its bias and its batch norm's, so that it is 0; `shrink` cuts it out. Channels of the
     network's outputs stay. Layers that share channels share one mask.
-  * rates = "sensitivity" chooses densities of layers by the held-out error of each pruned alone (core/fit/layer_rates).
+  * rates, widths = "sensitivity" choose densities and bits of layers by the held-out error of each pruned or rounded
+    alone (core/fit/layer_rates); the budget's bits are then their mean over the weights.
   * slim penalises |gamma| until the last masks are chosen: with one_shot in `before`.
   * The lottery rewinds to the network that is given, which is trained, or to step `rewind` of the first training from
     it; `fresh` starts from initial weights, as the paper does. Batch norms are rewound, too.
@@ -27,51 +28,38 @@ Departures  There is no single paper; those of the parts are named in `core/fit`
   * float16 keeps the weights as 16-bit floats, which no integer kernel runs; it takes no bits.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from ..core.artifact import Affine, CompressedModel, tensor_name
 from ..core.budget import Budget
-from ..core.errors import BudgetError, CompressError, ConfigError
+from ..core.errors import CompressError
 from ..core.fit.calibrate import calibrate
-from ..core.fit.criteria import CRITERIA, check_scope, choose, score_weight
-from ..core.fit.layer_rates import equal_drop, measure_curves
-from ..core.fit.quantize import find_scheme
+from ..core.fit.criteria import score_weight
+from ..core.fit.layer_rates import WIDTHS, equal_drop, equal_drop_bits
 from ..core.fit.size import Knob
 from ..core.fit.weight_quantizers import find_quantizer
 from ..core.graph.build import apply, assemble, own_copy
-from ..core.graph.coupled import Group, find_groups
 from ..core.graph.fold import fold_codes
-from ..core.graph.graph import Graph, trace
-from ..core.graph.weights import weight_layers
-from ..core.train.finetune import check_trainable, train
+from ..core.graph.graph import trace
+from ..core.train.finetune import train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import Task
+from .curves import Sensitivity, density_curves, pruning_curves, quantization_curves, width_curves
 from .dressed import Dressed
-from .pruning import RUNS, Masks, Pruning, interval_of, started_anew
+from .plan import Plan, check_data, companions, make_plan
+from .pruning import RUNS, Masks, Pruning, started_anew
 from .scores import Units, make_scores
 from .settings import FLOAT16, Config, Prune, Quantize
 
-__all__ = ["Config", "Prune", "Quantize", "compress"]
+__all__ = ["Config", "Prune", "Quantize", "Sensitivity", "compress", "pruning_curves", "quantization_curves"]
 
 DATA = "train"
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
 HALF = torch.finfo(torch.float16).max
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """bits {layer: width}, None for float16;  densities {layer or group: kept share} of what is pruned."""
-
-    layers: list[str]
-    bits: Mapping[str, int] | None
-    densities: Mapping[str, float]
-    groups: dict[str, Group] | None
-    norms: Mapping[str, str]
 
 
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
@@ -88,7 +76,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     task = ready(model, task, config)
     if config.prune.fresh:
         model = started_anew(model, generator)
-    dressed = Dressed(model, plan.layers, _companions(model, plan))
+    dressed = Dressed(model, plan.layers, companions(model, plan))
     stages = {"prune": lambda: prune(model, task, dressed, plan, config.prune, generator, run),
               "quantize": lambda: quantize(model, task, dressed, plan, config.quantize, generator, run),
               "distil": lambda: train(model, task, config.distil, generator, hooks=dressed, run=run.stage("distil"))}
@@ -105,20 +93,15 @@ def prune(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, set
     scores = make_scores(settings.criterion, settings.granularity, dressed, units.layers, norms, settings.penalty,
                          generator)
     updates = 1 if settings.schedule == "one_shot" else settings.updates
-    densities = plan.densities if settings.rates == "budget" else by_sensitivity(model, task, dressed, plan)
+    densities = plan.densities if settings.rates == "budget" else by_sensitivity(model, task, dressed, plan, run)
     masks = Masks(dressed, units, scores, densities, settings.schedule, settings.scope, updates)
     RUNS[settings.schedule](Pruning(model, task, masks, settings, generator, run))
 
 
-def by_sensitivity(model: nn.Module, task: Task, dressed: Dressed, plan: Plan) -> dict[str, float]:
+def by_sensitivity(model: nn.Module, task: Task, dressed: Dressed, plan: Plan, run: Run) -> dict[str, float]:
     """Densities of equal drop in the held-out error, each layer pruned alone by magnitude."""
-    task.placed(model)
-
-    def alone(name: str, density: float) -> None:
-        size = score_weight("level", dressed.master(name))
-        dressed.set_masks(choose({name: size}, {name: density}, "local"))
-
-    curves = measure_curves(list(plan.densities), alone, lambda: task.error(model))
+    scores = {name: score_weight("level", dressed.master(name)) for name in plan.densities}
+    curves = density_curves(model, task, dressed, Units(list(scores), None), scores, run=run.stage("sensitivity"))
     sizes = {name: dressed.master(name).numel() for name in curves}
     return equal_drop(curves, sizes, next(iter(plan.densities.values())))
 
@@ -128,8 +111,13 @@ def quantize(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, 
     """The quantize stage, in place; float16 rounds at the end."""
     if plan.bits is None:
         return
-    kind = find_quantizer(settings.quantizer)
-    dressed.quantize({name: kind(width, settings.scheme, settings.per_channel) for name, width in plan.bits.items()})
+    kind, bits = find_quantizer(settings.quantizer), plan.bits
+    if settings.widths == "sensitivity":
+        widths = [b for b in WIDTHS if kind.widths[0] <= b <= kind.widths[1]]
+        curves = width_curves(model, task, dressed, widths, settings.scheme, settings.per_channel,
+                              run=run.stage("widths"))
+        bits = equal_drop_bits(curves, {name: dressed.master(name).numel() for name in curves}, *set(bits.values()))
+    dressed.quantize({name: kind(width, settings.scheme, settings.per_channel) for name, width in bits.items()})
     if settings.recipe is not None:
         train(model, task, settings.recipe, generator, hooks=dressed, run=run.stage("quantize"))
     dressed.freeze()
@@ -163,84 +151,3 @@ def _half(name: str, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     if float(weight.abs().max()) > HALF:
         raise CompressError(f"a weight of {name} is {float(weight.abs().max()):g}: float16 ends at {HALF:g}")
     return torch.where(mask.cpu(), weight, 0.0).half()
-
-
-# --- what can be told before anything starts ----------------------------------------------------------------
-
-
-def make_plan(model: nn.Module, graph: Graph, budget: Budget, config: Config) -> Plan:
-    """What is pruned and quantized, and how far; an error in one line where settings and network do not fit."""
-    layers, bits, prune = weight_layers(model), None, config.prune
-    chosen = list(layers)
-    if budget.bits is not None:
-        bits = {name: int(b) for name, b in budget.per_layer("bits", layers).items()}
-        for width in sorted(set(bits.values())):
-            kind = find_quantizer(config.quantize.quantizer, width)
-            find_scheme(config.quantize.scheme, [width] if "scheme" in kind.settings else ())
-        chosen = list(bits)
-    if "prune" not in config.order:
-        return Plan(chosen, bits, {}, None, {})
-    if prune.granularity == "weight":
-        densities = budget.per_layer("density", layers)
-        chosen = [name for name in chosen if name in densities]
-        check_scope(prune.scope, densities)
-        if prune.rates == "sensitivity" and len(set(densities.values())) > 1:
-            raise ConfigError(f"rates = 'sensitivity' takes one density, not {sorted(set(densities.values()))}")
-        return Plan(chosen, bits, densities, None, {})
-    groups, densities = channel_groups(graph, budget.per_layer("channel_density", layers), chosen)
-    check_scope(prune.scope, densities)
-    norms = {name: graph.norm_after(name) for group in groups.values() for name in group.members}
-    norms = {name: norm for name, norm in norms.items() if norm is not None and graph.nodes[norm].module.affine}
-    bare = [name for group in groups.values() for name in group.members if name not in norms]
-    if CRITERIA[prune.criterion].sees == "norms" and bare:
-        raise ConfigError(f"criterion = 'slim' ranks by batch norm, and no affine one follows {bare[0]}: allowed are "
-                          "l1, l2, fpgm, taylor, movement, random, or to leave the layer alone")
-    return Plan(chosen, bits, densities, groups, norms)
-
-
-def channel_groups(graph: Graph, densities: Mapping[str, float], chosen: list[str]
-                   ) -> tuple[dict[str, Group], dict[str, float]]:
-    """{name: group} of the groups whose layers are all chosen, and their densities."""
-    groups, found = {}, {}
-    for group in find_groups(graph):
-        if not all(name in densities and name in chosen for name in group.members):
-            continue
-        name, rates = ", ".join(group.members), {densities[layer] for layer in group.members}
-        if len(rates) > 1:
-            raise BudgetError(f"{name} share their channels: channel_density {sorted(rates)} has to be one number")
-        groups[name], found[name] = group, rates.pop()
-    if not groups:
-        raise CompressError("the network has no layer of which channels could go: they are its outputs, are read by "
-                            "an operation that needs them all, or are left alone")
-    return groups, found
-
-
-def _companions(model: nn.Module, plan: Plan) -> dict[str, tuple[tuple[nn.Module, str], ...]]:
-    """Biases and batch norms of the layers that lose channels."""
-    layers = [name for group in ({} if plan.groups is None else plan.groups).values() for name in group.members]
-    found = {}
-    for name in layers:
-        modules = [(model.get_submodule(name), ("bias",))]
-        if name in plan.norms:
-            modules.append((model.get_submodule(plan.norms[name]), ("weight", "bias")))
-        found[name] = tuple((module, key) for module, keys in modules for key in keys
-                            if getattr(module, key) is not None)
-    return found
-
-
-def check_data(task: Task | None, config: Config) -> None:
-    """ConfigError in one line where the settings need data that is not there, or more steps than it gives."""
-    if config.data != "train":
-        return
-    prune, pruned = config.prune, "prune" in config.order
-    if pruned and CRITERIA[prune.criterion].sees == "gradients" and (task is None or task.train is None):
-        raise ConfigError(f"criterion = {prune.criterion!r} needs training batches, and this task holds none: without "
-                          "there are level, l1, l2, fpgm, slim, random")
-    if task is None:
-        raise ConfigError("these settings train or look at errors: they need a task, and there is none")
-    check_trainable(task)
-    steps = len(task.train)
-    if pruned and prune.schedule in ("linear", "agp"):
-        interval_of(prune.recipe, steps, prune.updates, prune.until)
-    if pruned and prune.schedule == "lottery" and 0 < prune.recipe.epochs * steps < prune.rewind:
-        raise ConfigError(f"rewind = {prune.rewind}: prune.recipe has {prune.recipe.epochs * steps} steps")

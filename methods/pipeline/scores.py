@@ -38,11 +38,11 @@ class Units:
         return found
 
     def spread(self, masks: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Masks of layers, from those of units: [C_out] for channels."""
+        """Masks of layers, from those of (some) units: [C_out] for channels."""
         if self.groups is None:
             return masks
-        return {layer: masks[name][places] for name, group in self.groups.items()
-                for layer, places in group.members.items()}
+        return {layer: mask[places] for name, mask in masks.items()
+                for layer, places in self.groups[name].members.items()}
 
 
 class Scores(Hooks):

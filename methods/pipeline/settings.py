@@ -12,6 +12,7 @@ from ..core.settings import check_idle
 from ..core.train.recipe import Distill, Recipe
 
 FLOAT16 = "float16"
+ON_GRIDS = ("rtn", "qat", "lsq", "lsq+")
 STAGES = ("prune", "quantize", "distil")
 
 
@@ -83,9 +84,12 @@ class Quantize:
     """quantizer: "rtn", "qat", "lsq", "lsq+", "dorefa", "bnn" (core/fit/weight_quantizers.py) or "float16".
 
     scheme  grid of rtn and qat: "symmetric", "mse" or "asymmetric";  recipe  of the training through the quantizer
+    widths  of layers: "budget", or "sensitivity": 2 to 8 bits of equal drop in the held-out error, each layer rounded
+            alone on a grid of rtn, together at most the budget's bits a weight
     """
 
     quantizer: str = "rtn"
+    widths: str = "budget"
     scheme: str = "symmetric"
     per_channel: bool = True
     recipe: Recipe | None = None
@@ -97,6 +101,11 @@ class Quantize:
         trains = self.quantizer != FLOAT16 and find_quantizer(self.quantizer).trains
         if trains and self.recipe is None:
             raise ConfigError(f"quantizer = {self.quantizer!r} is trained through: give quantize.recipe, or rtn")
+        if self.widths not in ("budget", "sensitivity"):
+            raise ConfigError(f"widths = {self.widths!r}: allowed are budget, sensitivity")
+        if self.widths == "sensitivity" and self.quantizer not in ON_GRIDS:
+            raise ConfigError(f"widths = 'sensitivity' rounds on grids of rtn: allowed are the quantizers "
+                              f"{', '.join(ON_GRIDS)}, not {self.quantizer}")
         check_idle(self)
 
     @property
@@ -164,7 +173,8 @@ class Config:
         recipes = [self.quantize.recipe, self.distil]
         recipes += [self.prune.recipe, self.prune.before] if "prune" in self.order else []
         sees = CRITERIA[self.prune.criterion].sees if "prune" in self.order else "nothing"
-        judged = "prune" in self.order and self.prune.rates == "sensitivity"
+        judged = self.quantize.widths == "sensitivity"
+        judged = judged or "prune" in self.order and self.prune.rates == "sensitivity"
         if any(recipe is not None for recipe in recipes) or sees == "gradients" or judged:
             return "train"
         return "calibration" if self.activations == "static" else "none"
