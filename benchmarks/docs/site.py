@@ -1,6 +1,7 @@
 """Builds the site: one page a paper, one a table, an index, the tables in every form, and the API pages."""
 
 import pkgutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,4 +131,6 @@ def _api(out: Path) -> None:
     import pdoc
     inside = [info.name for info in pkgutil.walk_packages(methods.__path__, "methods.")]
     pdoc.render.configure(docformat="restructuredtext", show_source=False)
-    pdoc.pdoc("methods", *inside, output_directory=out)
+    with warnings.catch_warnings():  # pdoc finds some of them by itself, too, and says so of each
+        warnings.filterwarnings("ignore", message="The module specification")
+        pdoc.pdoc("methods", *inside, output_directory=out)
