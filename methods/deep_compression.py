@@ -2,7 +2,7 @@
 
 Small weights are removed and the survivors retrained, several times. The survivors of each layer are then
 clustered by 1-D k-means, share one centroid per cluster, and the centroids are trained by the summed gradients
-of their members. Positions and cluster indices are Huffman coded when the model is stored (`core/storage.py`).
+of their members. Positions and cluster indices are Huffman coded when the model is stored (`core/file/`).
 
 Algorithm
     repeat R times:  M_l <- M_l AND |W_l| >= q_l std(W_l);  retrain W with W_l <- M_l * W_l after every step

@@ -12,7 +12,7 @@ from benchmarks.citations import bibtex, entries, link, short
 from benchmarks.docs import figures, readme
 from benchmarks.docs.content import story, table_part
 from benchmarks.docs.papers import papers, said
-from benchmarks.docs.site import build_site, table_page
+from benchmarks.docs.site import build_site, marked, table_page
 from benchmarks.docs.tables import COLUMNS, comma_separated, latex, markdown, table_of
 from benchmarks.docs.words import METHODS, count, look, metric, plain, size, times
 from benchmarks.jobs import CONFIGS
@@ -233,3 +233,7 @@ def test_readme_blocks_are_filled_again_and_again(tmp_path):
     (tmp_path / "README.md").write_text(text)
     readme.refresh(tmp_path / "README.md", rows_of, [summary], [trained])
     assert (tmp_path / "results" / "figures" / "one.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_code_in_texts_is_marked_and_nothing_else_is_html():
+    assert marked("a < b in `core/x.py`, ``c`` & `") == "a &lt; b in <code>core/x.py</code>, <code>c</code> &amp; `"

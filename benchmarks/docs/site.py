@@ -1,6 +1,7 @@
 """Builds the site: one page a paper, one a table, an index, the tables in every form, and the API pages."""
 
 import pkgutil
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 import methods
 from methods.core.errors import ConfigError
@@ -37,6 +39,7 @@ class Site:
         """Render a template into the file of that name."""
         environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True,
                                          undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment.filters["marked"] = marked
         text = environment.get_template(template).render(title=title, here=file, pages=self.known, api=self.api,
                                                          **values)
         write_file(self.out / file, text.encode())
@@ -48,6 +51,11 @@ class Site:
         for suffix, form in (("csv", comma_separated), ("md", markdown), ("tex", latex)):
             write_file(self.out / f"{table.stem}.{suffix}", form(table).encode())
         return self.page("table.html", part["file"], part["title"], table=part)
+
+
+def marked(text: str) -> Markup:
+    """A docstring's text in HTML: what stands in `backticks` is code."""
+    return Markup(re.sub(r"`+([^`]+)`+", r"<code>\1</code>", str(escape(text))))
 
 
 def open_site(out: Path, *, api: bool = False, linked: bool = True) -> Site:
