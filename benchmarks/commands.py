@@ -14,6 +14,7 @@ from rich.console import Console
 from methods.core.errors import CompressError, ConfigError
 from methods.core.train.recipe import Recipe
 
+from . import foreign
 from .baselines import Setup, changed, find_setup, shipped_path, shorter
 from .checkpoints import read_provenance
 from .data import Dataset, open_dataset
@@ -196,7 +197,9 @@ def docs(options: Namespace, console: Console) -> None:
     rows_of = {name: rows for name, rows in rows_of.items() if rows}
     if not rows_of:
         raise ConfigError(f"{options.results / 'rows'} holds no rows")
-    summaries = build_site(rows_of, options.out, headline=HEADLINE, api=not options.no_api, say=say)
+    tried = foreign.read_table(options.results / "networks.json")
+    summaries = build_site(rows_of, options.out, headline=HEADLINE, api=not options.no_api, say=say,
+                           networks=foreign.in_words(tried) if tried else None)
     if options.readme:
         trained = [read_provenance(path) for path in sorted((RESULTS / "baselines").glob("*.safetensors"))]
         readme.refresh(ROOT / "README.md", rows_of, summaries, trained)

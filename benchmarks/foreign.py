@@ -48,6 +48,7 @@ class Setting:
     integers: bool = False
 
 
+Table = Mapping[str, Mapping[str, dict]]
 SETTINGS = {
     "deep_compression": Setting({"density": 0.05, "bits": 2}, lambda short: {
         "rounds": 1, "retrain": short, "tune": short}),
@@ -127,13 +128,18 @@ def try_one(model: nn.Module, task: Task, method: str) -> dict[str, str | float]
     return {"result": " ".join(result.split()), "seconds": round(time.process_time() - start, 1)}
 
 
+def read_table(path: Path) -> dict[str, dict[str, dict]]:
+    """{network: {method: cell}} as the command wrote it; {} where there is no such file yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def run_networks(path: Path, networks: Iterable[str], methods: Iterable[str], said: Callable[[str], None]
                  ) -> dict[str, dict[str, dict]]:
     """{network: {method: cell}} at `path`, where every cell is written when it is known, and not tried again."""
     unknown = [name for name in methods if name not in SETTINGS]
     if unknown:
         raise ConfigError(f"unknown method {unknown[0]!r}; there are: {', '.join(SETTINGS)}")
-    table = json.loads(path.read_text()) if path.exists() else {}
+    table = read_table(path)
     for network in networks:
         missing = [method for method in methods if method not in table.get(network, {})]
         subject = build(network) if missing else None  # methods leave it as it is
@@ -148,20 +154,31 @@ def run_networks(path: Path, networks: Iterable[str], methods: Iterable[str], sa
     return table
 
 
-def as_markdown(table: Mapping[str, Mapping[str, dict]]) -> str:
-    """Networks by methods, "ok" or a number into the reasons below."""
+def in_words(table: Table) -> dict:
+    """What a page or a terminal shows: {"methods", "rows": [(network, cells)], "reasons", "taken"}.
+
+    A cell is "ok ..." or "no (N)", N counting the `reasons` from 1; "" where a combination was not tried. taken counts,
+    for each method, "N of M" that were tried.
+    """
     methods = [name for name in SETTINGS if any(name in row for row in table.values())]
     reasons: dict[str, int] = {}
-    lines = ["| network | " + " | ".join(methods) + " |", "| --- |" + " --- |" * len(methods)]
-    for network in [name for name in NETWORKS if name in table]:
-        cells = []
-        for method in methods:
-            result = table[network].get(method, {}).get("result", "")
-            good = not result or result.startswith("ok")
-            cells.append(result if good else f"no ({reasons.setdefault(result, len(reasons) + 1)})")
-        lines.append(f"| {network} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"{number}. {reason}" for reason, number in reasons.items())]
-    ok = {method: sum(row.get(method, {}).get("result", "").startswith("ok") for row in table.values())
-          for method in methods}
-    return "\n".join([*lines, "", "Taken: " + ", ".join(f"{method} {count} of {len(table)}"
-                                                       for method, count in ok.items())]).rstrip() + "\n"
+
+    def cell(result: str) -> str:
+        good = not result or result.startswith("ok")
+        return result if good else f"no ({reasons.setdefault(result, len(reasons) + 1)})"
+
+    rows = [(network, [cell(table[network].get(method, {}).get("result", "")) for method in methods])
+            for network in NETWORKS if network in table]
+    tried = {method: [cells[i] for _, cells in rows if cells[i]] for i, method in enumerate(methods)}
+    taken = {method: f"{sum(c.startswith('ok') for c in cells)} of {len(cells)}" for method, cells in tried.items()}
+    return {"methods": methods, "rows": rows, "reasons": list(reasons), "taken": taken}
+
+
+def as_markdown(table: Table) -> str:
+    """Networks by methods, "ok" or a number into the reasons below."""
+    words = in_words(table)
+    lines = ["| network | " + " | ".join(words["methods"]) + " |", "| --- |" + " --- |" * len(words["methods"])]
+    lines += [f"| {network} | " + " | ".join(cells) + " |" for network, cells in words["rows"]]
+    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(words["reasons"], 1))]
+    taken = ", ".join(f"{method} {count}" for method, count in words["taken"].items())
+    return "\n".join([*lines, "", f"Taken: {taken}"]) + "\n"

@@ -15,6 +15,7 @@ from benchmarks.docs.papers import papers, said
 from benchmarks.docs.site import build_site, marked, table_page
 from benchmarks.docs.tables import COLUMNS, comma_separated, latex, markdown, table_of
 from benchmarks.docs.words import METHODS, count, look, metric, plain, size, times
+from benchmarks.foreign import in_words
 from benchmarks.jobs import CONFIGS
 from methods import method_names
 from methods.core.errors import CompressError, ConfigError
@@ -169,7 +170,11 @@ def test_a_table_page_shows_everything_and_is_safe(tmp_path):
 def test_the_site_has_a_page_a_paper_and_a_table(tmp_path):
     said_ = []
     rows_of = {"udfc_table2": [full("a", "udfc"), full("b", "udfc", size=2000)], "compare_x": [full("c", "dfq")]}
-    summaries = build_site(rows_of, tmp_path, headline="compare_x", api=False, say=said_.append)
+    tried = {"alexnet": {"sparq": {"result": f"refused: {EVIL}"}, "dfq": {"result": "ok, 8 of 8 layers in integers"}}}
+    summaries = build_site(rows_of, tmp_path, headline="compare_x", api=False, say=said_.append,
+                           networks=in_words(tried))
+    text = checked(tmp_path / "networks.html")
+    assert "sparq 0 of 1, dfq 1 of 1" in text and "no (1)" in text and EVIL in text
     assert {one["method"] for one in summaries} == set(method_names())
     for path in tmp_path.glob("*.html"):
         checked(path)

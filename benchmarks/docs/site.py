@@ -73,11 +73,13 @@ def table_page(rows: Sequence[Row], name: str, title: str, command: str, out: Pa
     return open_site(out, linked=False).table(table_part(rows, name, title, command, ""))
 
 
-def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Callable[[str], None]) -> list[dict]:
+def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Callable[[str], None],
+               networks: Mapping[str, Any] | None = None) -> list[dict]:
     """Write the whole site into the folder `out`; returns what the index says of every paper.
 
     rows_of   {table: its rows};  headline  the table that the index shows
     api       whether the pages of the library are built as well (with pdoc)
+    networks  what `foreign.in_words` says of torchvision's networks, or None: no page of them
     """
     site, configs, shown, summaries = open_site(out, api=api), all_tables(), set(), []
     for i, one in enumerate(site.known):
@@ -96,7 +98,10 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
         site.table(part)
     say(f"page {len(site.known) + 1} of {len(site.known) + 1}: index")
     first = headline_of(rows_of[headline], headline) if headline in rows_of else None
-    site.page("index.html", "index.html", "jointcompress", headline=first, papers=summaries, others=others)
+    site.page("index.html", "index.html", "jointcompress", headline=first, papers=summaries, others=others,
+              networks=networks is not None)
+    if networks is not None:
+        site.page("networks.html", "networks.html", "torchvision's networks under every method", networks=networks)
     if api:
         say("pages of the library")
         _api(out / "api")
