@@ -72,12 +72,26 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--no-shrink", action="store_true", help="leave dead units in the file")
     sub.add_argument("--name", help="of the row and file (default: method, budget and settings)")
     sub.add_argument("--rows-name", default="own", help="table of the row: a folder under results/rows (default: own)")
-    _add_reports(command)
+    _add_reports(command, run)
     _add_listings(command)
     sub = command("completion", _completion, "a completion script for a shell, to be evaluated there")
     sub.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     _add_tools(command)
     return top
+
+
+def _add_sensitivity(command, run) -> None:
+    sub = command("sensitivity", "sensitivity.sensitivity", "which layer can be pruned or rounded how far, one at a "
+                  "time, on held-out data: curves, a picture, and rates of layers for a budget", [run])
+    sub.add_argument("--task", default="digits")
+    sub.add_argument("--network", help="default: the one usual for the task")
+    sub.add_argument("--rates", nargs="+", type=float, metavar="KEPT", help="kept shares (default: 0.95 0.9 ... 0.05)")
+    sub.add_argument("--bits", nargs="*", type=int, help="round to these widths in place of pruning (default: 8 ... 2)")
+    sub.add_argument("--criterion", default="level", help="what pruning ranks by (default: level)")
+    sub.add_argument("--granularity", default="weight", help="of pruning: weight (default) or channel")
+    sub.add_argument("--scheme", default="symmetric", help="grid of --bits: symmetric (default), mse or asymmetric")
+    sub.add_argument("--budget", nargs="+", default=[], metavar="KEY=VALUE",
+                     help="density=D or bits=B, the mean: also list the rates of layers whose errors rise alike")
 
 
 def _add_data(sub) -> None:
@@ -102,7 +116,8 @@ def _add_listings(command) -> None:
     sub.add_argument("--data-dir", type=Path)
 
 
-def _add_reports(command) -> None:
+def _add_reports(command, run) -> None:
+    _add_sensitivity(command, run)
     sub = command("report", "commands.report", "table and page from existing rows")
     sub.add_argument("name", nargs="?", default="compare_digits", help="table: a folder under results/rows")
     sub.add_argument("--rows", type=Path, help="any other folder of rows")

@@ -63,7 +63,7 @@ def pruning_curves(model: nn.Module, task: Task, generator: torch.Generator, lev
     >>> list(found.curves), list(found.curves["0"]), found.measure
     (['0'], [1.0, 0.5], 'top1')
     """
-    _check("rate", levels, lambda d: 0 < d <= 1, "numbers in (0, 1], the kept shares")
+    check_levels("density", levels)
     find_criterion(criterion, granularity)
     config = Config(prune=Prune(criterion, granularity), quantize=Quantize(FLOAT16), activations="float")
     model = own_copy(model)
@@ -91,7 +91,7 @@ def quantization_curves(model: nn.Module, task: Task, widths: Sequence[int] = WI
 
     ConfigError for widths out of range, or a scheme that there is not.
     """
-    _check("bits", widths, lambda b: int(b) == b and 2 <= b <= 16, "whole numbers in 2..16")
+    check_levels("bits", widths)
     find_scheme(scheme, widths)
     _check_task(task)
     model = own_copy(model)
@@ -127,10 +127,13 @@ def width_curves(model: nn.Module, task: Task, dressed: Dressed, widths: Sequenc
     return measure_curves(list(dressed.coats), alone, lambda: task.error(model), widths, whole=FLOAT_BITS, run=run)
 
 
-def _check(what: str, values: Sequence[float], good: Callable[[float], bool], allowed: str) -> None:
+def check_levels(level: str, values: Sequence[float]) -> None:
+    """ConfigError unless `values` are some densities, or some bits."""
+    name, allowed, good = {"density": ("rate", "numbers in (0, 1], the kept shares", lambda d: 0 < d <= 1),
+                           "bits": ("bits", "whole numbers in 2..16", lambda b: int(b) == b and 2 <= b <= 16)}[level]
     wrong = [value for value in values if not good(value)]
     if wrong or not values:
-        raise ConfigError(f"{what} = {wrong[0] if wrong else 'nothing'}: allowed are {allowed}")
+        raise ConfigError(f"{name} = {wrong[0] if wrong else 'nothing'}: allowed are {allowed}")
 
 
 def _check_task(task: Task | None) -> None:
