@@ -23,7 +23,8 @@ Departures  There is no single paper; those of the parts are named in `core/fit`
     alone (core/fit/layer_rates); the budget's bits are then their mean over the weights.
   * slim penalises |gamma| until the last masks are chosen: with one_shot in `before`.
   * The lottery rewinds to the network that is given, which is trained, or to step `rewind` of the first training from
-    it; `fresh` starts from initial weights, as the paper does. Batch norms are rewound, too.
+    it; `fresh` starts from initial weights, as the paper does. Batch norms are rewound, too. `control` gives the
+    paper's two controls for the last training.
   * Ranges of activations are fixed in the file: there are static ones (or "float", none), not dynamic ones.
   * float16 keeps the weights as 16-bit floats, which no integer kernel runs; it takes no bits.
 """
@@ -76,6 +77,9 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     task = ready(model, task, config)
     if config.prune.fresh:
         model = started_anew(model, generator)
+    if config.prune.control == "reinitialised":
+        other = generator.clone_state()  # the masks are to be those of the ticket
+        plan = replace(plan, anew=started_anew(model, other).state_dict())
     dressed = Dressed(model, plan.layers, companions(model, plan))
     stages = {"prune": lambda: prune(model, task, dressed, plan, config.prune, generator, run),
               "quantize": lambda: quantize(model, task, dressed, plan, config.quantize, generator, run),
@@ -95,7 +99,7 @@ def prune(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, set
     updates = 1 if settings.schedule == "one_shot" else settings.updates
     densities = plan.densities if settings.rates == "budget" else by_sensitivity(model, task, dressed, plan, run)
     masks = Masks(dressed, units, scores, densities, settings.schedule, settings.scope, updates)
-    RUNS[settings.schedule](Pruning(model, task, masks, settings, generator, run))
+    RUNS[settings.schedule](Pruning(model, task, masks, settings, generator, run, plan.anew))
 
 
 def by_sensitivity(model: nn.Module, task: Task, dressed: Dressed, plan: Plan, run: Run) -> dict[str, float]:

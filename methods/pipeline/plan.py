@@ -1,9 +1,9 @@
 """What a pipeline prunes and quantizes, and how far: what can be told, or refused, before anything starts."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.budget import Budget
 from ..core.errors import BudgetError, CompressError, ConfigError
@@ -21,13 +21,17 @@ from .settings import Config
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """bits {layer: width}, None for float16;  densities {layer or group: kept share} of what is pruned."""
+    """bits {layer: width}, None for float16;  densities {layer or group: kept share} of what is pruned.
+
+    anew  the state of the network with other initial weights, where a control asks for one
+    """
 
     layers: list[str]
     bits: Mapping[str, int] | None
     densities: Mapping[str, float]
     groups: dict[str, Group] | None
     norms: Mapping[str, str]
+    anew: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def make_plan(model: nn.Module, graph: Graph, budget: Budget, config: Config) -> Plan:

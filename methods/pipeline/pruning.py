@@ -42,6 +42,12 @@ class Masks:
         if t == self.updates:
             self.scores.stop()
 
+    def shuffle(self, generator: torch.Generator) -> None:
+        """As many units of each mask, drawn at random."""
+        self.kept = {name: mask.flatten()[torch.randperm(mask.numel(), generator=generator).to(mask.device)
+                                          ].reshape(mask.shape) for name, mask in self.kept.items()}
+        self.dressed.set_masks(self.units.spread(self.kept))
+
 
 class While(Hooks):
     """Masks chosen every `interval` steps of one training."""
@@ -105,7 +111,10 @@ def interval_of(recipe: Recipe, steps: int, updates: int, until: float) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Pruning:
-    """One prune stage at work: `settings` on `model`, in place."""
+    """One prune stage at work: `settings` on `model`, in place.
+
+    anew  {name: value} of the undressed network with other initial weights, for the control
+    """
 
     model: nn.Module
     task: Task
@@ -113,6 +122,7 @@ class Pruning:
     settings: Prune
     generator: torch.Generator
     run: Run
+    anew: Mapping[str, Tensor]
 
     def train(self, recipe: Recipe, name: str, *hooks: Hooks) -> None:
         train(self.model, self.task, recipe, self.generator, hooks=[self.masks.dressed, *hooks],
@@ -150,12 +160,26 @@ class Pruning:
             self.train(self.settings.recipe, f"prune {t}", self.masks.scores, *([rewind] if t == 1 else []))
             self.update(t)
             rewind.wind(self.model)
+        CONTROLLED[self.settings.control](self)
         self.train(self.settings.recipe, "ticket")
+
+    def reinitialise(self) -> None:
+        """Other initial weights and statistics, under the same masks."""
+        there = self.model.state_dict()
+        for name, value in self.anew.items():
+            path, _, attribute = name.rpartition(".")
+            master = ".".join([*([path] if path else []), "parametrizations", attribute, "original"])
+            there[name if name in there else master].copy_(value)
 
 
 RUNS: dict[str, Callable[[Pruning], None]] = {"one_shot": Pruning.once, "linear": Pruning.gradually,
                                               "agp": Pruning.gradually, "geometric": Pruning.in_rounds,
                                               "lottery": Pruning.lottery}
+
+
+CONTROLLED: dict[str, Callable[[Pruning], None]] = {
+    "none": lambda pruning: None, "reinitialised": Pruning.reinitialise,
+    "shuffled": lambda pruning: pruning.masks.shuffle(pruning.generator)}
 
 
 @torch.no_grad()

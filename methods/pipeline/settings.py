@@ -13,6 +13,7 @@ from ..core.train.recipe import Distill, Recipe
 
 FLOAT16 = "float16"
 ON_GRIDS = ("rtn", "qat", "lsq", "lsq+")
+CONTROLS = ("none", "reinitialised", "shuffled")
 STAGES = ("prune", "quantize", "distil")
 
 
@@ -24,6 +25,8 @@ class Prune:
     updates  of the masks (linear, agp), or rounds;  until  share of the training after which masks stay
     recipe   of the training while or after pruning, in every round;  before  of a training that precedes one_shot
     rewind   step of the first training to which the lottery goes back;  fresh  it starts from initial weights
+    control  of the lottery, for its last training: "none", "reinitialised" (the same masks on other initial weights) or
+             "shuffled" (random masks of the same densities on the weights it goes back to)
     score_batches  training batches that taylor and movement look at where no training showed them any
     penalty  lambda of slim
     """
@@ -37,6 +40,7 @@ class Prune:
     until: float = 0.75
     rewind: int = 0
     fresh: bool = False
+    control: str = "none"
     score_batches: int = 8
     penalty: float = 1e-4
     recipe: Recipe | None = None
@@ -47,6 +51,8 @@ class Prune:
         find_schedule(self.schedule)
         if self.scope not in SCOPES:
             raise ConfigError(f"scope = {self.scope!r}: allowed are {', '.join(SCOPES)}")
+        if self.control not in CONTROLS:
+            raise ConfigError(f"control = {self.control!r}: allowed are {', '.join(CONTROLS)}")
         if self.rates not in ("budget", "sensitivity"):
             raise ConfigError(f"rates = {self.rates!r}: allowed are budget, sensitivity")
         if self.rates == "sensitivity" and (self.granularity, self.scope) != ("weight", "local"):
@@ -71,7 +77,7 @@ class Prune:
         if self.schedule not in ("linear", "agp"):
             found["until"] = f"{chosen} chooses masks between trainings"
         if self.schedule != "lottery":
-            found |= dict.fromkeys(("rewind", "fresh"), f"{chosen} winds nothing back")
+            found |= dict.fromkeys(("rewind", "fresh", "control"), f"{chosen} winds nothing back")
         if CRITERIA[self.criterion].sees != "gradients":
             found["score_batches"] = f"criterion = {self.criterion!r} sees no gradients"
         if self.criterion != "slim":
