@@ -8,7 +8,8 @@ conv in float. `residual = "int8"` rounds the accumulators to 8-bit codes too, o
 clipped anyway.
 
 Differs from the integers here: the engine rounds the bias to a whole accumulator, and requantizes in its own order of
-operations; now and then a code differs by one.
+operations; now and then a code differs by one. A deep network makes more of it, as much as its rounding does at all;
+`arithmetic = "exact"` (see `spelled`) has no such code.
 """
 
 from dataclasses import dataclass
