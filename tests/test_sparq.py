@@ -7,56 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks import networks
-from benchmarks.jobs import CONFIGS, prepare, read_table
 from methods import sparq
 from methods.core.artifact import Window
 from methods.core.budget import Budget
-from methods.core.errors import BudgetError, CompressError, ConfigError, GraphError
+from methods.core.errors import CompressError
 from methods.core.fit.windows import find_window, follows_24, keep_24, windowed_sum
 from methods.core.graph.build import apply, weight_layers
 from methods.core.graph.graph import trace
 from methods.core.train.task import Task
 from methods.engine.exact import IntegerNetwork
-from methods.engine.reference import ReferenceRun
 from methods.sparq import Config, QuantizedLayer, quantize_filters
 
-
-class Inputs:
-    """Calibration inputs as `Batches`."""
-
-    def __init__(self, inputs):
-        self.inputs = inputs
-
-    def __len__(self):
-        return 1
-
-    def epoch(self, generator):
-        yield self.inputs, torch.zeros(len(self.inputs), dtype=torch.int64)
-
-
-def task_of(inputs):
-    return Task(None, Inputs(inputs), calibration=Inputs(inputs))
-
-
-def chain(channels=6, bias=False, groups=1):
-    """conv - bn - relu - conv - bn - relu - conv - relu - flatten - linear; modules "0" to "8"."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return nn.Sequential(
-            nn.Conv2d(3, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(),
-            nn.Conv2d(channels, 4, 3, padding=1, bias=bias, groups=groups), nn.BatchNorm2d(4), nn.ReLU(),
-            nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5)).eval()
-
-
-def draw(n, seed=3):
-    return torch.randn(n, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
-
-
-def compress(model, inputs, config=None, **budget):
-    return sparq.compress(model, task_of(inputs), Budget(**budget), Config() if config is None else config,
-                          torch.Generator())
-
+from .sparq_networks import Inputs, chain, compress, draw, layer_of
 
 # --- weights (Q1) ------------------------------------------------------------------------------------------
 
@@ -103,11 +65,6 @@ def test_bits_of_the_weights(config, budget, want):
 
 
 # --- activations (Q1, Q2) ----------------------------------------------------------------------------------
-
-
-def layer_of(bits=8, channels=3):
-    conv = nn.Conv2d(channels, 2, 1, bias=False)
-    return QuantizedLayer("conv", conv, quantize_filters(conv.weight, 8), bits)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -302,80 +259,3 @@ def test_windows_cost_more_the_narrower_they_are():
         errors[name] = float((network(inputs) - reference).square().mean())
     assert errors["5"] < errors["3"] < errors["2"] and errors["5"] < errors["alone"] < errors["2 bits"]
     assert errors["5"] < errors["trim"]
-
-
-# --- what is refused ---------------------------------------------------------------------------------------
-
-
-def test_layers_with_signed_inputs_are_left_alone():
-    model = chain()
-    model[5] = nn.Identity()
-    made = compress(model, draw(8))
-    assert made.notes["left_alone"] == {"6": "its input may be negative"} and list(made.windows) == ["3"]
-    assert made.activations["6"].zero > 0 and made.weights["6"].bits == 8  # ranges as of the first and the last
-    lenet = networks.build("lenet5_caffe", 10, 1)  # no ReLU between its convolutions
-    with pytest.raises(GraphError, match="conv2: its input may be negative, ip1"):
-        compress(lenet, torch.randn(4, 1, 28, 28, generator=torch.Generator().manual_seed(0)))
-
-
-def reflecting():
-    return nn.Sequential(*chain()[:3], nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), *chain()[4:])
-
-
-@pytest.mark.parametrize("make, why", [(lambda: chain(4, groups=2), "it has 2 groups"),
-                                       (reflecting, "it pads with reflect")])
-def test_layers_with_groups_or_other_padding_are_left_alone(make, why):
-    model = make()
-    made = compress(model, draw(8))
-    assert made.notes["left_alone"] == {"3": why} and "3" not in made.windows and made.windows
-    network, x = IntegerNetwork(made, model), draw(8)
-    assert network.float_nodes == [] and torch.equal(network(x), torch.from_numpy(
-        ReferenceRun(network, x).real(network.graph.output)))
-
-
-def test_positive_inputs_without_a_zero_are_taken():
-    layer = layer_of()
-    layer.watch(torch.rand(2, 3, 2, 2) + 1)
-    assert layer.quantizer().zero == 0
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda: chain()[-2:], r"the last of 1 as they are, .*there are none"),
-    (lambda: nn.Sequential(*chain()[:2], *chain()[3:5], *chain()[-2:]), "2: its input may be negative")])
-def test_networks_it_cannot_take(change, message):
-    with pytest.raises(GraphError, match=message):
-        compress(change(), draw(8))
-
-
-@pytest.mark.parametrize("settings, message", [
-    ({"windows": "4opt"}, "windows = '4opt': allowed are none, 5opt"), ({"activation_bits": 4}, "windows = 'none'"),
-    ({"activation_bits": 0}, "allowed is 1"), ({"windows": "none", "activation_bits": 9}, "allowed is 1..8"),
-    ({"excluded_bits": 1}, "excluded_bits = 1: allowed is 2..8 or none"), ({"calibration_inputs": 0}, "at least 1"),
-    ({"recalibrations": 3}, "recalibrations = 3: allowed are 0, 1, 2")])
-def test_settings_outside_what_is_allowed(settings, message):
-    with pytest.raises(ConfigError, match=message):
-        Config(**settings)
-
-
-@pytest.mark.parametrize("bits", [1, 9, {"0": 8, "3": 1, "6": 8, "9": 8}])
-def test_bits_outside_what_is_allowed(bits):
-    with pytest.raises(BudgetError, match="sparq allows 2..8"):
-        compress(chain(), draw(8), bits=bits)
-
-
-def test_activations_that_overflow_are_named():
-    model = chain()
-    model[4].weight.data.fill_(3e38)
-    with pytest.raises(CompressError, match="'6' are not finite"):
-        compress(model, 1e30 * draw(8), Config(recalibrations=0))
-
-
-@pytest.mark.parametrize("name, network", [("sparq_tables", "resnet56"), ("sparq_tables_resnet18", "resnet18")])
-def test_the_rows_of_the_tables(name, network):
-    table, found = read_table(CONFIGS / f"{name}.toml"), set()
-    for job in table.rows:
-        _, _, config = prepare(job)
-        assert not job.paper and job.network == network and job.float_policy in ((), ("conv1", "fc"))
-        found.add((config.windows, config.rounding, config.paired))
-    assert {(window, rounding, paired) for window in ("5opt", "3opt", "2opt") for rounding in (True, False)
-            for paired in (True, False)} | {("6opt", True, True), ("7opt", True, True)} <= found
