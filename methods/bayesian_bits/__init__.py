@@ -38,7 +38,7 @@ Departures (the paper could not be opened; what is not listed follows the author
     drops after a third and two thirds, is not among them.
   * fast keeps running statistics and spares the second convolution. It is not the paper's; frozen weights imply it.
   * Pruning at fixed `bits` b costs (2 b - 2) kappa q2, as if all gates up to b were open. Convolutions with groups
-    and the last layer are not pruned. The baseline of iterative sensitivity is not built.
+    and the last layer are not pruned. The baseline of iterative sensitivity is a method of its own.
 """
 
 import copy
