@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from benchmarks.__main__ import main
 from methods.core.train.finetune import Recipe, train
 from methods.core.train.task import Task
 
@@ -147,3 +148,13 @@ def tiny(_trained_state):
 
     return SimpleNamespace(net=TinyNet, model=model, task=make_task, Run=MemoryRun, Interrupted=Interrupted,
                            fingerprint=fingerprint, same=same, Batches=TinyBatches, shape=SHAPE)
+
+
+@pytest.fixture
+def run(capsys):
+    """The command line: (exit code, what it printed, what it said on stderr)."""
+    def run(*words):
+        code = main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        return code, out, err
+    return run

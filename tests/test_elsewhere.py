@@ -5,7 +5,6 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks.__main__ import main
 from benchmarks.networks import build
 from methods.core.file.storage import encode
 from methods.core.fit.calibrate import calibrate
@@ -27,15 +26,6 @@ def file(tmp_path_factory):
     path = tmp_path_factory.mktemp("elsewhere") / "net.jc"
     encode(assemble(net, weights, activations=ranges), path)
     return path
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*words):
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-    return run
 
 
 @needs_onnx

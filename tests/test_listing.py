@@ -5,18 +5,9 @@ import json
 
 import pytest
 
-from benchmarks.__main__ import main, parser
+from benchmarks.__main__ import parser
 from benchmarks.listing import completion, differences, spelled
 from methods import find_method, method_names
-
-
-@pytest.fixture
-def run(capsys):
-    def run(*words):
-        code = main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        return code, out, err
-    return run
 
 
 def test_every_method_is_listed_with_its_data(run):

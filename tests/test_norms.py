@@ -13,6 +13,8 @@ from methods.core.errors import CompressError
 from methods.core.fit.norms import following, normalized, reestimate_norms
 from methods.core.train.task import Task
 
+from .sparq_networks import Inputs
+
 
 @contextlib.contextmanager
 def threads(n):
@@ -67,17 +69,6 @@ def test_reestimated_statistics_are_the_means_of_batches():
         reestimate_norms(nn.Sequential(nn.ReLU()), x)
 
 
-class Images:
-    def __init__(self, inputs):
-        self.inputs = inputs
-
-    def __len__(self):
-        return 1
-
-    def epoch(self, generator):
-        yield self.inputs, torch.zeros(len(self.inputs), dtype=torch.int64)
-
-
 def test_the_number_of_threads_changes_no_byte():
     """Of the statistics that batch norm takes, and of what SPARQ calibrates with them."""
     with torch.random.fork_rng():
@@ -86,7 +77,7 @@ def test_the_number_of_threads_changes_no_byte():
             nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1),
             nn.BatchNorm2d(16), nn.ReLU(), nn.AvgPool2d(16), nn.Flatten(), nn.Linear(16, 4)).eval()
     inputs = draw(64, 3, 16, 16).contiguous(memory_format=torch.channels_last)
-    task, found = Task(None, Images(inputs), calibration=Images(inputs), channels_last=True), []
+    task, found = Task(None, Inputs(inputs), calibration=Inputs(inputs), channels_last=True), []
     for n in (1, 2):
         with threads(n):
             compressed = sparq.compress(net, task, Budget(), sparq.Config(), torch.Generator().manual_seed(0))
