@@ -44,11 +44,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", default="digits", help="digits, mnist, cifar10, folder:DIR or imagenet:DIR")
     sub.add_argument("--network", help="default: the one usual for the task")
     sub.add_argument("--methods", nargs="+", default=[], help="only these")
-    sub = command("reproduce", "commands.reproduce", "the rows of one paper table, beside the printed numbers", [run])
+    sub = command("reproduce", "commands.reproduce", "the rows of one paper table, beside the printed numbers",
+                  [run, _making()])
     sub.add_argument("config", type=Path, help="a file of paper_configs")
     sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
     sub.add_argument("--network", nargs="+", default=[], help="only the rows of these networks")
-    sub = command("sweep", "sweep.sweep", "the rows of several paper tables at once, or on a cluster", [run])
+    sub = command("sweep", "sweep.sweep", "the rows of several paper tables at once, or on a cluster", [run, _making()])
     sub.description, sub.formatter_class = _documentation("sweep"), argparse.RawDescriptionHelpFormatter
     sub.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="files of paper_configs")
     sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
@@ -78,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     _add_tools(command)
     return top
+
+
+def _making() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(add_help=False)
+    found.add_argument("--no-measure", action="store_true", help="make the files only; the same command with --resume "
+                       "measures them, also on another machine that the results folder was copied to")
+    return found
 
 
 def _add_sensitivity(command, run) -> None:

@@ -59,7 +59,8 @@ def spec_of(job: Job, table: str, order: int, options: Namespace, data: str | No
     own = merge(job.setup, {key: value for key, value in setup.items() if key != "recipe"})
     return Spec(dataclasses.replace(job, seed=seed, setup=own), table, order, job.task if data is None else data,
                 str(options.results), _text(options.data_dir), options.device, _text(options.checkpoint),
-                options.epochs, options.resume, image_size=options.image_size, setup=setup)
+                options.epochs, options.resume, image_size=options.image_size, setup=setup,
+                measure=not getattr(options, "no_measure", False))
 
 
 def given_setup(options: Namespace) -> dict[str, Any]:
@@ -158,6 +159,9 @@ def comparison(options: Namespace, task: str, network: str) -> list[tuple[int, J
 def reproduce(options: Namespace, console: Console) -> None:
     entry = read_table(options.config)
     rows = run_all([spec_of(job, entry.name, order, options) for order, job in chosen(entry, options)], options)
+    if options.no_measure:
+        console.print(f"files to be measured: {options.results / 'runs'}", soft_wrap=True)
+        return
     console.print(against_paper.terminal(rows, entry.title))
     console.print(f"rows: {options.results / 'rows' / entry.name}", soft_wrap=True)
 

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,12 +14,13 @@ from methods import compress_to_size, data_of
 from methods.core.artifact import CompressedModel
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
-from methods.core.file.storage import encode, load, to_bytes
+from methods.core.file.storage import encode, inspect, load, to_bytes
 from methods.core.fit.sixteen_bit import sixteen_bit
 from methods.core.graph.build import weight_layers
 from methods.core.graph.shrink import shrink
 from methods.core.train.task import Task
 
+from . import made
 from .baselines import Baseline, Setup, find_setup, skeleton
 from .chance import paired, standard_error, unpack
 from .checkpoints import digest_of
@@ -39,7 +39,8 @@ from .settings import build, count_knobs, merge, plain
 class Place:
     """Where jobs run and where their results go.
 
-    scores  {digest of decoded tensors: which test inputs are right}, of networks measured before
+    scores   {digest of decoded tensors: which test inputs are right}, of networks measured before
+    measure  False: files are made, and measured by a later run that resumes
     """
 
     results: Path
@@ -47,6 +48,7 @@ class Place:
     screen: Screen
     resume: bool = False
     scores: dict[tuple, dict[str, Tensor]] = field(default_factory=dict)
+    measure: bool = True
 
     @property
     def states(self) -> Path:
@@ -66,13 +68,13 @@ class Start:
         return top1_of(self.right)
 
 
-def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, order: int = 0) -> Row:
-    """Compress, encode, decode, measure, write the row and return it.
+def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, order: int = 0) -> Row | None:
+    """Compress, encode, decode, measure, write the row and return it; None where `place.measure` leaves it out.
 
     Where `place.resume` is set and the row of this very job is there already with its file, that row is returned; and
-    so it is where another process was at work on this job, and has finished it.
+    so it is where another process was at work on this job, and has finished it. A file that waits is measured.
     """
-    method, budget, config = prepare(job)
+    method, _, _ = prepare(job)
     network = skeleton(dataset, job.network)
     check_layers(job, list(weight_layers(network)))
     setup = setup_of(job, dataset)
@@ -82,25 +84,52 @@ def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, 
         place.screen.say(f"{job.name}: another process is at work on it: waiting for its row")
 
     with locked(place.states / f"{key}.lock", waiting) as waited:
-        done = finished(folder, stem(job.name, label(job.network), job.seed, start.baseline.digest), key)
-        if done is not None and (place.resume or waited) and is_of(place.results / "models" / done["file"], done):
+        resume, done = place.resume or waited, finished(folder, name_of(job, start.baseline), key)
+        if done is not None and resume and is_of(place.results / "models" / done["file"], done):
             place.screen.say(f"{job.name}: its row is in {folder} already, from commit {done.get('commit')}")
             return done.changed(paper=plain(job.paper), note=job.note, order=order)
-        task = task_for(method, config, setup, dataset, job.network, place.device)
-        run = DiskRun(place.states / key, job.name, place.screen, resume=place.resume or waited)
-        generator = torch.Generator().manual_seed(job.seed)
-        calibration = setup.task(dataset, job.network, torch.device("cpu"))
-        compressed = compress_to_size(method, start.baseline.model, task, budget, config, generator, run=run,
-                                      finish=lambda found: as_stored(found, job, network, calibration))
-        cpu, wall = run.clock.seconds()
-        given = described(job, setup, dataset, start.baseline) | {
-            "table": table, "order": order, "job": key, "budget": plain(budget), "config": plain(config),
-            "notes": plain(compressed.notes), "device": place.device.type,
-            "difficulty": {"data": data_of(method, config), "knobs": count_knobs(config) + knobs_of(budget),
-                           "lines": module_lines(method), "cpu_seconds": cpu, "wall_seconds": wall}}
-        row = store(given, compressed, job, network, dataset, setup, start, place, run)
+        run = DiskRun(place.states / key, job.name, place.screen, resume=resume)
+        found = made.find(run.folder)
+        if found is None:
+            found = make(job, network, dataset, setup, start.baseline, place, run)
+        if not place.measure:
+            place.screen.say(f"{job.name}: its file is made; the same command with --resume measures it")
+            return None
+        given = {**found.facts, **described(job, setup, dataset, start.baseline), "table": table, "order": order,
+                 "job": key, "difficulty": {**found.facts["difficulty"], "lines": module_lines(method)}}
+        row = store(found, given, job, network, dataset, setup, start, place)
         run.forget()
         return row
+
+
+def name_of(job: Job, baseline: Baseline) -> str:
+    """Of the files of its row."""
+    return stem(job.name, label(job.network), job.seed, baseline.digest)
+
+
+def make(job: Job, network: nn.Module, dataset: Dataset, setup: Setup, baseline: Baseline, place: Place, run: DiskRun
+         ) -> made.Made:
+    """The file of a job, in the folder of its run, with what its row says of how it was made."""
+    method, budget, config = prepare(job)
+    calibration = setup.task(dataset, job.network, torch.device("cpu"))
+    compressed = compress_to_size(method, baseline.model, task_for(method, config, setup, dataset, job.network,
+                                                                   place.device),
+                                  budget, config, torch.Generator().manual_seed(job.seed), run=run,
+                                  finish=lambda found: as_stored(found, job, network, calibration))
+    cpu, wall = run.clock.seconds()
+    small = as_stored(compressed, job, network, calibration)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / made.FILE
+    encode(small, path, mode="best")
+    inspect(path)  # raises where it is damaged: it does not count as made
+    whole = replace(sixteen_bit(compressed) if job.sixteen_bit else compressed, activations=small.activations,
+                    ranges_by=small.ranges_by)
+    facts = {"budget": plain(budget), "config": plain(config), "notes": plain(compressed.notes),
+             "device": place.device.type,
+             "bytes_unshrunk": len(to_bytes(whole)[0]) if job.shrink else path.stat().st_size,
+             "difficulty": {"data": data_of(method, config), "knobs": count_knobs(config) + knobs_of(budget),
+                            "cpu_seconds": cpu, "wall_seconds": wall}}
+    return made.keep(run.folder, facts, run.origins, surroundings())
 
 
 def setup_of(job: Job, dataset: Dataset) -> Setup:
@@ -129,24 +158,21 @@ def described(job: Job, setup: Setup, dataset: Dataset, baseline: Baseline) -> d
             "data": dataset.digest, "checkpoint": baseline.described()}
 
 
-def store(given: Mapping[str, Any], compressed: CompressedModel, job: Job, network: nn.Module, dataset: Dataset,
-          setup: Setup, start: Start, place: Place, run: DiskRun) -> Row:
-    """Write the file under a name of its own, measure it, and only then give file and row their names, together."""
-    name = stem(job.name, label(job.network), job.seed, start.baseline.digest)
+def store(found: made.Made, given: Mapping[str, Any], job: Job, network: nn.Module, dataset: Dataset, setup: Setup,
+          start: Start, place: Place) -> Row:
+    """Measure a file that is made, and only then give file and row their names, together."""
+    name = name_of(job, start.baseline)
     path = place.results / "models" / given["table"] / f"{name}.jc"
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    place.screen.say(f"{job.name}: storing the file and measuring it on {len(dataset.test):,} test inputs")
-    try:
-        scores = place.scores.setdefault((dataset.digest, job.network), {})
-        measured = store_and_measure(compressed, own, job, network, dataset, setup, start, scores)
-        row = Row({**measured, **given, "file": f"{path.parent.name}/{path.name}",
-                   **joined([*run.origins, origin()]), **surroundings()})
-        with locked(place.states / f"{given['table']}-{name}.lock"):
-            os.replace(own, path)
-            write_row(place.results / "rows" / given["table"], row)
-    finally:
-        own.unlink(missing_ok=True)
+    place.screen.say(f"{job.name}: measuring its file on {len(dataset.test):,} test inputs")
+    scores = place.scores.setdefault((dataset.digest, job.network), {})
+    here = surroundings()
+    elsewhere = {} if found.surroundings == here else {"made_with": found.surroundings}
+    row = Row({**measured(found.path, job, network, dataset, setup, start, scores), **given,
+               "file": f"{path.parent.name}/{path.name}", **joined([*found.origins, origin()]), **here, **elsewhere})
+    with locked(place.states / f"{given['table']}-{name}.lock"):
+        os.replace(found.path, path)
+        write_row(place.results / "rows" / given["table"], row)
     return row
 
 
@@ -156,15 +182,11 @@ def as_stored(compressed: CompressedModel, job: Job, network: nn.Module, calibra
     return with_ranges(sixteen_bit(small) if job.sixteen_bit else small, network, calibration)
 
 
-def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network: nn.Module, dataset: Dataset,
-                      setup: Setup, start: Start, scores: dict[str, Tensor]) -> dict:
-    """Write the file of a result (see `as_stored`), then measure that file."""
+def measured(path: Path, job: Job, network: nn.Module, dataset: Dataset, setup: Setup, start: Start,
+             scores: dict[str, Tensor]) -> dict:
+    """What the file at `path` says and scores."""
     scaling = find(job.network).scaling
     calibration = setup.task(dataset, job.network, torch.device("cpu"))
-    small = as_stored(compressed, job, network, calibration)
-    encode(small, path, mode="best")
-    whole = replace(sixteen_bit(compressed) if job.sixteen_bit else compressed, activations=small.activations,
-                    ranges_by=small.ranges_by)
     height, width, channels = dataset.image_shape
     test = test_batches(dataset, batch_size=250, device=torch.device("cpu"), scaling=scaling)
     row = measure(path, network, test.epoch(None), (channels, height, width), index_bits=job.index_bits,
@@ -175,7 +197,7 @@ def store_and_measure(compressed: CompressedModel, path: Path, job: Job, network
         row |= {"bn_reestimation": job.bn_reestimation,
                 "top1_float_bn_reestimated": top1_of(right_of([model], test.epoch(None))[0])}
     return {**row, **beside(start, row["right"]), "file_digest": digest_of(path), "shrink": job.shrink,
-            "sixteen_bit": job.sixteen_bit, "bytes_unshrunk": len(to_bytes(whole)[0]) if job.shrink else row["bytes"]}
+            "sixteen_bit": job.sixteen_bit}
 
 
 def beside(start: Start, right: Mapping[str, str]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Spec:
     image_size    of pictures from files;  setup  changes of the baseline's, {batch_size, augment, recipe}
     resume        take the row if it is there, and go on from saved states
     threads       of torch; None leaves them as they are
+    measure       False: stop where the file is made
     """
 
     job: Job
@@ -59,6 +60,7 @@ class Spec:
     threads: int | None = None
     image_size: int | None = None
     setup: Mapping[str, Any] = field(default_factory=dict)
+    measure: bool = True
 
 
 class Session:
@@ -77,7 +79,7 @@ class Session:
         return self._datasets[key]
 
     def place(self, spec: Spec) -> Place:
-        return Place(Path(spec.results), device_of(spec.device), self.screen, spec.resume, self.scores)
+        return Place(Path(spec.results), device_of(spec.device), self.screen, spec.resume, self.scores, spec.measure)
 
     def start(self, spec: Spec) -> Start:
         """The network that the row starts from, scored once."""
@@ -91,8 +93,10 @@ class Session:
         return self._starts[key]
 
 
-def run_one(spec: Mapping[str, Any], session: Session | None = None) -> Row:
+def run_one(spec: Mapping[str, Any], session: Session | None = None) -> Row | None:
     """The row of a plain `Spec`, made or, where it says resume, found; everything it needs is opened here.
+
+    None where the spec leaves measuring out.
 
     Raises CompressError for a mistake in the spec. Equal specs give equal rows wherever they run, but for the seconds.
     """

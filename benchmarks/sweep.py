@@ -49,7 +49,7 @@ PATIENCE = 30.0  # seconds for a scheduler to answer
 
 @dataclass(frozen=True)
 class Outcome:
-    """A row, or why there is none."""
+    """A row, or why there is none; neither where a file is made and not measured."""
 
     row: Row | None
     fault: str = ""
@@ -139,7 +139,7 @@ def show(specs: Sequence[Spec], outcomes: Sequence[Outcome], console: Console) -
         if rows:
             console.print(against_paper.terminal(rows, name))
     faults = [f"{spec.table}, {spec.job.name}, seed {spec.job.seed}: {outcome.fault}"
-              for spec, outcome in zip(specs, outcomes, strict=True) if outcome.row is None]
+              for spec, outcome in zip(specs, outcomes, strict=True) if outcome.fault]
     for fault in faults:
         say(fault)
     if faults:

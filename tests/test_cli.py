@@ -252,7 +252,7 @@ def test_compare_from_training_to_report(run, place):
 
 def test_an_interrupted_compare_goes_on_where_it_was(run, place, monkeypatch):
     """The baseline and the first row are done when it breaks off: neither is made again."""
-    whole, trainings = execute.store_and_measure, []
+    whole, trainings = execute.measured, []
     monkeypatch.setattr(specs, "train_baseline",
                         lambda *given, _f=specs.train_baseline, **more: trainings.append(1) or _f(*given, **more))
     counted = []
@@ -263,7 +263,7 @@ def test_an_interrupted_compare_goes_on_where_it_was(run, place, monkeypatch):
             raise KeyboardInterrupt
         return whole(*given)
 
-    monkeypatch.setattr(execute, "store_and_measure", breaking)
+    monkeypatch.setattr(execute, "measured", breaking)
     words = "compare --task digits --network resnet18w2 --epochs 1"
     code, _, err = run(words)
     assert code == 130 and err.splitlines()[-1] == "interrupted; the same command with --resume continues"

@@ -192,4 +192,7 @@ def test_a_damaged_file_is_never_measured(run, monkeypatch, tmp_path):
     monkeypatch.setattr(execute, "encode", damaging)
     with pytest.raises(ValueError, match="checksum"):
         run(job())
-    assert not (tmp_path / "rows").exists() and not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not (tmp_path / "rows").exists() and not (tmp_path / "models").exists()
+    monkeypatch.undo()
+    row, _ = run(job(), resume=True)
+    assert row["bytes"] == (tmp_path / "models" / row["file"]).stat().st_size

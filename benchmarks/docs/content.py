@@ -15,7 +15,8 @@ from .tables import table_of
 from .words import Row, metric, size, times
 
 FACTS = ("note", "file", "file_digest", "task", "network", "seed", "budget", "config", "setup", "checkpoint", "data",
-         "ranges_by", "commit", "dirty", "mixed", "device", "threads", "torch", "numpy", "python", "cpu", "gpu")
+         "ranges_by", "commit", "dirty", "mixed", "device", "threads", "torch", "numpy", "python", "cpu", "gpu",
+         "made_with")
 COURSES = 12  # rows of a table whose course is drawn
 
 

@@ -1,0 +1,83 @@
+"""Files that wait for their measuring: made once, found by the run that resumes, made anew where they are damaged."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import execute, made
+from benchmarks.baselines import Baseline
+from benchmarks.data import open_dataset
+from benchmarks.execute import Place, Start, run_job
+from benchmarks.jobs import Job
+from benchmarks.networks import build
+from benchmarks.runs import Screen
+
+ONE = Job("one", "prune_then_quantize", "digits", "resnet18w2", {"density": 0.5, "bits": 8})
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(job, **place) -> row; run.makings counts how often files were made."""
+    baseline, counted = Baseline(build("resnet18w2", 10, 1).eval(), "0" * 16, "source", {}), []
+    monkeypatch.setattr(execute, "make", lambda *given, _f=execute.make: counted.append(1) or _f(*given))
+
+    def run(job=ONE, table="own", **place):
+        there = Place(tmp_path, torch.device("cpu"), Screen(bars=False), **place)
+        return run_job(job, open_dataset("digits"), Start(baseline, torch.arange(360) % 2 == 0, 50.0), there, table)
+
+    run.makings = counted
+    return run
+
+
+def without_seconds(row):
+    return {key: value for key, value in row.items() if key != "difficulty"}
+
+
+def test_a_file_made_apart_gives_the_row_of_one_run(run, tmp_path):
+    whole = run(table="whole")
+    assert run(measure=False) is None and not (tmp_path / "models" / "own").exists()
+    row = run(resume=True)
+    assert len(run.makings) == 2 and not list((tmp_path / "runs").glob("*"))
+    assert {**without_seconds(row), "table": "whole", "file": whole["file"]} == without_seconds(whole)
+    assert row["difficulty"].keys() == whole["difficulty"].keys()
+    assert (tmp_path / "models" / row["file"]).read_bytes() == (tmp_path / "models" / whole["file"]).read_bytes()
+
+
+def test_what_is_printed_beside_a_row_is_that_of_its_measuring(run):
+    run(measure=False)
+    row = run(replace(ONE, note="later", paper={"error_float": 2.0}), resume=True)
+    assert (row["note"], row["paper"]) == ("later", {"error_float": 2.0}) and len(run.makings) == 1
+
+
+def test_without_resume_the_file_is_made_again(run):
+    run(measure=False)
+    run()
+    assert len(run.makings) == 2
+
+
+@pytest.mark.parametrize("spoil", [lambda folder: (folder / made.FILE).write_bytes(b"x"),
+                                   lambda folder: (folder / made.FILE).unlink(),
+                                   lambda folder: (folder / made.FACTS).write_text("{}"),
+                                   lambda folder: (folder / made.FACTS).write_text("[")])
+def test_a_damaged_file_is_made_again(run, tmp_path, spoil):
+    run(measure=False)
+    (folder,) = [path for path in (tmp_path / "runs").iterdir() if path.is_dir()]
+    spoil(folder)
+    assert run(resume=True)["name"] == "one" and len(run.makings) == 2
+
+
+def test_the_row_says_what_the_file_was_made_with(run, monkeypatch):
+    monkeypatch.setattr(execute, "surroundings", lambda: {"torch": "other", "gpu": "one"})
+    run(measure=False)
+    monkeypatch.undo()
+    row = run(resume=True)
+    assert row["made_with"] == {"torch": "other", "gpu": "one"} and row["torch"] == torch.__version__
+
+
+def test_the_code_of_both_parts_counts(run, monkeypatch):
+    monkeypatch.setattr("benchmarks.runs.origin", lambda: ("a" * 40, True))
+    run(measure=False)
+    monkeypatch.setattr(execute, "origin", lambda: ("b" * 40, False))
+    row = run(resume=True)
+    assert row["dirty"] is True and row["mixed"] is True and row["commit"] == "b" * 40
