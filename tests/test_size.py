@@ -137,6 +137,13 @@ def test_without_training_no_weight_is_trimmed(tiny):
     assert tiny.same({n: t.codes for n, t in found.weights.items()}, {n: t.codes for n, t in again.weights.items()})
 
 
+def test_what_is_removed_when_a_file_is_stored_is_a_share(tiny):
+    """Half of the weights, say with dead units: of a small file that is less than of the first that is looked at."""
+    found, _ = sized(Made(Knob("density", 1e-3, 1.0)), tiny, Config(Recipe(epochs=0, lr=1.0)),
+                     finish=lambda found: without_smallest(found, 0.5))
+    assert 0.9 <= len(to_bytes(without_smallest(found, 0.5))[0]) / (0.2 * float_bytes(tiny.model())) <= 1
+
+
 def test_whole_numbers_take_the_largest_that_fits(tiny):
     config = Config(Recipe(epochs=0, lr=1.0))
     made = Made(Knob("bits", 1, 16, whole=True))

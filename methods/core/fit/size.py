@@ -107,7 +107,7 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
     correction, seen, aim = 1.0, set(), limit if search.exact else AIM * limit
     first = search.solve(aim)
     if first is not None:
-        search.finishing = file_bytes(finish(search.cheap_run(first))) - search.cheap_bytes(first)
+        search.finish(first, finish)
     for _ in range(RUNS):
         value = search.solve(aim / correction)
         if value is None or value in seen:
@@ -146,7 +146,7 @@ class _Search:
         saved = self.log.load()
         self.sizes: dict[float, int] = {} if saved is None else saved["sizes"]
         self.kept: dict[float, CompressedModel] = {}
-        self.finishing = 0  # bytes that `finish` adds
+        self.added, self.share = 0, 1.0  # bytes that the caller's `finish` adds, or the share that it leaves
 
     def _call(self, config: Any, value: float, run: Run) -> CompressedModel:
         budget, config = self.knob.turned(self.budget, config, value)
@@ -162,7 +162,12 @@ class _Search:
         if value not in self.sizes:
             self.sizes[value] = file_bytes(self.cheap_run(value))
             self.log.save({"sizes": self.sizes})
-        return self.sizes[value] + self.finishing
+        return int(self.share * self.sizes[value]) + self.added
+
+    def finish(self, value: float, finish: Finish) -> None:
+        """Look once at what `finish` does to the size: ranges are added, dead units go in proportion to the rest."""
+        size, before = file_bytes(finish(self.cheap_run(value))), self.sizes[value]
+        self.added, self.share = max(size - before, 0), min(size / before, 1.0)
 
     def whole_run(self, value: float) -> CompressedModel:
         if self.exact:
