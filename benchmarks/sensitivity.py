@@ -21,12 +21,11 @@ from torch import nn
 
 from methods.core.errors import ConfigError
 from methods.core.file.container import write_file
-from methods.core.fit.criteria import find_criterion
 from methods.core.fit.layer_rates import LEVELS, WIDTHS
 from methods.core.fit.quantize import find_scheme
 from methods.core.train.task import Task
 from methods.pipeline import Sensitivity, pruning_curves, quantization_curves
-from methods.pipeline.curves import check_levels
+from methods.pipeline.curves import check_granularity, check_levels
 
 from .baselines import changed, find_setup
 from .commands import given_setup, network_for, prepared, spec_of
@@ -70,7 +69,7 @@ def sensitivity(options: Namespace, console: Console) -> None:
 def asked(options: Namespace) -> dict[str, Any]:
     """What is measured; ConfigError where --bits goes with what only pruning has."""
     if options.bits is None:
-        find_criterion(options.criterion, options.granularity)
+        check_granularity(options.criterion, options.granularity)
         levels = LEVELS if options.rates is None else options.rates
         check_levels("density", levels)
         return {"level": "density", "levels": levels, "criterion": options.criterion,

@@ -252,6 +252,7 @@ def test_a_file_gives_back_every_bit(compressed, tiny):
             assert dict(getattr(back, part)) == dict(getattr(compressed, part))
         assert dict(back.topology.folded) == dict(compressed.topology.folded)
         assert {k: tuple(v) for k, v in back.topology.widths.items()} == dict(compressed.topology.widths)
+        assert tuple(back.topology.removed) == tuple(compressed.topology.removed)
         assert back.ranges_by == compressed.ranges_by
         assert to_bytes(back, mode=mode)[0] == to_bytes(compressed, mode=mode)[0]
 

@@ -68,15 +68,15 @@ def test_a_global_ranking_is_one_and_leaves_no_layer_empty():
 
 def test_pairs_without_sense_are_refused():
     fine = [(name, granularity) for name, one in CRITERIA.items() for granularity in one.granularities]
-    assert len(fine) == 11 and all(find_criterion(*pair) for pair in fine)
+    assert len(fine) == 13 and all(find_criterion(*pair) for pair in fine)
     with pytest.raises(ConfigError, match="fpgm' ranks no single weight: allowed are level, taylor, movement, random"):
         find_criterion("fpgm", "weight")
     with pytest.raises(ConfigError, match="level' ranks no single channel: allowed are l1, l2, fpgm, slim"):
         find_criterion("level", "channel")
     with pytest.raises(ConfigError, match="criterion = 'big'"):
         find_criterion("big", "weight")
-    with pytest.raises(ConfigError, match="granularity = 'block'"):
-        find_criterion("level", "block")
+    with pytest.raises(ConfigError, match="granularity = 'filter'"):
+        find_criterion("level", "filter")
 
 
 def test_agp_of_ten_updates():

@@ -93,6 +93,12 @@ GOLDEN_2 = (
 )
 
 
+GOLDEN_3 = (
+    "ikpDTQMBLYPRQKOUQG7WMTTQMdIBut84NhYaUiApKyWgraCwSwGqVoI6FKhDCRQwSrG1ACgAOAAFC90CggAESWQi4B0KtgVLnboIkmTE3qFNOqJg"
+    "CGuF5cxsO/VE6OgAGA2pXYIEBQkABySU2p4Q85mKVFB4aTDciaLcS8z2O+CcvA9a99vPhD3Z6ZuNd2sAAHkeRWPo8WIc"
+)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_files_of_version_1_stay_readable(mode):
     assert_same(golden_model(), from_bytes(base64.b64decode(GOLDEN[mode])))
@@ -101,3 +107,6 @@ def test_files_of_version_1_stay_readable(mode):
 def test_files_of_this_version_stay_readable():
     """Whoever changes the format raises VERSION; a new release of a library must not change it unnoticed."""
     assert_same(newer_golden_model(), from_bytes(base64.b64decode(GOLDEN_2)))
+    removed = Topology({"fc1": "bn1"}, removed=("layer1.1", "head"))
+    assert_same(CompressedModel({"fc1": golden_model().weights["fc1"]}, {}, topology=removed),
+                from_bytes(base64.b64decode(GOLDEN_3)))

@@ -61,9 +61,11 @@ class Window:
 class Topology:
     """What differs from the skeleton network.
 
-    folded  {conv or linear: batch norm} whose batch norm was folded into weight and bias
-    widths  {module: (out, in)} of layers that lost channels; a batch norm is (features, features)
+    folded   {conv or linear: batch norm} whose batch norm was folded into weight and bias
+    widths   {module: (out, in)} of layers that lost channels; a batch norm is (features, features)
+    removed  residual blocks in whose place is the identity
     """
 
     folded: Mapping[str, str] = field(default_factory=dict)
     widths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()

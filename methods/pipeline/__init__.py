@@ -19,6 +19,9 @@ Departures  There is no single paper; those of the parts are named in `core/fit`
     score is the plain sum (no Adam), and masks are chosen at the updates alone.
   * A pruned channel loses its bias and its batch norm's, so that it is 0; `shrink` cuts it out. Channels of the
     network's outputs stay. Layers that share channels share one mask.
+  * A block that goes is one with the identity as its shortcut and all its layers chosen; the identity takes its place,
+    a clamp behind the sum goes, too. They go one by one, always the one without which the loss on the held-out data is
+    least (of what is left, at fixed weights): the error has too many ties there. geometric has rounds of equally many.
   * rates, widths = "sensitivity" choose densities and bits of layers by the held-out error of each pruned or rounded
     alone (core/fit/layer_rates); the budget's bits are then their mean over the weights.
   * slim penalises |gamma| until the last masks are chosen: with one_shot in `before`.
@@ -34,7 +37,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..core.artifact import Affine, CompressedModel, tensor_name
+from ..core.artifact import Affine, CompressedModel, Topology, tensor_name
 from ..core.budget import Budget
 from ..core.errors import CompressError
 from ..core.fit.calibrate import calibrate
@@ -49,6 +52,7 @@ from ..core.train.finetune import train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import Task
+from .blocks import BlockPruning, Course, of_equal_shape
 from .curves import Sensitivity, density_curves, pruning_curves, quantization_curves, width_curves
 from .dressed import Dressed
 from .plan import Plan, check_data, companions, make_plan
@@ -65,16 +69,19 @@ HALF = torch.finfo(torch.float16).max
 
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
-    """Budget: bits (but for float16), density for weights or channel_density for channels, if they are pruned."""
+    """Budget: bits (but for float16), density for weights or channel_density for channels, if they are pruned; how many
+    blocks go is config.prune.blocks."""
     run = NullRun() if run is None else run
     pruned = "prune" in config.order
-    field = "density" if config.prune.granularity == "weight" else "channel_density"
-    budget.require("pipeline", *([field] if pruned else []),
+    fields = {"weight": ["density"], "channel": ["channel_density"], "block": []}[config.prune.granularity]
+    budget.require("pipeline", *(fields if pruned else []),
                    *(["bits"] if config.quantize.quantizer != FLOAT16 else []))
-    model = own_copy(model)
+    given, model = model, own_copy(model)
     plan = make_plan(model, trace(model), budget, config)
     check_data(task, config)
     task = ready(model, task, config)
+    if plan.blocks and task is not None:
+        plan = replace(plan, blocks=of_equal_shape(model, task, plan.blocks, config.prune.blocks))
     if config.prune.fresh:
         model = started_anew(model, generator)
     if config.prune.control == "reinitialised":
@@ -84,14 +91,15 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     stages = {"prune": lambda: prune(model, task, dressed, plan, config.prune, generator, run),
               "quantize": lambda: quantize(model, task, dressed, plan, config.quantize, generator, run),
               "distil": lambda: train(model, task, config.distil, generator, hooks=dressed, run=run.stage("distil"))}
-    for stage in config.order:
-        stages[stage]()
-    return finish(model, task, dressed, config)
+    outcome = {stage: stages[stage]() for stage in config.order}
+    return finish(model, given, task, dressed, config, outcome.get("prune", ()))
 
 
 def prune(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, settings: Prune,
-          generator: torch.Generator, run: Run) -> None:
-    """The prune stage, in place."""
+          generator: torch.Generator, run: Run) -> Course:
+    """The prune stage, in place; the blocks that went."""
+    if settings.granularity == "block":
+        return BlockPruning(model, task, dressed, plan.blocks, settings, generator, run)()
     units = Units(plan.layers, plan.groups)
     norms = {name: model.get_submodule(norm) for name, norm in plan.norms.items()}
     scores = make_scores(settings.criterion, settings.granularity, dressed, units.layers, norms, settings.penalty,
@@ -100,6 +108,7 @@ def prune(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, set
     densities = plan.densities if settings.rates == "budget" else by_sensitivity(model, task, dressed, plan, run)
     masks = Masks(dressed, units, scores, densities, settings.schedule, settings.scope, updates)
     RUNS[settings.schedule](Pruning(model, task, masks, settings, generator, run, plan.anew))
+    return ()
 
 
 def by_sensitivity(model: nn.Module, task: Task, dressed: Dressed, plan: Plan, run: Run) -> dict[str, float]:
@@ -115,7 +124,7 @@ def quantize(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, 
     """The quantize stage, in place; float16 rounds at the end."""
     if plan.bits is None:
         return
-    kind, bits = find_quantizer(settings.quantizer), plan.bits
+    kind, bits = find_quantizer(settings.quantizer), {b: plan.bits[b] for b in plan.bits if b in dressed.coats}
     if settings.widths == "sensitivity":
         widths = [b for b in WIDTHS if kind.widths[0] <= b <= kind.widths[1]]
         curves = width_curves(model, task, dressed, widths, settings.scheme, settings.per_channel,
@@ -127,26 +136,28 @@ def quantize(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, 
     dressed.freeze()
 
 
-def finish(model: nn.Module, task: Task | None, dressed: Dressed, config: Config) -> CompressedModel:
+def finish(model: nn.Module, given: nn.Module, task: Task | None, dressed: Dressed, config: Config, gone: Course
+           ) -> CompressedModel:
     """Codes, or 16-bit floats, under the masks; batch norm folded where it folds exactly; ranges."""
     model.eval()
+    topology = Topology(removed=tuple(path for path, _ in gone))
+    notes = {"removed": [list(step) for step in gone]} if gone else {}
     if config.quantize.quantizer == FLOAT16:
         masks = {name: coat.mask for name, coat in dressed.coats.items()}
         dressed.take_off()
-        compressed = assemble(model, {})
+        compressed = assemble(model, {}, topology=topology, notes=notes)
         compressed = replace(compressed, rest={**compressed.rest, **{
             tensor_name(name): _half(name, compressed.rest[tensor_name(name)], mask) for name, mask in masks.items()}})
     else:
         codes = dressed.encode()
         dressed.take_off()
         if all(isinstance(tensor.grid, Affine) for tensor in codes.values()):
-            folded, codes, topology = fold_codes(model, codes)
-            compressed = assemble(folded, codes, topology=topology)
-        else:
-            compressed = assemble(model, codes)
+            model, codes, folded = fold_codes(model, codes)
+            topology = replace(topology, folded=folded.folded)
+        compressed = assemble(model, codes, topology=topology, notes=notes)
     if config.activations == "float":
         return compressed
-    ranges = calibrate(apply(compressed, model), task.calibration_inputs(config.calibration_inputs),
+    ranges = calibrate(apply(compressed, given), task.calibration_inputs(config.calibration_inputs),
                        config.activation_bits, config.range_method)
     return replace(compressed, activations=ranges)
 

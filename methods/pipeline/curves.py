@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..core.budget import FLOAT_BITS, OTHERS, Budget, PerLayer
 from ..core.errors import ConfigError
-from ..core.fit.criteria import choose, find_criterion
+from ..core.fit.criteria import ELEMENTS, choose, find_criterion
 from ..core.fit.layer_rates import LEVELS, WIDTHS, Curves, equal_drop, equal_drop_bits, measure_curves
 from ..core.fit.quantize import find_scheme
 from ..core.fit.weight_quantizers import Nearest
@@ -64,7 +64,7 @@ def pruning_curves(model: nn.Module, task: Task, generator: torch.Generator, lev
     (['0'], [1.0, 0.5], 'top1')
     """
     check_levels("density", levels)
-    find_criterion(criterion, granularity)
+    check_granularity(criterion, granularity)
     config = Config(prune=Prune(criterion, granularity), quantize=Quantize(FLOAT16), activations="float")
     model = own_copy(model)
     budget = Budget(**{"density" if granularity == "weight" else "channel_density": _whole(1.0, layers)})
@@ -125,6 +125,13 @@ def width_curves(model: nn.Module, task: Task, dressed: Dressed, widths: Sequenc
             dressed.quantize({name: Nearest(bits, scheme, per_channel)})
 
     return measure_curves(list(dressed.coats), alone, lambda: task.error(model), widths, whole=FLOAT_BITS, run=run)
+
+
+def check_granularity(criterion: str, granularity: str) -> None:
+    """ConfigError unless the criterion ranks what is kept to some share."""
+    if granularity == "block":
+        raise ConfigError(f"granularity = 'block': a block is there or not; curves have {', '.join(ELEMENTS)}")
+    find_criterion(criterion, granularity)
 
 
 def check_levels(level: str, values: Sequence[float]) -> None:

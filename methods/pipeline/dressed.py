@@ -82,6 +82,13 @@ class Dressed(Hooks):
             for module, attribute in self.companions.get(name, ()):
                 module.parametrizations[attribute][0].mask.copy_(mask)
 
+    def forget(self, block: str) -> None:
+        """A block of the network, with all its layers, is no more."""
+        gone = [name for name in self.coats if f"{name}.".startswith(f"{block}.")]
+        for name in gone:
+            del self.coats[name], self.places[name]
+        self.companions = {name: beside for name, beside in self.companions.items() if name not in gone}
+
     def quantize(self, quantizers: Mapping[str, WeightQuantizer]) -> None:
         """Put quantizers on, fitted to the kept weights."""
         for name, quantizer in quantizers.items():

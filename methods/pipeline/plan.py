@@ -15,6 +15,7 @@ from ..core.graph.graph import Graph
 from ..core.graph.weights import weight_layers
 from ..core.train.finetune import check_trainable
 from ..core.train.task import Task
+from .blocks import removable
 from .pruning import interval_of
 from .settings import Config
 
@@ -23,7 +24,8 @@ from .settings import Config
 class Plan:
     """bits {layer: width}, None for float16;  densities {layer or group: kept share} of what is pruned.
 
-    anew  the state of the network with other initial weights, where a control asks for one
+    blocks  that can go, where blocks do
+    anew    the state of the network with other initial weights, where a control asks for one
     """
 
     layers: list[str]
@@ -31,6 +33,7 @@ class Plan:
     densities: Mapping[str, float]
     groups: dict[str, Group] | None
     norms: Mapping[str, str]
+    blocks: list[str] = field(default_factory=list)
     anew: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -48,6 +51,8 @@ def make_plan(model: nn.Module, graph: Graph, budget: Budget, config: Config) ->
             raise ConfigError(f"widths = 'sensitivity' takes one number of bits, not {sorted(set(bits.values()))}")
     if "prune" not in config.order:
         return Plan(chosen, bits, {}, None, {})
+    if prune.granularity == "block":
+        return Plan(chosen, bits, {}, None, {}, removable(model, chosen, config))
     if prune.granularity == "weight":
         densities = budget.per_layer("density", layers)
         chosen = [name for name in chosen if name in densities]

@@ -14,13 +14,15 @@ from ..core.train.recipe import Distill, Recipe
 FLOAT16 = "float16"
 ON_GRIDS = ("rtn", "qat", "lsq", "lsq+")
 CONTROLS = ("none", "reinitialised", "shuffled")
+OF_BLOCKS = ("one_shot", "geometric")  # schedules
 STAGES = ("prune", "quantize", "distil")
 
 
 @dataclass(frozen=True)
 class Prune:
-    """criterion, granularity ("weight" or "channel"), schedule: of core/fit; scope: rank per layer or over all.
+    """criterion, granularity ("weight", "channel", "block"), schedule: of core/fit; scope: rank per layer or over all.
 
+    blocks   how many residual blocks go, of granularity "block"
     rates    of layers: "budget", or "sensitivity": of equal drop in the held-out error, together the budget's density
     updates  of the masks (linear, agp), or rounds;  until  share of the training after which masks stay
     recipe   of the training while or after pruning, in every round;  before  of a training that precedes one_shot
@@ -35,6 +37,7 @@ class Prune:
     granularity: str = "weight"
     schedule: str = "one_shot"
     scope: str = "local"
+    blocks: int = 0
     rates: str = "budget"
     updates: int = 10
     until: float = 0.75
@@ -61,6 +64,8 @@ class Prune:
         for name, least in (("updates", 1), ("rewind", 0), ("score_batches", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} = {getattr(self, name)}: allowed is {least} or more")
+        if self.granularity == "block":
+            self._check_blocks()
         if not 0 < self.until <= 1 or not self.penalty >= 0:
             raise ConfigError(f"until = {self.until}, penalty = {self.penalty}: allowed are a number in (0, 1] and one "
                               "of 0 or more")
@@ -68,8 +73,22 @@ class Prune:
             raise ConfigError(f"schedule = {self.schedule!r} prunes while it trains: give prune.recipe")
         check_idle(self)
 
+    def _check_blocks(self) -> None:
+        """A block is there or not: no mask that a schedule could take back."""
+        if self.schedule not in OF_BLOCKS:
+            raise ConfigError(f"schedule = {self.schedule!r} chooses masks anew, and blocks go for good: allowed are "
+                              f"{', '.join(OF_BLOCKS)}")
+        if self.blocks < 1:
+            raise ConfigError(f"blocks = {self.blocks}: granularity = 'block' removes 1 or more")
+        if self.schedule == "geometric" and self.updates > self.blocks:
+            raise ConfigError(f"updates = {self.updates}: {self.blocks} blocks go in at most as many rounds")
+
     def idle(self) -> dict[str, str]:
         chosen, found = f"schedule = {self.schedule!r}", {}
+        if self.granularity == "block":
+            found["scope"] = "granularity = 'block' has one ranking"
+        else:
+            found["blocks"] = f"granularity = {self.granularity!r} prunes within layers"
         if self.schedule == "one_shot":
             found["updates"] = f"{chosen} chooses masks once"
         else:
@@ -181,6 +200,6 @@ class Config:
         sees = CRITERIA[self.prune.criterion].sees if "prune" in self.order else "nothing"
         judged = self.quantize.widths == "sensitivity"
         judged = judged or "prune" in self.order and self.prune.rates == "sensitivity"
-        if any(recipe is not None for recipe in recipes) or sees == "gradients" or judged:
+        if any(recipe is not None for recipe in recipes) or sees in ("gradients", "losses") or judged:
             return "train"
         return "calibration" if self.activations == "static" else "none"

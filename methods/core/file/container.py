@@ -5,8 +5,8 @@
     activations  varint(bytes), deflated JSON, see ACTIVATIONS, and the scales as float32 or float64; or varint(0)
     rest         float tensors, see rest.py, to the end of the payload
 
-Version 2 added the packing STREAMS of float tensors, the layout CLASSED of masks, and grids in 16 bits; files of
-version 1 are read as ever.
+Version 2 added the packing STREAMS of float tensors, the layout CLASSED of masks, and grids in 16 bits; version 3
+removed blocks. A file is of version 2 unless it needs 3; those of all versions are read.
 """
 
 # mypy: disable-error-code=attr-defined
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..artifact import CompressedModel
 
 MAGIC = b"\x8aJCM"
-VERSION = 2
+VERSION, PLAIN = 3, 2  # the newest; that of a file without removed blocks
 MODES = ("paper", "best")
 DIGEST_BYTES = 8
 MAX_JSON = 1 << 21  # bytes of text
@@ -42,9 +42,10 @@ ELEMENTS_PER_BYTE = 1 << 10
 MAX_WIDTH = 1 << 24  # channels of a layer
 
 # [[layer, shape, bits]], [[name, shape]] of the rest, {name: dtype other than float32}, topology, 1 = harness ranges;
-# b, z: the layers, a bit each, whose biases begin the rest, and whose widths in the topology are those of their shapes
+# d: removed blocks; b, z: the layers, a bit each, whose biases begin the rest, and whose widths in the topology are
+# those of their shapes
 HEADER = {"w": [(str, [int], int)], "r": [(str, [int])], "t": {str: str}, "f": {str: str}, "s": {str: (int, int)},
-          "h": int, "b": int, "z": int}
+          "d": [str], "h": int, "b": int, "z": int}
 # 1 = float64 scales, [[edge, bits, zero, signed]], [[edge, bits, shifts, flags]] of the windows
 ACTIVATIONS = (int, [(str, int, int, int)], [(str, int, [int], int)])
 # Text that the header may repeat for free. It is part of the format: never edit it within a version.
@@ -130,6 +131,7 @@ def pack_header(compressed: "CompressedModel") -> dict:
         "t": {name: dtype for name, dtype in dtypes.items() if dtype != "float32"},
         "f": dict(compressed.topology.folded),
         "s": {name: list(width) for name, width in compressed.topology.widths.items() if name not in cut},
+        "d": list(compressed.topology.removed),
         "h": int(compressed.ranges_by == "harness"),
         "b": sum(1 << place for place, layer in enumerate(compressed.weights) if layer in biased),
         "z": sum(1 << place for place, layer in enumerate(compressed.weights) if layer in cut),
@@ -165,7 +167,7 @@ def check_header(header: object, limit: int) -> dict:
     if type(header) is not dict or not set(header) <= set(HEADER) or not all(
             fits(part, HEADER[key]) for key, part in header.items()):
         raise FormatError("the header has the wrong form")
-    header = _expanded({"w": [], "r": [], "t": {}, "f": {}, "s": {}, "h": 0, "b": 0, "z": 0} | header)
+    header = _expanded({"w": [], "r": [], "t": {}, "f": {}, "s": {}, "d": [], "h": 0, "b": 0, "z": 0} | header)
     for part in ("w", "r"):
         if len({entry[0] for entry in header[part]}) != len(header[part]):
             raise FormatError("the header names a tensor twice")
@@ -179,13 +181,24 @@ def check_header(header: object, limit: int) -> dict:
         raise FormatError("the header holds an impossible width of a layer")
     if not all(1 <= bits <= MAX_BITS for _, _, bits in header["w"]):
         raise FormatError("the header holds an impossible bit width")
+    _check_removed(header)
     if not set(header["t"]) <= {name for name, _ in header["r"]} or not set(header["t"].values()) <= set(DTYPE_BYTES):
         raise FormatError("the header holds an unknown dtype")
     return header
 
 
+def _check_removed(header: dict) -> None:
+    """FormatError where a removed block is named twice, lies in another, or has anything left in the file."""
+    gone = header["d"]
+    left = [name for name, *_ in header["w"] + header["r"]] + [*header["f"], *header["f"].values(), *header["s"]]
+    for path in gone:
+        others = [name for name in gone + left if f"{name}.".startswith(f"{path}.")]
+        if not path or others != [path]:
+            raise FormatError(f"the header removes {path!r} and names {', '.join(map(repr, others[:3]))}")
+
+
 def topology(header: dict) -> Topology:
-    return Topology(header["f"], {name: (out, into) for name, (out, into) in header["s"].items()})
+    return Topology(header["f"], {name: (out, into) for name, (out, into) in header["s"].items()}, tuple(header["d"]))
 
 
 # --- activations -------------------------------------------------------------------------------------------
@@ -236,7 +249,8 @@ def read_activations(reader: Reader, header: dict) -> tuple[dict[str, Activation
 def frame(mode: str, header: dict, payload: bytes) -> bytes:
     """A whole file."""
     packed = deflate(header, PRESET)
-    body = MAGIC + bytes([VERSION, MODES.index(mode)]) + varint(len(packed)) + packed + payload
+    version = VERSION if "d" in header else PLAIN
+    body = MAGIC + bytes([version, MODES.index(mode)]) + varint(len(packed)) + packed + payload
     return body + blake2b(body, digest_size=DIGEST_BYTES).digest()
 
 

@@ -44,6 +44,7 @@ class Sizes:
 def inspect(path: str | os.PathLike) -> dict:
     """What a file holds and what its bytes are for, as JSON values.
 
+    `removed` are the residual blocks that the network is without.
     `float_layers` {name: bytes} are weights without codes, `float_share` is their part of the float32 network.
     Per layer bytes, `mask_entropy` in bits per weight and `code_entropy` in bits per kept weight (zero order).
     """
@@ -62,7 +63,7 @@ def inspect(path: str | os.PathLike) -> dict:
     dense = sum(sizes.values()) + 4 * sum(math.prod(shape) for _, shape, _ in header["w"])
     return {
         "version": data[len(container.MAGIC)], "mode": mode, "bytes": len(data), "split": asdict(split),
-        "layers": [_describe(*entry) for entry in blocks], "rest": dict(header["r"]),
+        "layers": [_describe(*entry) for entry in blocks], "rest": dict(header["r"]), "removed": header["d"],
         "float_layers": floats, "float_share": sum(floats.values()) / max(dense, 1),
         "activations": len(activations), "windows": len(windows), "ranges_by": "harness" if header["h"] else "method",
     }

@@ -1,4 +1,4 @@
-"""What a weight or a channel is worth: the scores that pruning ranks, and the masks that follow from them.
+"""What a weight, a channel or a block is worth: the scores that pruning ranks, and the masks that follow from them.
 
     level     |w|                                     of one weight (Han et al. 2015)
     l1, l2    ||W_i||_1, ||W_i||_2                    of an output channel (Li et al. 2017)
@@ -6,6 +6,7 @@
     slim      |gamma_i|                               of the batch norm behind (Liu et al. 2017)
     taylor    sum over batches of (g w)^2 / batches   summed over a channel (Molchanov et al. 2019)
     movement  S <- S - lr g w                         grows where w moves away from 0 (Sanh et al. 2020)
+    loss      L without it                            of a residual block, on held-out data (pipeline/blocks.py)
     random    uniform                                 the control
 
 g is the gradient at the weight that the network really uses. What scores least goes first.
@@ -25,13 +26,15 @@ from ..errors import ConfigError
 from ..graph.channels import distance_sum, norm_l1, norm_l2
 from .prune import keep_count, keep_largest
 
-GRANULARITIES = ("weight", "channel")
+ELEMENTS = ("weight", "channel")  # what masks hide
+GRANULARITIES = (*ELEMENTS, "block")
 SCOPES = ("local", "global")
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What it can rank, and what it sees: "weights", "norms" (batch norms), "gradients" (batches) or "nothing"."""
+    """What it can rank, and what it sees: "weights", "norms" (batch norms), "gradients" (batches), "losses" (on
+    held-out batches) or "nothing"."""
 
     granularities: tuple[str, ...]
     sees: str
@@ -40,8 +43,9 @@ class Criterion:
 CRITERIA = {
     "level": Criterion(("weight",), "weights"), "l1": Criterion(("channel",), "weights"),
     "l2": Criterion(("channel",), "weights"), "fpgm": Criterion(("channel",), "weights"),
-    "slim": Criterion(("channel",), "norms"), "taylor": Criterion(GRANULARITIES, "gradients"),
-    "movement": Criterion(GRANULARITIES, "gradients"), "random": Criterion(GRANULARITIES, "nothing"),
+    "slim": Criterion(("channel",), "norms"), "taylor": Criterion(ELEMENTS, "gradients"),
+    "movement": Criterion(ELEMENTS, "gradients"), "loss": Criterion(("block",), "losses"),
+    "random": Criterion(GRANULARITIES, "nothing"),
 }
 
 

@@ -1,7 +1,7 @@
 """Between a module and a compressed model: collecting what stays float, and rebuilding the module."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..artifact import DTYPES, CompressedModel, CompressedTensor, Topology, tensor_name
 from ..errors import CompressError
+from .residual import is_block
 from .weights import float_layers, warn_of_float, weight_layers
 from .wrapped import copy_inside, inside
 
@@ -94,6 +95,7 @@ def apply(compressed: CompressedModel, skeleton: nn.Module) -> nn.Module:
     Raises CompressError where names or shapes of the two do not fit.
     """
     model = copy_inside(skeleton).cpu()
+    remove_blocks(model, compressed.topology.removed)
     _fold(model, compressed.topology)
     _resize(model, compressed.topology)
     want, have = tensors_of(model), compressed.state_dict()
@@ -115,6 +117,15 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         return model.get_submodule(name)
     except AttributeError:
         raise CompressError(f"the network has no layer {name!r}: the compressed model belongs to another") from None
+
+
+def remove_blocks(model: nn.Module, blocks: Iterable[str]) -> None:
+    """Put the identity in the place of residual blocks, in place; CompressError for what is none (see `is_block`)."""
+    for path in blocks:
+        if not path or not is_block(_module(model, path)):
+            raise CompressError(f"{path or 'the network'} cannot be removed: it is no residual block whose shortcut is "
+                                "the identity")
+        model.set_submodule(path, nn.Identity())
 
 
 def _fold(model: nn.Module, topology: Topology) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..artifact import Affine, Codebook, CompressedModel, CompressedTensor, Grid, Levels, Topology, tensor_name
+from ..artifact import Affine, Codebook, CompressedModel, CompressedTensor, Grid, Levels, tensor_name
 from .build import apply
 from .channel_flow import Reading
 from .graph import Graph, trace
@@ -56,7 +56,7 @@ def shrink(compressed: CompressedModel, skeleton: nn.Module) -> CompressedModel:
             _cut_layer(node.name, graph, flow, weights, rest, widths)
         elif node.op == "bn" and flow.outputs(node.name) is not None:
             _cut_norm(node.name, flow.outputs(node.name), rest, widths)
-    return replace(compressed, weights=weights, rest=rest, topology=Topology(compressed.topology.folded, widths))
+    return replace(compressed, weights=weights, rest=rest, topology=replace(compressed.topology, widths=widths))
 
 
 def _as_read(compressed: CompressedModel, edge: str, constants: np.ndarray) -> np.ndarray:
