@@ -95,6 +95,7 @@ def of_linear(rule, **more):
     "a ReLU on the shortcut": (of_linear(lambda m, x: torch.relu(x) + m.f(x)), True),
     "dropout": (of_linear(lambda m, x: x + m.d(m.f(x)), d=nn.Dropout(0.5)), True),
     "no sum": (of_linear(lambda m, x: m.f(torch.relu(x))), False),
+    "idle weights": (of_linear(lambda m, x: torch.relu(x)), False),
     "no weights": (Made(lambda m, x: x + torch.relu(x)), False),
     "a projection": (of_linear(lambda m, x: m.g(x) + m.f(x), g=nn.Linear(4, 4)), False),
     "a scaled shortcut": (of_linear(lambda m, x: 2 * x + m.f(x)), False),
