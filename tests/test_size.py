@@ -19,6 +19,7 @@ from methods.core.fit.size import Knob, compress_to_size, float_bytes, untrained
 from methods.core.graph.build import assemble
 from methods.core.graph.weights import weight_layers
 from methods.core.train.finetune import Recipe
+from methods.core.train.run import NullRun
 
 KNOBS = [name for name in method_names() if hasattr(find_method(name), "SIZE_KNOB")]
 RATIO = {"neuron_merging": 0.6, "udfc": 0.2, "sequential_reconstruction": 0.2, "bayesian_bits": 0.16}  # else 0.13, or:
@@ -137,11 +138,19 @@ def test_without_training_no_weight_is_trimmed(tiny):
     assert tiny.same({n: t.codes for n, t in found.weights.items()}, {n: t.codes for n, t in again.weights.items()})
 
 
-def test_what_is_removed_when_a_file_is_stored_is_a_share(tiny):
-    """Half of the weights, say with dead units: of a small file that is less than of the first that is looked at."""
-    found, _ = sized(Made(Knob("density", 1e-3, 1.0)), tiny, Config(Recipe(epochs=0, lr=1.0)),
-                     finish=lambda found: without_smallest(found, 0.5))
-    assert 0.9 <= len(to_bytes(without_smallest(found, 0.5))[0]) / (0.2 * float_bytes(tiny.model())) <= 1
+@pytest.mark.parametrize("finish, small", [(lambda found: without_smallest(found, 0.5), 0.4), (None, 0.4)])
+def test_storing_takes_a_share_and_adds_a_number(tiny, finish, small):
+    """Looked at once, on a large file: a small one loses its share of the weights, and gains the same ranges."""
+    made, config = Made(Knob("density", 1e-3, 1.0)), Config(Recipe(epochs=0, lr=1.0))
+    finish = finish if finish is not None else lambda found: with_ranges(found, tiny.model(), tiny.task())
+    search = sizes._Search(made.module, made.module.SIZE_KNOB, tiny.model(), None, Budget(size_ratio=0.2), config, 0,
+                           NullRun())
+    for value in (1.0, small):
+        search.cheap_bytes(value)
+    search.finish(1.0, finish)
+    for value in (1.0, small):
+        stored = finish(made.compress(tiny.model(), None, Budget(density=value), config, None))
+        assert search.cheap_bytes(value) == pytest.approx(len(to_bytes(stored)[0]), rel=0.25)
 
 
 def test_whole_numbers_take_the_largest_that_fits(tiny):
