@@ -5,6 +5,7 @@ wherever results/runs was copied to, goes on from the file.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,10 +33,15 @@ class Made:
 
 
 def keep(folder: Path, facts: Mapping[str, Any], origins: Sequence[Origin], surroundings: Mapping[str, Any]) -> Made:
-    """Write down the facts of folder/made.jc, which is there: from now on it counts as made."""
+    """Write down the facts of folder/made.jc, which is there: from now on it counts as made, and states can go."""
     path = folder / FILE
     text = json.dumps({"digest": digest_of(path), "facts": facts, "origins": origins, "surroundings": surroundings})
     write_file(folder / FACTS, text.encode())
+    for state in folder.iterdir():
+        if state.is_dir():
+            shutil.rmtree(state)
+        elif state.name not in (FILE, FACTS):
+            state.unlink()
     return Made(path, facts, origins, surroundings)
 
 

@@ -14,6 +14,7 @@ from benchmarks.networks import build
 from benchmarks.runs import Screen
 
 ONE = Job("one", "prune_then_quantize", "digits", "resnet18w2", {"density": 0.5, "bits": 8})
+TRAINED = replace(ONE, name="trained", config={"retrain": {"epochs": 1, "lr": 0.05}})
 
 
 @pytest.fixture
@@ -35,9 +36,11 @@ def without_seconds(row):
 
 
 def test_a_file_made_apart_gives_the_row_of_one_run(run, tmp_path):
-    whole = run(table="whole")
-    assert run(measure=False) is None and not (tmp_path / "models" / "own").exists()
-    row = run(resume=True)
+    whole = run(TRAINED, table="whole")
+    assert run(TRAINED, measure=False) is None and not (tmp_path / "models" / "own").exists()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert {path.name for path in folder.iterdir()} == {made.FILE, made.FACTS}
+    row = run(TRAINED, resume=True)
     assert len(run.makings) == 2 and not list((tmp_path / "runs").glob("*"))
     assert {**without_seconds(row), "table": "whole", "file": whole["file"]} == without_seconds(whole)
     assert row["difficulty"].keys() == whole["difficulty"].keys()
