@@ -212,12 +212,10 @@ def beside(start: Start, right: Mapping[str, str]) -> dict[str, Any]:
 def task_for(method: Any, config: Any, setup: Setup, dataset: Dataset, network: str, device: torch.device
              ) -> Task | None:
     """What the method is allowed to see: by its DATA, or as its configuration needs."""
-    views = {"train": lambda task: task, "none": lambda task: None,
-             "calibration": lambda task: replace(task, train=None)}
-    data = data_of(method, config)
-    if data not in views:
-        raise ConfigError(f"{method.__name__}.DATA = {data!r}: allowed are {', '.join(views)}")
-    return views[data](setup.task(dataset, network, device))
+    try:
+        return setup.task(dataset, network, device).seen_as(data_of(method, config))
+    except ConfigError as error:
+        raise ConfigError(f"{method.__name__}: {error}") from None
 
 
 def check_layers(job: Job, layers: list[str]) -> None:

@@ -119,7 +119,7 @@ def try_one(model: nn.Module, task: Task, method: str) -> dict[str, str | float]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CompressWarning)
         try:
-            compressed = module.compress(model, None if module.DATA == "none" else task, Budget(**setting.budget),
+            compressed = module.compress(model, task.seen_as(module.DATA), Budget(**setting.budget),
                                          module.Config(**setting.config(Recipe(**SHORT))),
                                          torch.Generator().manual_seed(0))
             result = examine(compressed, model, x, setting.integers)

@@ -5,8 +5,8 @@
     encode(compressed, "net.jc"); network = apply(decode("net.jc"), skeleton)
     opened = open_file("net.jc", skeleton, (3, 32, 32)); opened(x)  # in integers; also costs, verify, to_onnx
 
-Every method module has DATA ("train", "calibration" or "none"), a frozen `Config`, and `compress`. A `Config` with a
-property `data` says itself what its settings need (`data_of`).
+Every method module has DATA ("train", "held_out", "calibration" or "none": see `Task.seen_as`), a frozen `Config`, and
+`compress`. A `Config` with a property `data` says itself what its settings need (`data_of`).
 
 For a method of one's own: `own_copy` the network, `ready` the task, `train` with `Hooks`, `assemble` the codes. To go
 on training what was pruned, with its zeros kept:
@@ -66,7 +66,7 @@ def _brought() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def data_of(method: ModuleType, config: Any) -> str:
-    """What `compress` needs to see with this configuration: "train", "calibration" or "none" (task = None)."""
+    """What `compress` needs to see with this configuration, a kind of `Task.seen_as`."""
     return getattr(config, "data", method.DATA)
 
 

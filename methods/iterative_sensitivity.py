@@ -34,7 +34,7 @@ from .core.graph.graph import Graph, Node, trace
 from .core.train.run import NullRun, Run
 from .core.train.task import First, Task
 
-DATA = "calibration"  # no training; the choices take the held-out batches with their labels
+DATA = "held_out"
 SIZE_KNOB = Knob("config.bops_percent", 0.4, 25.0, step=0.02)
 WIDTHS = (16, 8, 4, 2)
 INPUT_BITS = 8
@@ -185,10 +185,14 @@ class Steps:
 
     def once(self, bits: Tensors, limit: float) -> tuple[Tensors, list]:
         """Every tensor at 8 and at 4 bits alone, from 16; then lowered in the order of loss, to the limit."""
-        found = sorted((self.error({**bits, tensor: b}), -b, tensor) for tensor in bits for b in (8, 4)
-                       if b < bits[tensor] and b >= self.network.least(tensor))
+        alone = [(tensor, b) for tensor in bits for b in (8, 4) if self.network.least(tensor) <= b < bits[tensor]]
+        saved = self.run.load()
+        errors = [] if saved is None else saved["errors"]
+        for tensor, b in alone[len(errors):]:
+            errors.append(self.error({**bits, tensor: b}))
+            self.run.save({"errors": errors})
         course: list = []
-        for error, b, tensor in found:
+        for error, b, tensor in sorted((error, -b, tensor) for error, (tensor, b) in zip(errors, alone, strict=True)):
             if self.network.bops(bits) <= limit:
                 break
             bits = {**bits, tensor: min(-b, bits[tensor])}

@@ -38,12 +38,10 @@ class Case:
         self.method, self.tiny = find_method(name), tiny
         self.budget = build(Budget, found[0]["budget"])
         self.config = build(self.method.Config, found[0].get("config", {}))
-        assert data_of(self.method, self.config) in ("train", "calibration", "none")
+        assert data_of(self.method, self.config) in ("train", "held_out", "calibration", "none")
 
     def task(self):
-        task = self.tiny.task()
-        return {"train": task, "calibration": replace(task, train=None, calibration=task.train),
-                "none": None}[data_of(self.method, self.config)]
+        return self.tiny.task().seen_as(data_of(self.method, self.config))
 
     def compress(self, *, model=None, budget=None, run=None, seed=0, config=None):
         model = self.tiny.model() if model is None else model

@@ -1,5 +1,7 @@
 """Iterative sensitivity: every step is the cheapest of all, the count of operations, and both orders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -71,15 +73,35 @@ def test_once_lowers_in_the_order_of_loss(tiny):
     assert errors == sorted(errors) and {step[2] for step in course} <= {4, 8} and course[-1][3] <= 3.0 < course[-2][3]
 
 
-def test_interrupted_it_goes_on(tiny):
-    states, config = {}, method.Config(bops_percent=4.0, calibration_inputs=48)
+@pytest.mark.parametrize("order", method.ORDERS)
+def test_interrupted_it_goes_on(order, tiny, monkeypatch):
+    states, config = {}, method.Config(bops_percent=4.0, order=order, calibration_inputs=48)
+    measured, error = [], method.Steps.error
+    monkeypatch.setattr(method.Steps, "error", lambda steps, bits: measured.append(bits) or error(steps, bits))
+
+    def run(**options):
+        measured.clear()
+        found = method.compress(tiny.model(), tiny.task(), Budget(), config, torch.Generator(),
+                                run=tiny.Run(states, **options))
+        return found.notes, len(measured)
+
     with pytest.raises(tiny.Interrupted):
-        method.compress(tiny.model(), tiny.task(), Budget(), config, torch.Generator(), run=tiny.Run(states, limit=3))
-    calls = []
-    again = method.compress(tiny.model(), tiny.task(), Budget(), config, torch.Generator(),
-                            run=tiny.Run(states, calls=calls))
-    whole = made(tiny, bops_percent=4.0)
-    assert again.notes == whole.notes and len(calls) == len(whole.notes["course"]) - 3
+        run(limit=4)
+    notes, after = run()
+    states.clear()
+    assert (notes, after < run()[1]) == (run()[0], True)
+
+
+def test_labels_are_held_out_ones_and_are_said_to_be_seen(tiny):
+    """Without them there is nothing to choose by; training batches are not asked for."""
+    config = method.Config(bops_percent=4.0, calibration_inputs=48)
+    whole = tiny.task()
+    out = [method.compress(tiny.model(), task, Budget(), config, torch.Generator()).notes
+           for task in (whole, whole.seen_as(method.DATA))]
+    assert out[0] == out[1] and method.DATA == "held_out"
+    mixed = replace(whole, held_out=tiny.Batches(48, 2))
+    mixed.held_out.targets = mixed.held_out.targets.roll(1)
+    assert method.compress(tiny.model(), mixed, Budget(), config, torch.Generator()).notes != out[0]
 
 
 @pytest.mark.parametrize("config, kind, message", [

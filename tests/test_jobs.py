@@ -134,18 +134,21 @@ def digits():
     return open_dataset("digits")
 
 
-@pytest.mark.parametrize("kind", ["train", "calibration", "none", "test"])
+@pytest.mark.parametrize("kind", ["train", "held_out", "calibration", "none", "test"])
 def test_a_method_sees_what_its_data_says(digits, kind):
     method = types.SimpleNamespace(DATA=kind, __name__="method")
     setup = Setup(Recipe(epochs=1, lr=0.1), augment="digits")
     if kind == "test":
-        with pytest.raises(ConfigError, match="method.DATA = 'test': allowed are train, none, calibration"):
+        with pytest.raises(ConfigError, match="method: data = 'test': allowed are train, held_out, calibration, none"):
             execute.task_for(method, None, setup, digits, "resnet18w2", CPU)
         return
     task = execute.task_for(method, None, setup, digits, "resnet18w2", CPU)
     assert (task is None) == (kind == "none")
     if task is not None:
-        assert (task.train is None) == (kind == "calibration")
+        assert (task.train is None) == (kind != "train")
+        targets = next(iter(task.held_out.epoch(None)))[1]
+        assert (targets is None) == (kind == "calibration") and len(task.held_out) > 0
+        task = dataclasses.replace(task, held_out=getattr(task.held_out, "batches", task.held_out))
         assert len(task.calibration_inputs(10)) == 10
         seen = {name for name, part in vars(task).items() if hasattr(part, "epoch")}
         assert seen == {"held_out", "calibration"} | ({"train"} if kind == "train" else set())

@@ -64,7 +64,7 @@ def test_a_pipeline_prunes_by_sensitivity(tiny):
     model = tiny.model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     config = build(pipeline.Config, {"prune": {"rates": "sensitivity"}, "activations": "float"})
-    assert config.data == "train"
+    assert config.data == "held_out"
     out, even = (pipeline.compress(model, tiny.task(), Budget(density=0.4, bits=8), c, torch.Generator())
                  for c in (config, pipeline.Config(activations="float")))
     total = sum(tensor.mask.numel() for tensor in out.weights.values())

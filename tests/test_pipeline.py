@@ -187,7 +187,10 @@ def test_without_training_it_is_magnitude_pruning_and_rounding(tiny):
 
 def test_data_is_what_the_settings_need():
     cases = [({"activations": "float"}, "none"), ({}, "calibration"), ({"prune": {"recipe": SHORT}}, "train"),
-             ({"prune": {"criterion": "taylor"}}, "train"),
+             ({"prune": {"criterion": "taylor"}}, "train"), ({"prune": {"rates": "sensitivity"}}, "held_out"),
+             ({"quantize": {"widths": "sensitivity"}}, "held_out"),
+             ({"prune": {"criterion": "loss", "granularity": "block", "blocks": 1}}, "held_out"),
+             ({"prune": {"criterion": "loss", "granularity": "block", "blocks": 1, "recipe": SHORT}}, "train"),
              ({"order": ["quantize", "distil"], "distil": SHORT}, "train")]
     for config, data in cases:
         assert data_of(pipeline, build(pipeline.Config, config)) == data

@@ -97,6 +97,12 @@ def test_the_next_block_is_the_one_without_which_the_held_out_loss_is_least(coun
     assert float((real - integer).square().mean().sqrt()) < 0.1 * float(real.std())
 
 
+def test_only_held_out_batches_are_needed_to_choose(tiny, model):
+    one, other = (made(tiny, model, {"blocks": 2}, task=task) for task in (
+        tiny.task(), tiny.task().seen_as("held_out")))
+    assert to_bytes(one)[0] == to_bytes(other)[0]
+
+
 def test_rounds_of_equally_many_are_trained_between(tiny, model, monkeypatch):
     seen = []
 

@@ -1,7 +1,7 @@
 """`size_ratio` for every method: the real file is never over it and uses it, by the rule of core/fit/size.py."""
 
 import types
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -38,8 +38,7 @@ def smoke(name):
 
 
 def task_of(method, tiny):
-    task = tiny.task()
-    return {"train": task, "calibration": replace(task, train=None, calibration=task.train), "none": None}[method.DATA]
+    return tiny.task().seen_as(method.DATA)
 
 
 def test_every_method_takes_a_size():

@@ -19,7 +19,8 @@ METHODS = {
 # Okabe and Ito's colours, told apart by the colour-blind; with the marker, two methods never look alike.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX*<>hp"
-DATA = {"train": "training batches", "calibration": "some inputs, no labels", "none": "no data"}
+DATA = {"train": "training batches", "held_out": "some inputs, held-out labels",
+        "calibration": "some inputs, no labels", "none": "no data"}
 
 
 def method_name(method: str) -> str:

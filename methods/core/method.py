@@ -14,7 +14,8 @@ from .train.task import Task
 class Method(Protocol):
     """A method; a module satisfies it. Optional: SIZE_KNOB and `quick` (see core/fit/size.py).
 
-    DATA    "train", "calibration" (no training batches) or "none" (task is None)
+    DATA    "train", "held_out" (labelled, for choices; no training batches), "calibration" (inputs alone) or "none"
+            (task is None): see `Task.seen_as`
     Config  a frozen dataclass of every knob that is not a budget
     """
 

@@ -103,7 +103,7 @@ def companions(model: nn.Module, plan: Plan) -> dict[str, tuple[tuple[nn.Module,
 
 def check_data(task: Task | None, config: Config) -> None:
     """ConfigError in one line where the settings need data that is not there, or more steps than it gives."""
-    if config.data != "train":
+    if config.data not in ("train", "held_out"):
         return
     prune, pruned = config.prune, "prune" in config.order
     if pruned and CRITERIA[prune.criterion].sees == "gradients" and (task is None or task.train is None):
@@ -111,6 +111,8 @@ def check_data(task: Task | None, config: Config) -> None:
                           "there are level, l1, l2, fpgm, slim, random")
     if task is None:
         raise ConfigError("these settings train or look at errors: they need a task, and there is none")
+    if config.data == "held_out":
+        return
     check_trainable(task)
     steps = len(task.train)
     if pruned and prune.schedule in ("linear", "agp"):

@@ -198,8 +198,10 @@ class Config:
         recipes = [self.quantize.recipe, self.distil]
         recipes += [self.prune.recipe, self.prune.before] if "prune" in self.order else []
         sees = CRITERIA[self.prune.criterion].sees if "prune" in self.order else "nothing"
-        judged = self.quantize.widths == "sensitivity"
+        judged = sees == "losses" or self.quantize.widths == "sensitivity"
         judged = judged or "prune" in self.order and self.prune.rates == "sensitivity"
-        if any(recipe is not None for recipe in recipes) or sees in ("gradients", "losses") or judged:
+        if any(recipe is not None for recipe in recipes) or sees == "gradients":
             return "train"
+        if judged:
+            return "held_out"
         return "calibration" if self.activations == "static" else "none"

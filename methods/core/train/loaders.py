@@ -118,6 +118,19 @@ class First:
         yield from self.kept
 
 
+class Unlabelled:
+    """A data set whose targets are withheld: None."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def epoch(self, generator):
+        return ((inputs, None) for inputs, _ in self.batches.epoch(generator))
+
+
 def first_batch(batches: Batches) -> Batch | None:
     """The first batch of a plain pass; None if there is none."""
     with fixed_order():

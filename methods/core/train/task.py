@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CompressError, ConfigError
-from .loaders import Batch, Batches, First, LoaderBatches, Unpack, describe, fixed_order, map_tensors, read_batch
+from .loaders import (
+    Batch,
+    Batches,
+    First,
+    LoaderBatches,
+    Unlabelled,
+    Unpack,
+    describe,
+    fixed_order,
+    map_tensors,
+    read_batch,
+)
 from .loss import Loss
 from .metric import TOP1, Metric, evaluate, top1
 
@@ -66,6 +77,25 @@ class Task:
         plain = None if calibration is None else LoaderBatches(calibration, unpack, steps)
         return cls(LoaderBatches(train, unpack, steps), LoaderBatches(held_out, unpack, steps), calibration=plain,
                    **fields)
+
+    def seen_as(self, data: str) -> "Task | None":
+        """What a method of a kind of data is to see; ConfigError for a kind that there is not.
+
+        "train"        all of it
+        "held_out"     inputs to calibrate on, and held-out batches with their targets, for choices
+        "calibration"  inputs alone: held-out batches without targets
+        "none"         nothing
+        """
+        views: dict[str, Callable[[], Task | None]] = {
+            "train": lambda: self, "held_out": lambda: self._untrained(self.held_out),
+            "calibration": lambda: self._untrained(Unlabelled(self.held_out)), "none": lambda: None}
+        if data not in views:
+            raise ConfigError(f"data = {data!r}: allowed are {', '.join(views)}")
+        return views[data]()
+
+    def _untrained(self, held_out: Batches) -> "Task":
+        plain = self.train if self.calibration is None else self.calibration
+        return replace(self, train=None, calibration=plain, held_out=held_out)
 
     def calibration_inputs(self, n: int) -> Tensor:
         """`n` training inputs without augmentation, in fixed order (fewer if the set is smaller)."""
