@@ -25,6 +25,7 @@ def build(kind: type, values: Mapping[str, Any], where: str = "", base: Any = No
     """An instance of the dataclass `kind` from plain values; nested dataclasses from nested tables.
 
     base    an instance that gives what `values` leaves out; a nested table leaves the rest of a default as it is
+    Where the type of a field depends on other fields, `kind.kinds({field: value}) -> {field: type}` says it.
     Raises ConfigError naming the key, the value and what is allowed.
     """
     hints = typing.get_type_hints(kind)
@@ -33,6 +34,7 @@ def build(kind: type, values: Mapping[str, Any], where: str = "", base: Any = No
     if unknown:
         raise ConfigError(f"unknown key {where}{unknown[0]!r}; allowed are: {', '.join(names)}")
     given = {field.name: field.default for field in dataclasses.fields(kind)} if base is None else vars(base)
+    hints |= kind.kinds({**given, **values}) if hasattr(kind, "kinds") else {}
     found = {key: _convert(hints[key], value, f"{where}{key}", given[key]) for key, value in values.items()}
     if base is not None:
         return dataclasses.replace(base, **found)

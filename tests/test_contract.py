@@ -148,10 +148,18 @@ def test_the_budget_is_kept(case, compressed, tiny):
     if budget.size_ratio is not None:
         floats = sum(value.numel() for value in tiny.net().state_dict().values() if value.is_floating_point())
         assert len(to_bytes(compressed)[0]) <= budget.size_ratio * 4 * floats
+    if budget.mac_ratio is not None or budget.bop_ratio is not None:
+        places = {"conv1": 64, "conv2": 64, "conv3": 4, "fc": 1}  # 8 x 8 pixels, a pool of 2, a stride of 2
+        whole = sum(count * dense[name].numel() for name, count in places.items())
+        macs = {name: count * weights[name].numel() for name, count in places.items()}
+        bops = sum(macs[name] * tensor.bits * 8 for name, tensor in tensors.items())
+        assert sum(macs.values()) <= (1.0 if budget.mac_ratio is None else budget.mac_ratio) * whole
+        assert bops <= (1.0 if budget.bop_ratio is None else budget.bop_ratio) * 32 * 32 * whole
 
 
 def test_a_foreign_budget_field_is_refused(case):
-    everything = {"density": 0.5, "channel_density": 0.5, "bits": 4, "data_ratio": 0.1, "size_ratio": 0.1}
+    everything = {"density": 0.5, "channel_density": 0.5, "bits": 4, "data_ratio": 0.1, "size_ratio": 0.1,
+                  "mac_ratio": 0.5, "bop_ratio": 0.1}
     assert set(everything) == {field.name for field in fields(Budget)}
     with pytest.raises(BudgetError, match="it takes: ") as caught:
         case.compress(budget=Budget(**everything))

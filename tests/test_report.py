@@ -112,9 +112,15 @@ def test_a_search_is_drawn_as_the_best_so_far():
                                              [{"bits": [3], "kept": [3], "gap": 0.2}]]},
      ["gap", "bits", "kept weights"]),
     ("bayesian_bits", {"bops_percent": [3.0, 1.0]}, ["bit operations"]), ("bayesian_bits", {"bops_percent": []}, None),
+    ("width_search", {"trace": {"errors": [0.5, 0.2, 0.3], "fits": [True, False, True], "mac_ratio": [0.2, 0.9, 0.4]}},
+     ["best so far", "front: mac_ratio"]),
     ("udfc", {"channels": {}}, None)])
 def test_courses(method, notes, titles):
     figure = courses.course_plot({"method": method, "name": "row", "notes": notes})
     assert (None if figure is None else [axes.get_title() for axes in figure.axes if axes.axison]) == titles
+    if method == "width_search":
+        best, front = figure.axes[:2]
+        assert list(best.lines[0].get_ydata()) == [0.5, 0.5, 0.3]
+        assert list(front.lines[0].get_ydata()) == [0.5, 0.3, 0.2]  # by rising cost
     if method == "annc":
         assert [list(line.get_ydata()) for line in figure.axes[1].lines] == [[2, 3]]

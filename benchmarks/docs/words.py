@@ -14,7 +14,7 @@ METHODS = {
     "bayesian_bits": "Bayesian Bits", "udfc": "UDFC", "neuron_merging": "Neuron merging", "dfq": "DFQ",
     "df_mpc": "DF-MPC", "sparq": "SPARQ", "rptq": "RPTQ", "rptq_train": "RPTQ, trained",
     "sequential_reconstruction": "Sequential reconstruction", "pipeline": "Pipeline",
-    "iterative_sensitivity": "Iterative sensitivity",
+    "iterative_sensitivity": "Iterative sensitivity", "width_search": "Width search",
 }
 # Okabe and Ito's colours, told apart by the colour-blind; with the marker, two methods never look alike.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

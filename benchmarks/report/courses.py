@@ -93,8 +93,30 @@ def _bayesian_bits(notes: Mapping[str, Any]) -> Panels:
     return [("bit operations", draw)] if values else []
 
 
+def _width_search(notes: Mapping[str, Any]) -> Panels:
+    """Least error so far of what keeps the budget; and all evaluations, what they cost against their error."""
+    seen = notes.get("trace", {})
+    errors, fits = seen.get("errors", []), seen.get("fits", [])
+
+    def best(axes: Axes) -> None:
+        kept = [error if fit else float("inf") for error, fit in zip(errors, fits, strict=True)]
+        axes.plot(range(1, len(kept) + 1), list(accumulate(kept, min)), color="0.3", lw=1.2)
+        axes.set(xlabel="evaluations", ylabel="least held-out error")
+
+    def front(name: str) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            points = sorted(zip(seen[name], errors, strict=True))
+            axes.scatter(*zip(*points, strict=True), s=12, alpha=0.6)
+            axes.plot([cost for cost, _ in points], list(accumulate((error for _, error in points), min)),
+                      color="tab:red", lw=1.2, drawstyle="steps-post")
+            axes.set(xlabel=name, ylabel="held-out error")
+        return draw
+    limits = [name for name in ("mac_ratio", "bop_ratio", "size_ratio") if name in seen]
+    return [("best so far", best), *((f"front: {name}", front(name)) for name in limits)] if errors else []
+
+
 COURSES: dict[str, Callable[[Mapping[str, Any]], Panels]] = {
-    "clip_q": _clip_q, "admm": _admm, "annc": _annc, "bayesian_bits": _bayesian_bits}
+    "clip_q": _clip_q, "admm": _admm, "annc": _annc, "bayesian_bits": _bayesian_bits, "width_search": _width_search}
 
 
 def _grid(panels: Panels, title: str = "") -> Figure:

@@ -9,6 +9,7 @@ PerLayer = float | Mapping[str, float | None]
 OTHERS = "*"  # in a mapping: every layer that it does not name
 FLOAT_BITS = 32  # a layer of that many bits is left alone
 WEIGHT_FIELDS = ("density", "bits")
+RATIOS = ("data_ratio", "size_ratio", "mac_ratio", "bop_ratio")  # of the whole network
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class Budget:
     data_ratio       (bits of kept codes) / (32 bits x number of weights), in (0, 1]: ANNC's budget
     size_ratio       (bytes of the file) / (bytes of all float32 values of the network), in (0, 1]; taken by every
                      method through `compress_to_size`, which turns the knob that the method names
+    mac_ratio        (multiply-accumulates) / (those of the network), in (0, 1]: of networks that lose channels
+    bop_ratio        (multiply-accumulates x bits of weights x bits of inputs) / (those of the network at 32 x 32 bits)
 
     In a mapping "*" stands for every layer it does not name. A layer that a mapping of density or bits leaves out, or
     gives None (bits: or 32), is left alone: neither pruned nor quantized, whatever the other field says.
@@ -34,15 +37,17 @@ class Budget:
     bits: PerLayer | None = None
     data_ratio: float | None = None
     size_ratio: float | None = None
+    mac_ratio: float | None = None
+    bop_ratio: float | None = None
 
     def __post_init__(self):
-        for name in ("density", "channel_density", "data_ratio", "size_ratio"):
+        for name in ("density", "channel_density", *RATIOS):
             self._check(name, lambda v: 0.0 < v <= 1.0, "a number in (0, 1]")
         self._check("bits", lambda v: float(v).is_integer() and 1 <= v <= 16, "a whole number of bits in 1..16")
 
     def _check(self, name: str, good: Callable[[float], bool], allowed: str) -> None:
         given = getattr(self, name)
-        if isinstance(given, Mapping) and name in ("data_ratio", "size_ratio"):
+        if isinstance(given, Mapping) and name in RATIOS:
             raise BudgetError(f"budget {name} = {given!r}: allowed is one number for the whole network")
         values = given.items() if isinstance(given, Mapping) else [(None, given)] if given is not None else []
         for layer, value in values:
@@ -103,7 +108,8 @@ class Budget:
         """The budget with `layers` left alone, such as `frozen_layers(model)`; BudgetError without density and bits.
 
         >>> Budget(density=0.1).leaving(["fc"])
-        Budget(density={'*': 0.1, 'fc': None}, channel_density=None, bits=None, data_ratio=None, size_ratio=None)
+        Budget(density={'*': 0.1, 'fc': None}, channel_density=None, bits=None, data_ratio=None, size_ratio=None, \
+mac_ratio=None, bop_ratio=None)
         """
         given = {name: getattr(self, name) for name in WEIGHT_FIELDS if getattr(self, name) is not None}
         if not given:

@@ -1,0 +1,275 @@
+"""Width search: what points cost, what is judged, what comes back as a model of the whole network, what is refused."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.report.courses import course_plot
+from benchmarks.settings import build, plain
+from methods import Budget, ConfigError, Recipe, Task, apply, find_method, pipeline, width_search
+from methods.core.errors import BudgetError, CompressError
+from methods.core.file.storage import to_bytes
+from methods.core.fit.size import float_bytes
+from methods.core.graph.coupled import find_groups
+from methods.core.graph.graph import trace
+from methods.core.graph.narrow import Channels
+from methods.core.graph.weights import weight_layers
+from methods.core.train.distill import soft_loss
+from methods.width_search import Config, Inner
+from methods.width_search.slimmable import Sandwich
+from methods.width_search.space import Costs, Space, width_choices
+
+from .test_narrow import Joined, made
+from .test_shrink import Mobile, Residual
+
+QUICK = {"evaluations": 4, "population": 2, "bn_inputs": 48, "recipe": None, "multiple": 4}
+RTN = pipeline.Config(order=("quantize",), calibration_inputs=24)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def compress(tiny, budget, model=None, run=None, task=None, **settings):
+    model = tiny.model() if model is None else model
+    config = Config(**{**QUICK, "inner": Inner("pipeline", RTN), **settings})
+    return width_search.compress(model, tiny.task() if task is None else task, Budget(**budget), config, seeded(),
+                                 run=run)
+
+
+def space_of(net, *, bits=(), coded=None, multiple=2, order=None):
+    graph = trace(net)
+    groups = {", ".join(group.members): group for group in find_groups(graph)}
+    order = {name: torch.randperm(group.size) for name, group in groups.items()} if order is None else order
+    coded = dict.fromkeys(weight_layers(net), 8) if coded is None else coded
+    return Space(graph, Channels(graph), groups, order, coded, bits, multiple, 8)
+
+
+def test_choices():
+    assert width_choices(64, 8, 100) == (8, 16, 24, 32, 40, 48, 56, 64)
+    assert width_choices(20, 8, 8) == (8, 16, 20) and width_choices(7, 8, 8) == (7,)
+    few = width_choices(512, 8, 5)
+    assert len(few) == 5 and (few[0], few[-1]) == (8, 512) and all(width % 8 == 0 for width in few)
+
+
+@pytest.mark.parametrize("kind, shape", [(Residual, (3, 8, 8)), (Mobile, (3, 8, 8)), (Joined, (3, 2, 2))])
+def test_costs_are_those_of_the_network_that_is_made(kind, shape):
+    net, x = made(kind), torch.randn(1, *shape)
+    space = space_of(net, bits=(2, 4, 8))
+    costs, draw = Costs(space, net, x, 8), np.random.default_rng(0)
+    for point in [space.largest, space.smallest, *(tuple(draw.integers(0, space.levels)) for _ in range(5))]:
+        small, macs = space.network(net, point), {}
+
+        def see(module, inputs, output, name, macs=macs):
+            macs[name] = output[0].numel() * module.weight[0].numel()
+
+        layers = {name: layer for name, layer in small.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+        for name, layer in layers.items():
+            layer.register_forward_hook(lambda *given, name=name: see(*given, name))
+        with torch.no_grad():
+            small(x)
+        assert costs.macs(point) == sum(macs.values())
+        bits = space.values(point)["bits"]
+        assert set(bits) == set(layers)
+        whole = 32 * 32 * costs.macs(space.largest)
+        assert costs.bop_ratio(point) == pytest.approx(sum(8 * bits[n] * macs[n] for n in layers) / whole)
+        coded = sum(layer.weight.numel() * bits[name] / 8 + 4 * len(layer.weight) for name, layer in layers.items())
+        assert costs.code_bytes(point) == coded
+        for name, width in space.values(point)["width"].items():
+            first = name.split(", ")[0]
+            assert len(layers[first].weight) == width * len(net.get_submodule(first).weight) // next(
+                group.size for group in find_groups(trace(net)) if first in group.members)
+
+
+def test_the_best_channels_make_a_width_and_wider_ones_hold_narrower_ones():
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    space = space_of(net, order={"0": torch.tensor([5, 2, 7, 0, 1, 3, 4, 6])})
+    assert space.dims[0].choices == (2, 4, 6, 8)
+    assert torch.equal(space.network(net, (0,))[0].weight, net[0].weight[[2, 5]])
+    assert torch.equal(space.network(net, (1,))[2].weight, net[2].weight[:, [0, 2, 5, 7]])
+
+
+def test_l1_keeps_the_largest_filters(tiny):
+    model = tiny.model()
+    out = compress(tiny, {"mac_ratio": 0.99, "bits": 8}, model, multiple=8)
+    best = model.conv3.weight.detach().abs().sum((1, 2, 3)).argsort(descending=True)[:8].sort().values
+    found = apply(out, model).conv3.weight.flatten(1)  # scaled: batch norm is folded
+    assert len(found) == 8
+    assert bool((torch.cosine_similarity(found, model.conv3.weight[best].flatten(1)).abs() > 0.999).all())
+
+
+def test_everything_allowed_is_the_inner_method_on_the_network_itself(tiny):
+    model = tiny.model()
+    out = compress(tiny, {"mac_ratio": 1.0, "bits": 8}, model)
+    alone = pipeline.compress(model, tiny.task(), Budget(bits=8), RTN, seeded())
+    assert to_bytes(out)[0] == to_bytes(alone)[0]
+    assert out.notes["width"] == {"conv1, conv2": 8, "conv3": 12}
+    assert out.notes["error"] == tiny.task().error(model)
+
+
+@pytest.mark.parametrize("strategy", ["random", "greedy", "evolutionary", "bayes"])
+def test_limits_are_kept(strategy, tiny):
+    settings = {} if strategy == "greedy" else {"evaluations": 6, "population": 20 if strategy != "evolutionary" else 3}
+    config = {**QUICK, "evaluations": 100, "population": 20, **settings}
+    out = compress(tiny, {"mac_ratio": 0.6, "bop_ratio": 0.03}, strategy=strategy, multiple=2, bits=(2, 3, 8), **{
+        key: value for key, value in config.items() if key != "multiple"})
+    seen = out.notes["trace"]
+    assert len(seen["points"]) == len(seen["errors"]) == len(seen["mac_ratio"]) == len(seen["fits"])
+    chosen = [i for i, fit in enumerate(seen["fits"]) if fit and seen["errors"][i] == out.notes["error"]]
+    assert chosen and all(seen["mac_ratio"][i] <= 0.6 and seen["bop_ratio"][i] <= 0.03 for i in chosen)
+    assert {name: tensor.bits for name, tensor in out.weights.items()} == out.notes["bits"]
+    assert course_plot({"method": "width_search", "notes": plain(out.notes)}) is not None
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.15, 0.25])
+def test_bytes_are_kept_and_used(ratio, tiny):
+    model = tiny.model()
+    out = compress(tiny, {"size_ratio": ratio, "bits": 8}, model, multiple=2)
+    assert 0.7 * ratio * float_bytes(model) < len(to_bytes(out)[0]) <= ratio * float_bytes(model)
+
+
+def test_a_result_that_is_too_large_is_made_again(tiny, monkeypatch):
+    """The first file has grown by training: from then on all are expected to, and another point is taken."""
+    model, calls = tiny.model(), []
+    rule = width_search.Sizes.keep
+
+    def grown(self, point, made):
+        calls.append(point)
+        if len(calls) != 2:
+            return rule(self, point, made)
+        self.correction *= 1.02 * self.most / self.bytes(point)  # the first trained file
+        return False
+
+    monkeypatch.setattr(width_search.Sizes, "keep", grown)
+    out = compress(tiny, {"size_ratio": 0.2, "bits": 8}, model, multiple=2)
+    assert len(calls) == 4 and calls[0] == calls[1] != calls[2] == calls[3]
+    assert len(to_bytes(out)[0]) <= 0.2 * float_bytes(model)
+
+
+@pytest.mark.parametrize("name, budget, config", [
+    ("rptq", {}, {"sensitivity_inputs": 8, "calibration_inputs": 24, "check_inputs": 24}),
+    ("dfq", {"bits": 8}, {}), ("deep_compression", {"density": 0.5, "bits": 4}, {}),
+    ("prune_then_quantize", {"density": 0.5, "bits": 6}, {}), ("udfc", {"channel_density": 0.5, "bits": 6}, {})])
+def test_any_inner_method(name, budget, config, tiny):
+    """Its result belongs to the whole network, and is what it makes of the narrow one."""
+    method, model, made_of = find_method(name), tiny.model(), []
+    settings = build(method.Config, config)
+    settings = width_search.inner.untrained(settings)
+
+    def seen(network, *given, **more):
+        made_of.append((network, found := original(network, *given, **more)))
+        return found
+
+    original = method.compress
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "compress", seen)
+        out = compress(tiny, {"mac_ratio": 0.6, **budget}, model, inner=Inner(name, settings))
+    x = tiny.Batches(24, 9).inputs
+    narrow, found = made_of[-1]
+    with torch.no_grad():
+        assert torch.equal(apply(out, model)(x), apply(found, narrow)(x))
+    assert sum(p.numel() for p in narrow.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_settings_of_the_inner_method_from_plain_values():
+    config = build(Config, {"inner": {"method": "rptq", "config": {"points": 2.0}}})
+    assert config.inner == Inner("rptq", find_method("rptq").Config(points=2.0))
+    kept = build(Config, {"inner": {"config": {"activation_bits": 6}}})
+    assert kept.inner.config == pipeline.Config(order=("quantize",), activation_bits=6)
+    assert build(Config, plain(config)) == config
+    with pytest.raises(ConfigError, match="unknown key .*'pints'"):
+        build(Config, {"inner": {"method": "rptq", "config": {"pints": 2.0}}})
+    assert Config(recipe=None, inner=Inner("rptq")).data == "calibration" and Config().data == "train"
+
+
+# --- slimmable ---------------------------------------------------------------------------------------------
+
+
+def test_a_step_sums_the_gradients_of_all_widths(tiny):
+    """Of the smallest width as of the whole network whose weights read no other channel, on what the largest says."""
+    net = made(Residual).train()
+    net.requires_grad_(True)
+    space = space_of(net, multiple=5)
+    x = torch.randn(6, 3, 8, 8)
+    sandwich = Sandwich(net, tiny.task(), space)
+    sandwich.points = lambda: [space.smallest]
+    outputs = net(x)
+    sandwich.after_backward(net, 0.1)
+    found = {name: p.grad.clone() for name, p in net.named_parameters()}
+    kept = space.kept(space.smallest)
+    net.zero_grad()
+    masks = {name: torch.from_numpy(kept[space.channels.columns[name]]).float() for name in ("a", "b", "short", "fc")}
+    weights = {f"{name}.weight": net.get_submodule(name).weight * mask.reshape(1, -1, *[1] * (
+        net.get_submodule(name).weight.ndim - 2)) for name, mask in masks.items()}
+    soft_loss(torch.func.functional_call(net, weights, (x,)), outputs.detach(), 1.0).backward()
+    for name, p in net.named_parameters():
+        layer = name.rpartition(".")[0]
+        rows = torch.from_numpy(kept[space.channels.rows[layer]])
+        torch.testing.assert_close(found[name][rows], p.grad[rows], rtol=1e-3, atol=1e-5)
+        assert bool((found[name][~rows] == 0).all()), name
+
+
+def test_slimmable_training_helps_the_narrow(tiny):
+    recipe = Recipe(4, 0.01, optimizer="adam")
+    errors = [compress(tiny, {"mac_ratio": 0.4, "bits": 8}, slimmable=slimmable, multiple=2).notes["error"]
+              for slimmable in (None, recipe)]
+    assert errors[1] < errors[0] - 0.05
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+REFUSED = [
+    ({"bits": 8}, {}, BudgetError, "needs the budget field 'mac_ratio' or 'bop_ratio' or 'size_ratio'"),
+    ({"mac_ratio": 0.1, "bits": 8}, {}, BudgetError, r"mac_ratio = 0.1 .* the smallest network .* takes 0\.\d+$"),
+    ({"bop_ratio": 0.001, "bits": 8}, {}, BudgetError, r"bop_ratio = 0.001 .* takes 0\.\d+$"),
+    ({"size_ratio": 0.01, "bits": 8}, {}, BudgetError, r"size_ratio = 0.01 .* takes 0\.\d+$"),
+    ({"bop_ratio": 0.1}, {}, BudgetError, "bop_ratio counts the bits of weights"),
+    ({"mac_ratio": 0.5, "bits": 8}, {"bits": (2, 4)}, BudgetError, "are searched: leave out the budget field 'bits'"),
+    ({"mac_ratio": 0.5}, {}, BudgetError, "pipeline needs the budget field 'bits'"),
+    ({"mac_ratio": 0.5, "bits": 8, "density": 0.5}, {}, BudgetError, "pipeline cannot honour .*'density'"),
+    ({"mac_ratio": 0.5, "bits": {"*": 8, "conv1": None, "fc": None}}, {}, BudgetError, "cannot leave all of these"),
+    ({"mac_ratio": 0.5, "bits": 8}, {"multiple": 16}, ConfigError, "multiple = 16: no layer .* have 8, 12 channels"),
+    ({"mac_ratio": 0.5, "bits": 8}, {"strategy": "best"}, ConfigError, "strategy = 'best': allowed are random"),
+    ({"mac_ratio": 0.5, "bits": 8}, {"strategy": "greedy"}, ConfigError, "evaluations = 4 does nothing"),
+    ({"mac_ratio": 0.5, "bits": 8}, {"bits": (4,)}, ConfigError, "bits = .4.: allowed are two or more"),
+    ({"mac_ratio": 0.5, "bits": 8}, {"bits": (4, 9)}, ConfigError, "bits = .4, 9.: allowed are"),
+    ({"mac_ratio": 0.5, "bits": 8}, {"criterion": "slim"}, ConfigError, "criterion = 'slim': allowed are l1"),
+]
+
+
+@pytest.mark.parametrize("budget, settings, kind, words", REFUSED)
+def test_refused_in_one_line_before_anything_is_judged(budget, settings, kind, words, tiny, monkeypatch):
+    monkeypatch.setattr(Task, "error", None)
+    with pytest.raises(kind) as caught:
+        compress(tiny, budget, **settings)
+    assert re.search(words, str(caught.value)) and "\n" not in str(caught.value)
+
+
+def test_refused_with_what_it_is_given(tiny):
+    with pytest.raises(ConfigError, match="needs a task, and there is none"):
+        width_search.compress(tiny.model(), None, Budget(mac_ratio=0.5, bits=8), Config(recipe=None), seeded())
+    with pytest.raises(ConfigError, match="no training batches"):
+        untaught = replace(tiny.task(), train=None, calibration=tiny.task().train)
+        compress(tiny, {"mac_ratio": 0.5, "bits": 8}, task=untaught, recipe=Recipe(1, 0.1))
+    with pytest.raises(ConfigError, match="allowed is any other method"):
+        Inner("width_search")
+    with pytest.raises(ConfigError, match="inner.config is .*pipeline.* needed is the Config of rptq"):
+        Inner("rptq", pipeline.Config())
+    with pytest.raises(CompressError, match="no layer of which channels could go"):
+        compress(tiny, {"mac_ratio": 0.5, "bits": 8}, nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 1))
+    batch = torch.randn(8, 3, 8, 8), torch.randn(8, 1)
+    task = Task.from_loader([batch], [batch], loss=nn.functional.mse_loss)
+    with pytest.raises(ConfigError, match="slimmable teaches .* class probabilities: .* not float32 .2, 1"):
+        compress(tiny, {"mac_ratio": 0.5, "bits": 8}, net, task=task, slimmable=Recipe(1, 0.1))
+
+
+def test_layers_left_alone_keep_their_channels(tiny):
+    model = tiny.model()
+    out = compress(tiny, {"mac_ratio": 0.97, "bits": {"*": 8, "conv1": None}}, model, multiple=2)
+    assert torch.equal(out.rest["conv1.weight"], model.conv1.weight) and out.notes["width"].keys() == {"conv3"}
