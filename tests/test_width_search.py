@@ -1,7 +1,6 @@
 """Width search: what points cost, what is judged, what comes back as a model of the whole network, what is refused."""
 
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -183,7 +182,7 @@ def test_settings_of_the_inner_method_from_plain_values():
     assert build(Config, plain(config)) == config
     with pytest.raises(ConfigError, match="unknown key .*'pints'"):
         build(Config, {"inner": {"method": "rptq", "config": {"pints": 2.0}}})
-    assert Config(recipe=None, inner=Inner("rptq")).data == "calibration" and Config().data == "train"
+    assert Config(recipe=None, inner=Inner("rptq")).data == "held_out" and Config().data == "train"
 
 
 # --- slimmable ---------------------------------------------------------------------------------------------
@@ -254,8 +253,7 @@ def test_refused_with_what_it_is_given(tiny):
     with pytest.raises(ConfigError, match="needs a task, and there is none"):
         width_search.compress(tiny.model(), None, Budget(mac_ratio=0.5, bits=8), Config(recipe=None), seeded())
     with pytest.raises(ConfigError, match="no training batches"):
-        untaught = replace(tiny.task(), train=None, calibration=tiny.task().train)
-        compress(tiny, {"mac_ratio": 0.5, "bits": 8}, task=untaught, recipe=Recipe(1, 0.1))
+        compress(tiny, {"mac_ratio": 0.5, "bits": 8}, task=tiny.task().seen_as("held_out"), recipe=Recipe(1, 0.1))
     with pytest.raises(ConfigError, match="allowed is any other method"):
         Inner("width_search")
     with pytest.raises(ConfigError, match="inner.config is .*pipeline.* needed is the Config of rptq"):
@@ -273,3 +271,22 @@ def test_layers_left_alone_keep_their_channels(tiny):
     model = tiny.model()
     out = compress(tiny, {"mac_ratio": 0.97, "bits": {"*": 8, "conv1": None}}, model, multiple=2)
     assert torch.equal(out.rest["conv1.weight"], model.conv1.weight) and out.notes["width"].keys() == {"conv3"}
+
+
+def test_an_inner_method_may_take_out_blocks():
+    """One of two blocks goes after all widths were cut; the file's topology says both."""
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return (x + self.b(self.a(x).relu())).relu()
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    batch = torch.randn(8, 3, 8, 8), torch.arange(8) % 4
+    inner = pipeline.Config(prune=pipeline.Prune("loss", "block", blocks=1), calibration_inputs=8)
+    out = width_search.compress(net, Task.from_loader([batch], [batch]), Budget(mac_ratio=0.5, bits=8), Config(
+        **QUICK, inner=Inner("pipeline", inner)), seeded())
+    assert len(out.topology.removed) == 1 and len(out.topology.widths) == 4
+    assert apply(out, net)(batch[0]).shape == (8, 4)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .. import data_of, find_method
-from ..core.artifact import CompressedModel, Topology
+from ..core.artifact import CompressedModel
 from ..core.budget import OTHERS, Budget
 from ..core.fit.size import untrained
 from ..core.train.run import NullRun, Run
@@ -37,14 +37,12 @@ class Handing:
     def _call(self, network: nn.Module, point: Point, config: Any, generator: torch.Generator, run: Run
               ) -> CompressedModel:
         method = find_method(self.inner.method)
-        seen = self.task.calibration if self.task.calibration is not None else self.task.train
-        tasks = {"train": self.task, "calibration": replace(self.task, train=None, calibration=seen), "none": None}
-        found = method.compress(network, tasks[data_of(method, config)], self.budget_at(point), config, generator,
-                                run=run)
+        task = self.task.seen_as(data_of(method, config))
+        found = method.compress(network, task, self.budget_at(point), config, generator, run=run)
         widths = self.space.channels.widths(self.space.kept(point)) | dict(found.topology.widths)
-        folded = found.topology.folded
-        kept = {name: width for name, width in widths.items() if name not in folded.values()}
-        return replace(found, topology=Topology(folded, kept))
+        gone = tuple(f"{path}." for path in (*found.topology.folded.values(), *found.topology.removed))
+        kept = {name: width for name, width in widths.items() if not f"{name}.".startswith(gone)}
+        return replace(found, topology=replace(found.topology, widths=kept))
 
     def budget_at(self, point: Point) -> Budget:
         """The budget without the limits of the search, with the bits that it chose."""

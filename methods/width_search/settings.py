@@ -106,5 +106,5 @@ class Config:
     def data(self) -> str:
         """What these settings need to see."""
         trains = bool(recipes_of((self.slimmable, self.recipe))) or self.criterion == "taylor"
-        return "train" if trains or data_of(find_method(self.inner.method), self.inner.config) == "train" else (
-            "calibration")
+        trains = trains or data_of(find_method(self.inner.method), self.inner.config) == "train"
+        return "train" if trains else "held_out"
