@@ -101,6 +101,50 @@ def test_l1_keeps_the_largest_filters(tiny):
     assert bool((torch.cosine_similarity(found, model.conv3.weight[best].flatten(1)).abs() > 0.999).all())
 
 
+@pytest.mark.parametrize("criterion", ["l1", "l2", "taylor"])
+def test_a_channel_that_does_nothing_goes_first(criterion, tiny):
+    model = tiny.model()
+    with torch.no_grad():
+        model.conv3.weight[2] = 0
+    out = compress(tiny, {"mac_ratio": 0.995, "bits": 8}, model, multiple=11, criterion=criterion)
+    found = apply(out, model).conv3.weight.flatten(1)
+    same = torch.cosine_similarity(found[:, None], model.conv3.weight.flatten(1)[None], dim=2).abs() > 0.999
+    assert len(found) == 11 and same.any(0).tolist() == [i != 2 for i in range(12)]
+
+
+def test_what_is_judged_has_the_statistics_of_its_own_width(tiny):
+    """As torch's own batch norm gathers them in training mode, over the inputs that the generator draws."""
+    model, task = tiny.model(), tiny.task()
+    space = space_of(model, multiple=4)
+    judge = width_search.Judge(model, task, space, Config(bn_inputs=60), seeded(3), tiny.Run())
+    found, wanted = judge.network(space.smallest), space.network(model, space.smallest)
+    for module in wanted.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = 1.0
+    with torch.no_grad():
+        wanted.train()(task.training_inputs(60, seeded(3)))
+    for name in ("bn1", "bn2", "bn3"):
+        for part in ("running_mean", "running_var"):
+            torch.testing.assert_close(getattr(found.get_submodule(name), part),
+                                       getattr(wanted.get_submodule(name), part), rtol=1e-4, atol=1e-5)
+    assert judge(space.smallest) == task.error(wanted)
+    assert not torch.equal(found.bn1.running_mean, model.bn1.running_mean[:4])
+
+
+def test_an_interrupted_search_judges_nothing_twice(tiny, monkeypatch):
+    judged, states = [], {}
+    original = Task.error
+    monkeypatch.setattr(Task, "error", lambda task, network: judged.append(0) or original(task, network))
+    whole = compress(tiny, {"mac_ratio": 0.6, "bits": 8}, multiple=2, evaluations=8)
+    count = len(judged)
+    with pytest.raises(tiny.Interrupted):
+        compress(tiny, {"mac_ratio": 0.6, "bits": 8}, multiple=2, evaluations=8, run=tiny.Run(states, count))
+    again = compress(tiny, {"mac_ratio": 0.6, "bits": 8}, multiple=2, evaluations=8, run=tiny.Run(states))
+    assert to_bytes(again)[0] == to_bytes(whole)[0] and len(judged) <= 2 * count + 1
+    assert again.notes["trace"] == whole.notes["trace"]
+
+
 def test_everything_allowed_is_the_inner_method_on_the_network_itself(tiny):
     model = tiny.model()
     out = compress(tiny, {"mac_ratio": 1.0, "bits": 8}, model)
