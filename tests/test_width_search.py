@@ -132,6 +132,35 @@ def test_what_is_judged_has_the_statistics_of_its_own_width(tiny):
     assert not torch.equal(found.bn1.running_mean, model.bn1.running_mean[:4])
 
 
+def test_searched_bits_are_judged_rounded(tiny):
+    """Symmetric per channel: the largest weight of a filter is its last step."""
+    model, task = tiny.model(), tiny.task()
+    space = space_of(model, bits=(2, 8), multiple=8)
+    point = tuple(0 if dim.what == "bits" else len(dim.choices) - 1 for dim in space.dims)
+    judge = width_search.Judge(model, task, space, Config(bn_inputs=60), seeded(3), tiny.Run())
+    rounded = tiny.model()
+    with torch.no_grad():
+        for layer in weight_layers(rounded).values():
+            step = layer.weight.flatten(1).abs().amax(1).reshape(-1, *[1] * (layer.weight.ndim - 1))
+            layer.weight.copy_((layer.weight / step).round() * step)  # -1, 0, 1
+    reestimated = judge.network(point).state_dict()
+    rounded.load_state_dict({name: reestimated[name] if "running" in name else value
+                             for name, value in rounded.state_dict().items()})
+    assert judge(point) == task.error(rounded) != task.error(model)
+    assert judge(space.largest[:1] + point[1:]) == judge(point)
+
+
+@pytest.mark.parametrize("name", ["mac_ratio", "bop_ratio", "size_ratio"])
+def test_the_smallest_network_is_within_reach_and_nothing_below(name, tiny):
+    with pytest.raises(BudgetError) as caught:
+        compress(tiny, {name: 1e-4, "bits": 8})
+    least = float(str(caught.value).split()[-1])
+    out = compress(tiny, {name: least * 1.001, "bits": 8})
+    assert out.notes["width"] == {"conv1, conv2": 4, "conv3": 4}
+    with pytest.raises(BudgetError, match="out of reach"):
+        compress(tiny, {name: least * 0.99, "bits": 8})
+
+
 def test_an_interrupted_search_judges_nothing_twice(tiny, monkeypatch):
     judged, states = [], {}
     original = Task.error

@@ -111,8 +111,8 @@ class Space:
 
     def kept(self, point: Point) -> np.ndarray:
         """bool [classes]"""
-        widths = np.array([dim.choices[level] for dim, level in zip(self.dims, point, strict=True)] + [1])
-        return (self.dim_of < 0) | (self.rank_of < widths[self.dim_of])
+        widths = np.array([dim.choices[level] for dim, level in zip(self.dims, point, strict=True)])
+        return (self.dim_of < 0) | (self.rank_of < widths[np.maximum(self.dim_of, 0)])
 
     def network(self, model: nn.Module, point: Point) -> nn.Module:
         """The part of `model` (on the CPU, in eval mode) at `point`; at the largest a copy of it, bit for bit."""
