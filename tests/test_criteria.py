@@ -1,6 +1,7 @@
 """Criteria and schedules: exact counts, orders stated by hand, and the groups of layers that share channels."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -64,6 +65,21 @@ def test_a_global_ranking_is_one_and_leaves_no_layer_empty():
         choose(scores, {"a": 0.5, "b": 0.4}, "global")
     with pytest.raises(ConfigError, match="scope = 'all': allowed are local, global"):
         choose(scores, dict.fromkeys("ab", 0.5), "all")
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2, 0.7, 1.0])
+def test_a_floor_is_kept_of_each_before_all_are_ranked(floor):
+    generator = torch.Generator().manual_seed(0)
+    scores = {"a": torch.rand(40, generator=generator), "b": torch.rand(3, 20, generator=generator) - 5,
+              "c": torch.rand(7, generator=generator) - 9}
+    masks = choose(scores, dict.fromkeys("abc", 0.3), "global", floor)
+    least = {name: max(math.ceil(round(0.3 * floor * s.numel(), 9)), 1) for name, s in scores.items()}
+    assert sum(int(mask.sum()) for mask in masks.values()) in (33, 34) and all(
+        int(masks[name].sum()) >= n for name, n in least.items())
+    for name, s in scores.items():  # the best of each, and where more than the floor is kept, none better is left out
+        assert s[masks[name]].min() >= s[~masks[name]].max()
+        if int(masks[name].sum()) > least[name]:
+            assert all(s[masks[name]].min() >= other[~masks[key]].max() for key, other in scores.items())
 
 
 def test_pairs_without_sense_are_refused():

@@ -48,7 +48,7 @@ def wanted(tiny, density):
 @pytest.mark.parametrize("schedule", ["one_shot", "linear", "agp", "geometric", "lottery"])
 @pytest.mark.parametrize("criterion", [name for name, one in CRITERIA.items() if "weight" in one.granularities])
 def test_criteria_of_weights_on_every_schedule_keep_the_exact_number(criterion, schedule, tiny):
-    settings = {} if schedule == "one_shot" else {"updates": 2, "recipe": SHORT}
+    settings = {} if schedule == "one_shot" else {"updates": 2, "recipe": {**SHORT, "epochs": 2}}
     out = made(tiny, {"prune": {"criterion": criterion, "schedule": schedule, **settings}, "activations": "float"},
                density=0.25, bits=8)
     assert all(count <= most for count, most in zip(kept(out).values(), wanted(tiny, 0.25).values(), strict=True))
@@ -104,17 +104,19 @@ def test_float16_keeps_halves_and_no_codes(tiny):
 
 
 class Watch(Hooks):
-    """Zeros of conv2, as every step of every training sees them."""
+    """Zeros of conv2, as every step of every training sees them, and the learning rates."""
 
     seen: list[torch.Tensor] = []
+    rates: list[float] = []
 
     def after_step(self, model, lr):
         Watch.seen.append(model.conv2.weight.detach() == 0)
+        Watch.rates.append(lr)
 
 
 @pytest.fixture
 def watched(monkeypatch):
-    Watch.seen = []
+    Watch.seen, Watch.rates = [], []
     for module in (pipeline, pipeline.pruning):
         monkeypatch.setattr(module, "train", lambda *a, hooks, **k: train(
             *a, hooks=[*(hooks if isinstance(hooks, list) else [hooks]), Watch()], **k))
@@ -216,6 +218,28 @@ def test_masks_within_a_training_follow_the_schedule(schedule, tiny, watched):
         t = min(step // interval, 5)
         share = 0.8 * (t / 5 if schedule == "linear" else 1 - (1 - t / 5) ** 3)
         assert abs(int(zeros.sum()) - int(share * n + 1e-9)) <= 1, (step, t)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "agp"])
+def test_the_last_masks_are_left_learning_rate_to_heal(schedule, tiny, watched):
+    """Unless one asks for less: more than half of what the recipe holds comes after them."""
+    made(tiny, {"prune": {"schedule": schedule, "updates": 4, "recipe": {"epochs": 4, "lr": 0.01}},
+                "activations": "float"}, density=0.2, bits=8)
+    most = max(int(zeros.sum()) for zeros in watched.seen)
+    after = [int(zeros.sum()) >= most - 1 for zeros in watched.seen]
+    assert sum(rate for rate, late in zip(watched.rates, after, strict=True) if late) > 0.5 * sum(watched.rates)
+
+
+def test_one_ranking_of_all_layers_empties_none(tiny):
+    """Batch norms of conv3 are all a little smaller than the others: by |gamma| alone one channel of it would stay."""
+    model = tiny.model()
+    with torch.no_grad():
+        for norm, gamma in ((model.bn1, 1.0), (model.bn2, 1.0), (model.bn3, 0.9)):
+            norm.weight.copy_(gamma + 0.01 * torch.rand(len(norm.weight)))
+    for floor, left in ((0.0, 2), (0.2, 2), (0.6, 4), (1.0, 6)):
+        out = made(tiny, {"prune": {"criterion": "slim", "granularity": "channel", "scope": "global", "floor": floor},
+                          "activations": "float"}, model=model, channel_density=0.5, bits=8)
+        assert int((apply(out, tiny.net()).conv3.weight != 0).flatten(1).any(1).sum()) == left
 
 
 def test_a_weight_pruned_early_may_come_back(tiny, watched):

@@ -45,6 +45,8 @@ def made(tiny, config, model=None, task=None, **budget):
     ({"prune": {**AGP, "updates": 0}}, "updates = 0: allowed is 1 or more"),
     ({"prune": {**AGP, "until": 0.0}}, "until = 0.0"),
     ({"prune": {"penalty": 1.0}}, "penalty = 1.0 does nothing: criterion = 'level'"),
+    ({"prune": {"scope": "global", "floor": 1.5}}, "floor = 1.5: allowed is a number in"),
+    ({"prune": {"floor": 0.5}}, "floor = 0.5 does nothing: scope = 'local'"),
     ({"prune": {"scope": "layer"}}, "scope = 'layer': allowed are local, global"),
     ({"order": ["quantize", "prune"], "prune": {"schedule": "lottery", "fresh": True, "recipe": SHORT}},
      "fresh = True starts from initial weights: prune has to be first")])
@@ -87,7 +89,7 @@ def test_data_that_is_not_there_is_said_before_anything(tiny):
     with pytest.raises(ConfigError, match="they need a task"):
         pipeline.compress(tiny.model(), None, Budget(density=0.5, bits=8),
                           build(pipeline.Config, {"prune": {"recipe": SHORT}}), torch.Generator())
-    with pytest.raises(ConfigError, match="updates = 10: the first 75% of prune.recipe are 3 steps"):
+    with pytest.raises(ConfigError, match="updates = 10: the first 25% of prune.recipe are 1 steps"):
         made(tiny, {"prune": AGP}, density=0.5, bits=8)
     with pytest.raises(ConfigError, match="rewind = 99: prune.recipe has 4 steps"):
         made(tiny, {"prune": {"schedule": "lottery", "rewind": 99, "recipe": SHORT}}, density=0.5, bits=8)

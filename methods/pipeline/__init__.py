@@ -106,7 +106,7 @@ def prune(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, set
                          generator)
     updates = 1 if settings.schedule == "one_shot" else settings.updates
     densities = plan.densities if settings.rates == "budget" else by_sensitivity(model, task, dressed, plan, run)
-    masks = Masks(dressed, units, scores, densities, settings.schedule, settings.scope, updates)
+    masks = Masks(dressed, units, scores, densities, settings.schedule, settings.scope, updates, settings.floor)
     RUNS[settings.schedule](Pruning(model, task, masks, settings, generator, run, plan.anew))
     return ()
 

@@ -24,9 +24,10 @@ class Masks:
     """The masks of a stage, from scores and the density that the schedule says."""
 
     def __init__(self, dressed: Dressed, units: Units, scores: Scores, densities: Mapping[str, float], schedule: str,
-                 scope: str, updates: int):
+                 scope: str, updates: int, floor: float = 0.0):
         self.dressed, self.units, self.scores = dressed, units, scores
         self.densities, self.schedule, self.scope, self.updates = densities, schedule, scope, updates
+        self.floor = floor
         self.kept: dict[str, Tensor] = {}
 
     def update(self, t: int) -> None:
@@ -36,7 +37,7 @@ class Masks:
         if find_schedule(self.schedule).rounds:
             scores = {name: s.masked_fill(~self.kept[name].to(s.device), -torch.inf) if name in self.kept else s
                       for name, s in scores.items()}
-        self.kept = choose(scores, goals, self.scope)
+        self.kept = choose(scores, goals, self.scope, self.floor)
         self.dressed.set_masks(self.units.spread(self.kept))
         self.scores.clear()
         if t == self.updates:
@@ -105,7 +106,7 @@ def interval_of(recipe: Recipe, steps: int, updates: int, until: float) -> int:
     available = int(until * recipe.epochs * steps)
     if recipe.epochs > 0 and available < updates:
         raise ConfigError(f"updates = {updates}: the first {until:.0%} of prune.recipe are {available} steps; allowed "
-                          "are fewer updates or more epochs")
+                          "are fewer updates, more epochs or a later until")
     return max(available // updates, 1)
 
 

@@ -22,9 +22,11 @@ STAGES = ("prune", "quantize", "distil")
 class Prune:
     """criterion, granularity ("weight", "channel", "block"), schedule: of core/fit; scope: rank per layer or over all.
 
+    floor    share of the density that each layer keeps at least, of scope "global"
     blocks   how many residual blocks go, of granularity "block"
     rates    of layers: "budget", or "sensitivity": of equal drop in the held-out error, together the budget's density
-    updates  of the masks (linear, agp), or rounds;  until  share of the training after which masks stay
+    updates  of the masks (linear, agp), or rounds;  until  share of the training after which masks stay: what goes last
+             (of linear most of what is left) needs learning rate to heal, and schedules of rates fall, too
     recipe   of the training while or after pruning, in every round;  before  of a training that precedes one_shot
     rewind   step of the first training to which the lottery goes back;  fresh  it starts from initial weights
     control  of the lottery, for its last training: "none", "reinitialised" (the same masks on other initial weights) or
@@ -37,10 +39,11 @@ class Prune:
     granularity: str = "weight"
     schedule: str = "one_shot"
     scope: str = "local"
+    floor: float = 0.2
     blocks: int = 0
     rates: str = "budget"
     updates: int = 10
-    until: float = 0.75
+    until: float = 0.25
     rewind: int = 0
     fresh: bool = False
     control: str = "none"
@@ -66,6 +69,8 @@ class Prune:
                 raise ConfigError(f"{name} = {getattr(self, name)}: allowed is {least} or more")
         if self.granularity == "block":
             self._check_blocks()
+        if not 0 <= self.floor <= 1:
+            raise ConfigError(f"floor = {self.floor}: allowed is a number in [0, 1]")
         if not 0 < self.until <= 1 or not self.penalty >= 0:
             raise ConfigError(f"until = {self.until}, penalty = {self.penalty}: allowed are a number in (0, 1] and one "
                               "of 0 or more")
@@ -89,6 +94,8 @@ class Prune:
             found["scope"] = "granularity = 'block' has one ranking"
         else:
             found["blocks"] = f"granularity = {self.granularity!r} prunes within layers"
+        if self.scope == "local":
+            found["floor"] = "scope = 'local' has a density for each layer"
         if self.schedule == "one_shot":
             found["updates"] = f"{chosen} chooses masks once"
         else:

@@ -13,7 +13,8 @@ g is the gradient at the weight that the network really uses. What scores least 
 
 Departures  Layers that share their channels (residual additions, depthwise convolutions) share one score, the mean over
             those that are scored; l1, l2 and fpgm of layers of different size are averaged as they are. A ranking over
-            all layers leaves each layer, or set of such layers, its best: none is lost.
+            all layers leaves each layer, or set of such layers, its best, and a share of the density (`floor`): scores
+            that differ more between layers than within them (gamma of slim after a short training) would empty one.
 """
 
 from collections.abc import Mapping
@@ -77,19 +78,22 @@ def per_channel(scores: Tensor) -> Tensor:
     return scores.flatten(1).sum(1)
 
 
-def choose(scores: Mapping[str, Tensor], densities: Mapping[str, float], scope: str) -> dict[str, Tensor]:
+def choose(scores: Mapping[str, Tensor], densities: Mapping[str, float], scope: str, floor: float = 0.0
+           ) -> dict[str, Tensor]:
     """{name: bool mask of what is kept}, in exact number; of equal scores the first is kept.
 
-    scope  "local": each density of its own scores; "global": one ranking of all, of the density that all share
+    scope  "local": each density of its own scores; "global": one ranking of all, of the density that all share, after
+           the best of each: floor x density of its scores, and one at least
     """
     if scope == "local":
         return {name: keep_largest(s, keep_count(s.numel(), densities[name])) for name, s in scores.items()}
     check_scope(scope, densities)
-    flat = [s.detach().double().reshape(-1).clone() for s in scores.values()]
-    for one in flat:
-        one[one.argmax()] = torch.inf
-    count = keep_count(sum(map(len, flat)), next(iter(densities.values())))
-    kept = keep_largest(torch.cat(flat), max(count, len(flat))).split([len(one) for one in flat])
+    flat, density = [s.detach().double().reshape(-1).clone() for s in scores.values()], next(iter(densities.values()))
+    firsts = [keep_count(len(one), floor * density) for one in flat]
+    for one, first in zip(flat, firsts, strict=True):
+        one[keep_largest(one, first)] = torch.inf
+    count = max(keep_count(sum(map(len, flat)), density), sum(firsts))
+    kept = keep_largest(torch.cat(flat), count).split([len(one) for one in flat])
     return {name: part.reshape(s.shape) for (name, s), part in zip(scores.items(), kept, strict=True)}
 
 
