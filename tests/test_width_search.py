@@ -1,12 +1,14 @@
 """Width search: what points cost, what is judged, what comes back as a model of the whole network, what is refused."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.measure import with_ranges
 from benchmarks.report.courses import course_plot
 from benchmarks.settings import build, plain
 from methods import Budget, ConfigError, Recipe, Task, apply, find_method, pipeline, width_search
@@ -204,6 +206,16 @@ def test_bytes_are_kept_and_used(ratio, tiny):
     assert 0.7 * ratio * float_bytes(model) < len(to_bytes(out)[0]) <= ratio * float_bytes(model)
 
 
+def test_ranges_that_the_harness_adds_find_room(tiny):
+    """Deep Compression leaves them out; with them the file keeps the limit, too."""
+    model, config = tiny.model(), width_search.inner.untrained(find_method("deep_compression").Config())
+    out = compress(tiny, {"size_ratio": 0.15, "density": 0.6, "bits": 5}, model, multiple=2,
+                   inner=Inner("deep_compression", config))
+    ranged = with_ranges(out, tiny.net(), tiny.task())
+    assert not out.activations and ranged.activations
+    assert len(to_bytes(out)[0]) < len(to_bytes(ranged)[0]) <= 0.15 * float_bytes(model)
+
+
 def test_a_result_that_is_too_large_is_made_again(tiny, monkeypatch):
     """The first file has grown by training: from then on all are expected to, and another point is taken."""
     model, calls = tiny.model(), []
@@ -327,6 +339,10 @@ def test_refused_with_what_it_is_given(tiny):
         width_search.compress(tiny.model(), None, Budget(mac_ratio=0.5, bits=8), Config(recipe=None), seeded())
     with pytest.raises(ConfigError, match="no training batches"):
         compress(tiny, {"mac_ratio": 0.5, "bits": 8}, task=tiny.task().seen_as("held_out"), recipe=Recipe(1, 0.1))
+    with pytest.raises(ConfigError, match="no training batches"):
+        compress(tiny, {"mac_ratio": 0.5, "bits": 8}, task=tiny.task().seen_as("held_out"), criterion="taylor")
+    with pytest.raises(ConfigError, match="nothing to judge networks on"):
+        compress(tiny, {"mac_ratio": 0.5, "bits": 8}, task=replace(tiny.task(), held_out=tiny.Batches(0, 1)))
     with pytest.raises(ConfigError, match="allowed is any other method"):
         Inner("width_search")
     with pytest.raises(ConfigError, match="inner.config is .*pipeline.* needed is the Config of rptq"):

@@ -33,10 +33,10 @@ from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.norms import reestimate_norms
-from ..core.fit.size import file_bytes
 from ..core.graph.build import NORMS, own_copy
 from ..core.graph.graph import trace
-from ..core.train.finetune import train
+from ..core.train.finetune import check_trainable, train
+from ..core.train.loaders import first_batch
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import First, Task
@@ -98,6 +98,10 @@ def prepared(model: nn.Module, task: Task | None, config: Config) -> Task:
     """The task with the given network as the teacher, what it lacks or cannot do being refused."""
     if task is None:
         raise ConfigError("width_search judges networks on held-out data: it needs a task, and there is none")
+    if config.criterion == "taylor":
+        check_trainable(task)
+    if first_batch(task.held_out) is None:
+        raise ConfigError("there is nothing to judge networks on: the held-out set holds no batch")
     task = ready(model, task, config)
     if config.slimmable is not None:
         check_classes(model, task)
@@ -112,7 +116,7 @@ def rehearse(handing: Handing, costs: Costs, model: nn.Module, config: Config) -
     smallest = space.network(model, space.smallest)
     ready(smallest, handing.task, config)
     made = handing.cheaply(smallest.cpu(), space.smallest)
-    return None if handing.budget.size_ratio is None else Sizes(handing, costs, model, file_bytes(made))
+    return None if handing.budget.size_ratio is None else Sizes(handing, costs, model, made)
 
 
 class Judge:

@@ -1,11 +1,12 @@
 """What a search is made of: groups of channels in their order, and limits; all that can be refused first."""
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..core.artifact import CompressedModel
+from ..core.artifact import ActivationQuantizer, CompressedModel
 from ..core.budget import FLOAT_BITS, Budget
 from ..core.errors import BudgetError, CompressError
 from ..core.fit.size import file_bytes, float_bytes
@@ -81,19 +82,28 @@ def rank(model: nn.Module, task: Task, groups: dict[str, Group], config: Config,
 
 
 class Sizes:
-    """Bytes of files, between those of the smallest and of the largest network, made without training.
+    """Bytes of files, between those of the smallest network (`made` of it) and the largest, without training.
 
     correction  by which results were larger than that
     """
 
-    def __init__(self, handing: Handing, costs: Costs, model: nn.Module, least: int):
+    def __init__(self, handing: Handing, costs: Costs, model: nn.Module, made: CompressedModel):
         space = handing.space
         self.costs, self.dense, self.correction = costs, float_bytes(model), 1.0
         self.most = handing.budget.size_ratio * self.dense
-        most = file_bytes(handing.cheaply(space.network(model, space.largest), space.largest))
+        least, most = map(self.stored, (made, handing.cheaply(space.network(model, space.largest), space.largest)))
         few, many = (costs.code_bytes(point) for point in (space.smallest, space.largest))
         self.slope = (most - least) / (many - few)
         self.start = least - self.slope * few
+
+    def stored(self, made: CompressedModel) -> int:
+        """Bytes of the file of a result, with ranges where the caller is still to choose them."""
+        if made.activations:
+            return file_bytes(made)
+        graph = self.costs.space.graph
+        summed = graph.accumulator_edges()
+        ranges = {edge: ActivationQuantizer(1.0) for edge in graph.edges() if edge not in summed}
+        return file_bytes(replace(made, activations=ranges))
 
     def bytes(self, point: Point) -> float:
         return self.correction * (self.start + self.slope * self.costs.code_bytes(point))
@@ -103,7 +113,7 @@ class Sizes:
 
     def keep(self, point: Point, made: CompressedModel) -> bool:
         """Whether what was made of `point` keeps the limit; if not, what was too large is expected from now on."""
-        size = file_bytes(made)
+        size = self.stored(made)
         if size > self.most:
             self.correction *= size / self.bytes(point)
         return size <= self.most
