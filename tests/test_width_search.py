@@ -218,20 +218,22 @@ def test_ranges_that_the_harness_adds_find_room(tiny):
 
 def test_a_result_that_is_too_large_is_made_again(tiny, monkeypatch):
     """The first file has grown by training: from then on all are expected to, and another point is taken."""
-    model, calls = tiny.model(), []
-    rule = width_search.Sizes.keep
+    model, calls, sizes = tiny.model(), [], []
+    keep, stored = width_search.Sizes.keep, width_search.Sizes.stored
 
-    def grown(self, point, made):
+    def kept(self, point, made):
         calls.append(point)
-        if len(calls) != 2:
-            return rule(self, point, made)
-        self.correction *= 1.02 * self.most / self.bytes(point)  # the first trained file
-        return False
+        return keep(self, point, made)
 
-    monkeypatch.setattr(width_search.Sizes, "keep", grown)
+    def grown(self, made):
+        sizes.append(stored(self, made))
+        return 1.02 * self.most if len(sizes) == 4 else sizes[-1]  # after both ends and the untrained file
+
+    monkeypatch.setattr(width_search.Sizes, "keep", kept)
+    monkeypatch.setattr(width_search.Sizes, "stored", grown)
     out = compress(tiny, {"size_ratio": 0.2, "bits": 8}, model, multiple=2)
     assert len(calls) == 4 and calls[0] == calls[1] != calls[2] == calls[3]
-    assert len(to_bytes(out)[0]) <= 0.2 * float_bytes(model)
+    assert len(to_bytes(out)[0]) == sizes[-1] <= 0.2 * float_bytes(model)
 
 
 @pytest.mark.parametrize("name, budget, config", [
@@ -345,7 +347,7 @@ def test_refused_with_what_it_is_given(tiny):
         compress(tiny, {"mac_ratio": 0.5, "bits": 8}, task=replace(tiny.task(), held_out=tiny.Batches(0, 1)))
     with pytest.raises(ConfigError, match="allowed is any other method"):
         Inner("width_search")
-    with pytest.raises(ConfigError, match="inner.config is .*pipeline.* needed is the Config of rptq"):
+    with pytest.raises(ConfigError, match="inner.config is .*pipeline.* needed is that of rptq"):
         Inner("rptq", pipeline.Config())
     with pytest.raises(CompressError, match="no layer of which channels could go"):
         compress(tiny, {"mac_ratio": 0.5, "bits": 8}, nn.Sequential(nn.Flatten(), nn.Linear(192, 4)))

@@ -32,7 +32,7 @@ class Inner:
             object.__setattr__(self, "config", kind())
         if not isinstance(self.config, kind):
             raise ConfigError(f"inner.config is a {type(self.config).__module__}.{type(self.config).__name__}: needed "
-                              f"is the Config of {self.method}")
+                              f"is that of {self.method}, {{}} for its defaults")
 
     @classmethod
     def kinds(cls, values: Mapping[str, Any]) -> dict[str, type]:
