@@ -130,6 +130,8 @@ def _add_reports(command, run) -> None:
     sub.add_argument("name", nargs="?", default="compare_digits", help="table: a folder under results/rows")
     sub.add_argument("--rows", type=Path, help="any other folder of rows")
     sub.add_argument("--results", type=Path, default=RESULTS)
+    sub = command("claims", "tools.claims", "what is said of the field, put to the rows")
+    sub.add_argument("--results", type=Path, default=RESULTS)
     sub = command("docs", "commands.docs", "the site: a page a paper and a table, an index, the library's pages")
     sub.add_argument("--out", type=Path, default=Path("site"), help="folder (default: site)")
     sub.add_argument("--no-api", action="store_true", help="without the pages of the library")

@@ -16,6 +16,7 @@ from .rows import LARGEST, ROOT, shortened, slug, stem
 from .settings import build, read_toml
 
 CONFIGS = ROOT / "paper_configs"
+NO_TABLES = ("baselines.toml", "claims.toml")
 LONGEST_NAME = 200  # of a file, without suffix
 
 
@@ -120,7 +121,7 @@ def _check_numbers(table: Mapping[str, Any], where: str, path: str, known: tuple
 
 def all_tables() -> list[Table]:
     """Every method's paper_configs file."""
-    return [read_table(path) for path in sorted(CONFIGS.glob("*.toml")) if path.name != "baselines.toml"]
+    return [read_table(path) for path in sorted(CONFIGS.glob("*.toml")) if path.name not in NO_TABLES]
 
 
 def prepare(job: Job) -> tuple[Any, Budget, Any]:

@@ -24,6 +24,7 @@ from .data import open_dataset, test_batches
 from .dead import as_text, network_of, networks_of, shrink_file
 from .measure import measure
 from .networks import find
+from .report import claims as claimed
 from .rows import Row, read_rows, tables
 from .speed import as_table, check_positive, measure_speed
 from .speed_training import measure_training, training_table
@@ -130,3 +131,15 @@ def _speed_of_kernels(options: Namespace, console: Console) -> None:
     console.print(f"{options.network}, {options.threads} threads; CPU: {found.cpu}", soft_wrap=True)
     for name, profile in found.profiles.items():
         console.print(f"{name}: {profile.line()}", soft_wrap=True)
+
+
+def claims(options: Namespace, console: Console) -> None:
+    """Every claim with its answer, and the pairs of rows it was put to."""
+    rows_of = {folder.name: read_rows(folder, lambda line: None) for folder in tables(options.results)}
+    for one in claimed.in_words(rows_of):
+        console.print(f"{one['text']}: {one['verdict']}", style="bold", soft_wrap=True)
+        for line in one["lines"]:
+            where = f", {line['network']}, bytes {line['bytes']}, seeds {line['seeds']}" if line["network"] else ""
+            console.print(f"    {line['verdict']}: {line['better']} against {line['than']}: {line['change']}"
+                          f" ({line['interval']}){where}" if where else
+                          f"    {line['verdict']}: {line['better']} against {line['than']}", soft_wrap=True)

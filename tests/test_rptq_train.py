@@ -108,7 +108,7 @@ def test_the_steering_reaches_the_size_and_the_file_has_it(tiny, tmp_path, conte
     model = Plain()
     made = compress(tiny, ratio, model, contexts=contexts, c=None, recipe=Recipe(epochs=60, lr=0.01))
     limit = ratio * dense_bytes(model)
-    assert 0.99 * limit <= len(to_bytes(made)[0]) <= limit
+    assert (0.7 if contexts else 0.9) * limit <= len(to_bytes(made)[0]) <= limit  # units may die at the end
     if not contexts:
         split = encode(made, tmp_path / "a.jc")
         assert made.notes["entropy_bits"] / 8 == pytest.approx(split.codes + split.positions, rel=0.15)
@@ -121,7 +121,65 @@ def test_the_steering_reaches_the_size_and_the_file_has_it(tiny, tmp_path, conte
 def test_the_size_is_met_even_where_the_training_is_too_short(tiny):
     for ratio in (0.12, 0.2):
         size = len(to_bytes(compress(tiny, ratio))[0])
-        assert 0.98 * ratio * dense_bytes(tiny.net()) <= size <= ratio * dense_bytes(tiny.net())
+        assert 0.85 * ratio * dense_bytes(tiny.net()) <= size <= ratio * dense_bytes(tiny.net())
+
+
+def test_the_file_holds_the_codes_that_were_trained(tiny, monkeypatch):
+    """Weights gather at the thresholds: these must be the same to the bit, though the file could be larger."""
+    outputs, inputs = [], tiny.task().calibration_inputs(50)
+
+    def watched(student, *given, _train=rptq_train.train, **more):
+        history = _train(student, *given, **more)
+        with torch.no_grad():
+            outputs.append(student(inputs))
+        return history
+
+    monkeypatch.setattr(rptq_train, "train", watched)
+    made = compress(tiny, 0.6, recipe=Recipe(epochs=8, lr=0.05), c=0.2)
+    with torch.no_grad():
+        found = apply(made, tiny.model())(inputs)
+    assert len(to_bytes(made)[0]) < 0.55 * dense_bytes(tiny.net())
+    assert torch.allclose(found, outputs[0], atol=0.02 * float(outputs[0].abs().max()))
+
+
+def test_prices_stay_at_the_end_and_lam_only_rises(tiny):
+    model = Plain()
+    with RateAware(model, dict.fromkeys(weight_layers(model), 0.01), 1e4, 0, False, settling=1) as hooks:
+        hooks.steps = 1
+        bits, lam = hooks.quantizers["a"].bits.clone(), hooks.lam
+        with torch.no_grad():
+            hooks.behind("a").mul_(0.3)
+        hooks.goal = 1e9
+        hooks.refresh()
+        assert hooks.lam == lam and torch.equal(hooks.quantizers["a"].bits, bits)
+        hooks.goal = hooks.entropy / 2
+        hooks.refresh()
+        assert hooks.lam == pytest.approx(1.1 * lam) and torch.equal(hooks.quantizers["a"].bits, bits)
+        edges = torch.arange(len(bits) - 1) + 0.5 + hooks.lam / 2 * bits.diff()
+        assert torch.allclose(hooks.quantizers["a"].edges, edges.clamp_min(0).cummax(0).values)
+        hooks.steps = 0
+        hooks.refresh()
+        assert not torch.equal(hooks.quantizers["a"].bits, bits)
+
+
+def test_the_goal_follows_the_real_file(tiny):
+    model = Plain()
+    with RateAware(model, dict.fromkeys(weight_layers(model), 0.01), 1e4, 0, False, weigh=lambda hooks: 3000,
+                   limit=2000.0) as hooks:
+        hooks.after_epoch(model, 0)
+        assert hooks.goal == pytest.approx(hooks.entropy * 2 / 3)
+
+
+def test_a_bare_copy_has_the_weights_behind_the_codes(tiny):
+    model = tiny.model()
+    with RateAware(model, dict.fromkeys(weight_layers(model), 0.05), 1e4, 10, False) as hooks:
+        with torch.no_grad():
+            hooks.behind("conv2").add_(0.01)
+            model.bn1.running_mean.add_(1)
+        bare = hooks.bare()
+        assert torch.equal(bare.conv2.weight, hooks.behind("conv2"))
+        assert torch.equal(bare.bn1.running_mean, model.bn1.running_mean)
+        assert torch.equal(model.conv1.weight, hooks.quantizers["conv1"](hooks.behind("conv1")))  # as it was
 
 
 def test_one_scale_a_layer_holds_for_the_trained_network(tiny):
@@ -170,7 +228,8 @@ def test_the_wanted_size_falls_and_stays():
 
 
 def test_mistakes(tiny):
-    for config, message in (({"c": 0.0}, "above 0"), ({"falling": 1.5}, r"0\.\.1"), ({"bias_bits": 8}, "16, 32")):
+    for config, message in (({"c": 0.0}, "above 0"), ({"falling": 1.5}, "together are at most 1"),
+                            ({"settling": 0.6}, "at most 1"), ({"bias_bits": 8}, "16, 32")):
         with pytest.raises(ConfigError, match=message):
             replace(SHORT, **config)
     with pytest.raises(BudgetError, match="needs the budget field 'size_ratio'"):

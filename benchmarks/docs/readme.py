@@ -1,6 +1,7 @@
 """README's tables, made from committed rows: text between `<!-- KIND: NAME -->` and `<!-- end -->`.
 
-KIND is "headline" (all methods of one table, the columns that matter most), "papers" (a line a paper), or "baselines".
+KIND is "headline" (all methods of one table, the columns that matter most), "papers" (a line a paper), "claims" (a line
+a claim), or "baselines".
 """
 
 import re
@@ -11,12 +12,13 @@ from typing import Any
 from methods.core.errors import CompressError
 from methods.core.file.container import write_file
 
+from ..report import claims
 from ..report.table import in_markdown, told_apart
 from .figures import as_png, front_plot
 from .tables import Table, markdown, table_of
 from .words import Row
 
-BLOCK = re.compile(r"(<!-- (headline|papers|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (headline|papers|claims|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 HEADLINE = ("row", "points lost", "top-1, float", "top-1, integer", "file", "smaller", "BOPs, zeros skipped", "energy",
             "cycles", "data", "CPU s")
 RowsOf = Mapping[str, Sequence[Row]]
@@ -40,6 +42,7 @@ def filled(text: str, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
     """`text` with every block replaced; CompressError for a block without rows."""
     makers: dict[str, Callable[[str], str]] = {
         "headline": lambda name: headline(rows_of[name], name), "papers": lambda name: paper_lines(papers),
+        "claims": lambda name: claim_lines(claims.in_words(rows_of)),
         "baselines": lambda name: baseline_lines(baselines)}
 
     def fill(match: re.Match) -> str:
@@ -68,6 +71,16 @@ def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
                  if one["printed"] else "none for our rows" if one["rows"] else "no rows yet")
         cited = f"[{in_markdown(one['citation'])}]({one['link']})" if one["link"] else in_markdown(one["citation"])
         out += f"| [{in_markdown(one['name'])}]({one['code']}) | {cited} | {one['data']} | {found} |\n"
+    return out
+
+
+def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
+    """One line a claim: the answer, and the changes of its pairs; those that cannot be told from 0 in brackets."""
+    out = "| claim | answer | changes in points of top-1 |\n| --- | --- | --- |\n"
+    for one in found:
+        changes = [line["change"] if line["verdict"] in (claims.YES, claims.NO) else f"({line['change']})"
+                   for line in one["lines"] if line["verdict"] != claims.MISSING]
+        out += f"| {in_markdown(one['text'])} | {one['verdict']} | {', '.join(changes)} |\n"
     return out
 
 

@@ -17,6 +17,7 @@ from methods.core.errors import ConfigError
 from methods.core.file.container import write_file
 
 from ..jobs import Table, all_tables
+from ..report import claims
 from ..report.table import comparable, told_apart
 from .content import front, story, table_part
 from .papers import Paper, papers
@@ -98,8 +99,10 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
         site.table(part)
     say(f"page {len(site.known) + 1} of {len(site.known) + 1}: index")
     first = headline_of(rows_of[headline], headline) if headline in rows_of else None
+    found = claims.in_words(rows_of)
     site.page("index.html", "index.html", "jointcompress", headline=first, papers=summaries, others=others,
-              networks=networks is not None)
+              claims=found, networks=networks is not None)
+    site.page("claims.html", "claims.html", "Claims", claims=found)
     if networks is not None:
         site.page("networks.html", "networks.html", "torchvision's networks under every method", networks=networks)
     if api:

@@ -14,9 +14,11 @@ Algorithm
         threshold between k and k + 1:  k + 1/2 + lam / 2 (bits(k + 1) - bits(k)), made rising
         bits(k) = -log2 of the share of k in the layer, + 1 for the sign where k > 0
     every 8 steps:  s_o, bits and thresholds anew;  lam *= (entropy of all codes / wanted)^0.8, by a tenth at most
-        wanted falls from the start's size to that of the budget in the first half of the training, then stays
+        wanted falls from the start's size to that of the budget in the first half of the training, then stays;
+        after each epoch it is corrected by what the file takes
+    in the last tenth bits stay, and lam only rises, where the codes take more than is wanted
     loss = 0.1 hard + 0.9 T^2 KL(teacher, student), T = 2
-    at the end: lam until the file fits, codes, batch norm folded, ranges
+    at the end: the codes that were trained; only where the file does not fit, a higher lam; batch norm folded, ranges
 
 Symbols    code, thresholds, bits: Rated and core/fit/rates.py;  lam RateAware.lam, in units of s^2, from ln 2 / 6
 
@@ -26,8 +28,8 @@ Contexts   contexts = True prices "is it 0" by p, the product of the densities o
 Departures from its specification, and choices that it leaves
   * gamma and sigma are those of the batch norm at the time, not of the start: a file then holds one scale a layer.
   * c = none starts at `start` times the budget. wanted falls geometrically.
-  * After the training the file is made with other lam, weights, prices and batch norm as they are, until it takes 99
-    to 100 % of the budget; ranges are those of the trained lam.
+  * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
+    weights gather at the thresholds (a tenth less lam at the end: from 98 % right to 58 % on digits).
   * Codes are at most twice the largest of the start. Counts are smoothed by 0.05, densities by half a weight.
 """
 
@@ -37,7 +39,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.artifact import ActivationQuantizer, Affine, CompressedModel, CompressedTensor
+from ..core.artifact import Affine, CompressedModel, CompressedTensor
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.file.storage import to_bytes
@@ -57,7 +59,7 @@ from ..rptq import Quantizer, width, with_half_biases
 from .rated import RateAware, Rated
 
 DATA = "train"
-LEAST, AIM, TRIES = 0.99, 0.997, 24
+LEAST, AIM, TRIES = 0.99, 0.99, 24
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class Config:
     """recipe: of the training, with its teacher; c: of the steps, or none for a start at `start` times the budget.
 
     falling       share of the training in which the wanted size falls from the start's to the budget's
+    settling      share of the training, its last part, in which prices stay
     contexts      price zeros by the use of their row and column, and remove dead units
     sensitivity_inputs, calibration_inputs   for the steps, for ranges
     """
@@ -73,6 +76,7 @@ class Config:
     c: float | None = None
     start: float = 1.5
     falling: float = 0.5
+    settling: float = 0.1
     contexts: bool = False
     activation_bits: int = 8
     range_method: str = "minmax"
@@ -87,8 +91,9 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} = {value}: allowed is a number above 0")
-        if not 0 <= self.falling <= 1:
-            raise ConfigError(f"falling = {self.falling}: allowed is 0..1")
+        if not (0 <= self.falling and 0 <= self.settling and self.falling + self.settling <= 1):
+            raise ConfigError(f"falling = {self.falling}, settling = {self.settling}: allowed are shares of the "
+                              "training that together are at most 1")
         if self.bias_bits not in (16, 32):
             raise ConfigError(f"bias_bits = {self.bias_bits}: allowed are 16, 32")
 
@@ -122,12 +127,18 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     student, skeleton = own_copy(model), model.cpu()
     task.placed(student)
     total = config.recipe.epochs * len(task.train) if task.train is not None else 0
-    hooks = RateAware(student, start.steps(c), 8 * (limit - least), round(config.falling * total), config.contexts)
+    settling = round((1 - config.settling) * total) if total else math.inf
+
+    def weigh(hooks: RateAware) -> int:
+        return Ending(hooks.bare(), skeleton, hooks, config, c).at(hooks.lam)[1]
+
+    hooks = RateAware(student, start.steps(c), 8 * (limit - least), round(config.falling * total), config.contexts,
+                      settling=settling, weigh=weigh, limit=AIM * limit)
     with hooks:
         train(student, task, config.recipe, generator, hooks=hooks, run=run.stage("rate"))
         hooks.refresh(steer=False)
-    inputs = task.calibration_inputs(config.calibration_inputs)
-    return Ending(student.cpu(), skeleton, hooks, config, inputs.cpu(), c).fitted(limit)
+    ending = Ending(student.cpu(), skeleton, hooks, config, c)
+    return ending.with_ranges(task.calibration_inputs(config.calibration_inputs).cpu()).fitted(limit)
 
 
 def starting_c(quantizer: Quantizer, bits: float) -> float:
@@ -142,20 +153,24 @@ def starting_c(quantizer: Quantizer, bits: float) -> float:
 
 
 class Ending:
-    """From the trained weights to a file that fits: lam is all that still moves."""
+    """From trained weights to a file that fits; `student` has the float weights behind the codes."""
 
-    def __init__(self, student: nn.Module, skeleton: nn.Module, hooks: RateAware, config: Config, inputs: Tensor,
-                 c: float):
-        self.skeleton, self.hooks, self.config = skeleton, hooks, config
+    def __init__(self, student: nn.Module, skeleton: nn.Module, hooks: RateAware, config: Config, c: float):
+        self.skeleton, self.hooks, self.config, self.ranges = skeleton, hooks, config, {}
         self.notes = {"c": c, "lam": hooks.lam, "entropy_bits": hooks.entropy, "steps": dict(hooks.units)}
         self.weights = {name: layer.weight.detach() for name, layer in weight_layers(student).items()}
         self.signs = {layer: norm_ratio(student.get_submodule(norm)).sign() for layer, norm in
                       norms_after(student).items()}
         self.folded, self.topology = fold_batchnorm(student)
-        made = self.store(hooks.charged(hooks.lam), {})
-        self.ranges = calibrate(apply(made, skeleton), inputs, config.activation_bits, config.range_method)
 
-    def store(self, quantizers: dict[str, Rated], ranges: dict[str, ActivationQuantizer]) -> CompressedModel:
+    def with_ranges(self, inputs: Tensor) -> "Ending":
+        """The same, with activation ranges of the trained codes on `inputs`."""
+        made = self.store(self.hooks.charged(self.hooks.lam))
+        self.ranges = calibrate(apply(made, self.skeleton), inputs, self.config.activation_bits,
+                                self.config.range_method)
+        return self
+
+    def store(self, quantizers: dict[str, Rated]) -> CompressedModel:
         weights = {}
         for name, weight in self.weights.items():
             codes = quantizers[name].codes(weight).cpu()
@@ -164,25 +179,26 @@ class Ending:
             scale = torch.tensor(self.hooks.units[name])
             grid = Affine(scale, torch.zeros_like(scale, dtype=torch.int32))
             weights[name] = CompressedTensor.of(codes.to(torch.int32), grid, width(codes))
-        made = assemble(self.folded, weights, topology=self.topology, activations=ranges, notes=self.notes)
-        made = shrink(made, self.skeleton) if self.config.contexts and ranges else made
+        made = assemble(self.folded, weights, topology=self.topology, activations=self.ranges, notes=self.notes)
+        made = shrink(made, self.skeleton) if self.config.contexts else made
         return with_half_biases(made) if self.config.bias_bits == 16 else made
 
     def at(self, lam: float) -> tuple[CompressedModel, int]:
-        made = self.store(self.hooks.charged(lam), self.ranges)
+        made = self.store(self.hooks.charged(lam))
         return made, len(to_bytes(made)[0])
 
     def fitted(self, limit: int) -> CompressedModel:
-        """The file of 99 to 100 % of `limit` bytes whose lam is closest to the trained one; the largest that fits."""
-        lam, best, low, high = max(self.hooks.lam, 1e-3 * LAM), None, 0.0, math.inf
+        """The file of the trained lam where it fits `limit`; else the one of a higher lam that uses the limit best."""
+        lam, best, low, high = self.hooks.lam, None, self.hooks.lam, math.inf
         for _ in range(TRIES):
             made, size = self.at(lam)
             if size <= limit and (best is None or size > best[1]):
                 best = made, size
             low, high = (max(low, lam), high) if size > limit else (low, min(high, lam))
-            if LEAST * limit <= size <= limit or (high < math.inf and low > 0 and high < low * (1 + 1e-5)):
+            if lam == self.hooks.lam and best is not None or LEAST * limit <= size <= limit \
+                    or high < math.inf and high < low * (1 + 1e-5):
                 break
-            lam = _between(lam * (size / (AIM * limit)) ** 2, low, high)
+            lam = _between(max(lam, 1e-3 * LAM) * (size / (AIM * limit)) ** 2, max(low, 1e-3 * LAM), high)
         if best is None:
             raise BudgetError(f"no file of at most {limit} bytes came out of the training, the smallest took {size}: "
                               "allowed are more epochs or larger files")
@@ -193,8 +209,5 @@ def _between(lam: float, low: float, high: float) -> float:
     """`lam` inside its bracket, a tenth of which it leaves on either side."""
     if high == math.inf:
         return max(lam, 1.02 * low)
-    if low == 0:
-        return min(lam, 0.98 * high)
     share = math.log(max(lam, low) / low) / math.log(high / low)
     return low * (high / low) ** min(max(share, 0.1), 0.9)
-

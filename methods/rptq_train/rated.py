@@ -1,7 +1,8 @@
 """Weights that are read through a quantizer with prices, and the hook that sets the prices while they train."""
 
 import copy
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -52,18 +53,24 @@ class Rated(nn.Module):
 
     def price(self, weight: Tensor) -> float:
         """Set what codes cost after those of `weight`; returns the bits that these take."""
+        total, prices = self.counted(weight)
+        for name, value in prices.items():
+            setattr(self, name, value)
+        return total
+
+    def counted(self, weight: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """The bits that the codes of `weight` take, and the prices {buffer: values} that follow from them."""
         codes = self.codes(weight)
         counts = torch.bincount(codes.abs().long().reshape(-1), minlength=len(self.edges) + 1)
         signs = float(counts[1:].sum())
         if not self.first.numel():
-            self.bits = magnitude_bits(counts)
-            return entropy_bits(counts) + signs
-        counts[0] = 0
-        self.bits = magnitude_bits(counts)  # among those that are not 0
-        self.zero, self.other = zero_bits(codes != 0)
+            return entropy_bits(counts) + signs, {"bits": magnitude_bits(counts)}
+        counts[0] = 0  # bits are those among codes that are not 0
+        zero, other = zero_bits(codes != 0)
         places = codes[0, 0].numel()
         kept = (codes != 0).reshape(*codes.shape[:2], -1).sum(2)
-        return float((kept * self.other + (places - kept) * self.zero).sum()) + entropy_bits(counts) + signs
+        return (float((kept * other + (places - kept) * zero).sum()) + entropy_bits(counts) + signs,
+                {"bits": magnitude_bits(counts), "zero": zero, "other": other})
 
     def charge(self, lam: float) -> None:
         """Set the thresholds for `lam` and the prices of the codes."""
@@ -89,13 +96,19 @@ class RateAware(Hooks):
     """Trains a model whose weights are read through `Rated`; use as a context around `train`.
 
     units    {layer: step of the folded weight};  goal  bits of all codes at the end;  falling  steps until then
+    settling  step from which prices stay: weights gather at the thresholds, and these must not move away from them.
+             Steps go on following the batch norm, and lam may rise, so that the size stays below the goal
+    weigh    bytes of the file as it would be now; `limit` bytes are what it may take: after each epoch the goal is
+             corrected by what the file takes besides and less. None: never
     lam, entropy   price of a bit in units of step^2, and the bits of all codes when they were looked at last
     Inside the context the weights are parametrized; on leaving it they are the float weights behind the codes.
     """
 
-    def __init__(self, model: nn.Module, units: Mapping[str, float], goal: float, falling: int, contexts: bool):
+    def __init__(self, model: nn.Module, units: Mapping[str, float], goal: float, falling: int, contexts: bool, *,
+                 settling: float = math.inf, weigh: Callable[["RateAware"], int] | None = None, limit: float = 0.0):
         self.model, self.units, self.goal, self.falling = model, dict(units), goal, falling
-        self.norms = norms_after(model)
+        self.settling, self.weigh, self.limit = settling, weigh, limit
+        self.before, self.norms = copy.deepcopy(model).cpu(), norms_after(model)
         self.quantizers = {name: Rated(layer.weight.detach(), units[name], contexts)
                            for name, layer in weight_layers(model).items()}
         self.lam, self.steps, self.start, self.entropy = LAM, 0, 0.0, 0.0
@@ -115,6 +128,17 @@ class RateAware(Hooks):
             parametrize.remove_parametrizations(module, attribute, leave_parametrized=True)
             setattr(module, attribute, nn.Parameter(behind))
 
+    def bare(self) -> nn.Module:
+        """A copy of the model as it was, with the float weights behind the codes and all else as they are now."""
+        found = copy.deepcopy(self.before)  # a parametrized module and its copy share a class
+        state = {key: value for key, value in self.model.state_dict().items() if ".parametrizations." not in key}
+        for name in self.quantizers:
+            module, attribute = place_of(layer_of(self.model, name))
+            path = next(path for path, one in self.model.named_modules() if one is module)
+            state[f"{path}.{attribute}"] = self.behind(name)
+        found.load_state_dict(state)
+        return found
+
     def behind(self, name: str) -> Tensor:
         """The float weight of a layer, inside the context."""
         module, attribute = place_of(layer_of(self.model, name))
@@ -125,6 +149,10 @@ class RateAware(Hooks):
         share = min(self.steps / self.falling, 1.0) if self.falling else 1.0
         return self.start ** (1 - share) * self.goal**share
 
+    @property
+    def settled(self) -> bool:
+        return self.steps >= self.settling
+
     @torch.no_grad()
     def refresh(self, steer: bool = True) -> None:
         """Steps, prices and thresholds of all layers after their weights, and lam after the bits."""
@@ -134,28 +162,45 @@ class RateAware(Hooks):
                 ratio = norm_ratio(self.model.get_submodule(self.norms[name])).abs().clamp_min(TINY)
                 step = (quantizer.unit / ratio).float().to(quantizer.step.device)
                 quantizer.step = step.reshape(quantizer.step.shape)
+            if self.settled:
+                bits += quantizer.counted(self.behind(name))[0]
+                continue
             for _ in range(ROUNDS):
                 size = quantizer.price(self.behind(name))
                 quantizer.charge(self.lam)
             bits += size
         self.entropy = bits
         if steer:
-            self.lam *= min(max((bits / self.wanted()) ** POWER, 1 / MOST), MOST)
+            least = 1.0 if self.settled else 1 / MOST
+            self.lam *= min(max((bits / self.wanted()) ** POWER, least), MOST)
+            for quantizer in self.quantizers.values():
+                quantizer.charge(self.lam)
 
     def after_step(self, model: nn.Module, lr: float) -> None:
         self.steps += 1
         if self.steps % EVERY == 0:
             self.refresh()
 
+    def after_epoch(self, model: nn.Module, epoch: int) -> None:
+        if self.weigh is not None and self.steps >= self.falling:
+            self.refresh(steer=False)
+            self.goal = self.entropy * self.limit / self.weigh(self)
+
     def charged(self, lam: float) -> dict[str, Rated]:
-        """Copies of the quantizers on the CPU, with thresholds for `lam` and the prices that codes had last."""
+        """Copies of the quantizers on the CPU, with thresholds for `lam` and the prices that codes have."""
         found = {name: copy.deepcopy(quantizer).cpu() for name, quantizer in self.quantizers.items()}
         for quantizer in found.values():
             quantizer.charge(lam)
         return found
 
     def state(self) -> dict:
-        return {"lam": self.lam, "steps": self.steps, "start": self.start, "entropy": self.entropy}
+        prices = {name: (x.bits, x.zero, x.other) for name, x in self.quantizers.items()}
+        return {**{key: getattr(self, key) for key in ("lam", "steps", "start", "entropy", "goal")}, "prices": prices}
 
     def restore(self, state: dict) -> None:
-        self.lam, self.steps, self.start, self.entropy = (state[key] for key in ("lam", "steps", "start", "entropy"))
+        self.lam, self.steps, self.start, self.entropy, self.goal = (
+            state[key] for key in ("lam", "steps", "start", "entropy", "goal"))
+        for name, prices in state["prices"].items():
+            quantizer = self.quantizers[name]
+            quantizer.bits, quantizer.zero, quantizer.other = (x.to(quantizer.edges.device) for x in prices)
+

@@ -1,0 +1,147 @@
+"""Claims of the field, each put to the rows: yes, no, or chance does not let anyone tell.
+
+A claim names pairs of rows, measured on the same test inputs: the one that should be better, and the other. A pair is
+judged by the change in integer top-1 and its paired 95 % interval (`chance.paired`). Where both rows have the same
+seeds, or baselines, the change is the mean over these, and its error that of the mean: errors within and between them
+add in squares. A claim holds where a pair is better and none is worse, fails where one is worse and none is better.
+
+paper_configs/claims.toml lists them:
+
+    [[claim]]
+    text = "Learned masks beat fixed ones at equal bytes"
+    table = "equal_bytes_resnet18"
+    pairs = [["ADMM, 40x", "prune then quantize, 40x"]]
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from methods.core.errors import ConfigError
+
+from ..chance import Z95, mean_and_deviation, paired, unpack
+from ..jobs import CONFIGS
+from ..settings import build, read_toml
+
+Row = Mapping[str, Any]
+RowsOf = Mapping[str, Sequence[Row]]
+PATH = CONFIGS / "claims.toml"
+YES, NO, MIXED, CANNOT_TELL, MISSING = "yes", "no", "sometimes", "cannot tell", "missing"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """text  what is claimed;  table  where the rows are;  pairs  (row that should be better, the other);  note"""
+
+    text: str
+    table: str
+    pairs: tuple[tuple[str, str], ...]
+    note: str = ""
+
+    def __post_init__(self):
+        if not self.text or not self.pairs:
+            raise ConfigError(f"claim {self.text!r}: needed are a text and pairs of rows")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A pair of rows. change  in points of integer top-1, with its 95 % interval;  bytes  of both;  seeds  that both
+    have. All but the names are None where one of the rows is missing."""
+
+    better: str
+    than: str
+    network: str | None = None
+    change: float | None = None
+    low: float | None = None
+    high: float | None = None
+    bytes: tuple[float, float] | None = None
+    seeds: int = 0
+
+    @property
+    def verdict(self) -> str:
+        if self.change is None:
+            return MISSING
+        return YES if self.low > 0 else NO if self.high < 0 else CANNOT_TELL
+
+
+def read_claims(path: Path = PATH) -> list[Claim]:
+    """The claims of a file; ConfigError for an unknown key or a claim without pairs."""
+    content = read_toml(path)
+    entries = content.get("claim", [])
+    if set(content) - {"claim"} or not isinstance(entries, list) or not all(isinstance(x, Mapping) for x in entries):
+        raise ConfigError(f"{path.name}: allowed are tables under [[claim]]")
+    return [build(Claim, entry, f"{path.name} claim {i}: ") for i, entry in enumerate(entries, 1)]
+
+
+def put_to(claim: Claim, rows_of: RowsOf) -> list[Found]:
+    """Its pairs, in order, as the rows have them; a pair of several networks once for each."""
+    found: list[Found] = []
+    rows = [row for row in rows_of.get(claim.table, []) if "right" in row]  # the oldest do not say which inputs
+    for better, than in claim.pairs:
+        mine, others = ([row for row in rows if row["name"] == name] for name in (better, than))
+        networks = [network for network in dict.fromkeys(row["network"] for row in mine)
+                    if any(row["network"] == network for row in others)]
+        found += [_judged(better, than, network, *({_start(row): row for row in both if row["network"] == network}
+                                                   for both in (mine, others))) for network in networks]
+        if not networks:
+            found.append(Found(better, than))
+    return found
+
+
+def _start(row: Row) -> tuple[int, str]:
+    return row["seed"], row["checkpoint"]["digest"]
+
+
+def _judged(better: str, than: str, network: str, mine: Mapping[tuple, Row], others: Mapping[tuple, Row]) -> Found:
+    """Of rows by seed and baseline: those that both have."""
+    shared = [key for key in mine if key in others and mine[key]["n_test"] == others[key]["n_test"]
+              and mine[key]["data"] == others[key]["data"]]
+    if not shared:
+        return Found(better, than)
+    pairs = [paired(*(unpack(row["right"]["integer"], row["n_test"]) for row in (others[key], mine[key])))
+             for key in shared]
+    k = len(pairs)
+    if k == 1:
+        change, low, high = pairs[0].change, pairs[0].low, pairs[0].high
+    else:
+        change, spread = mean_and_deviation([pair.change for pair in pairs])
+        within = math.fsum(((pair.high - pair.low) / 2 / Z95) ** 2 for pair in pairs) / k  # test inputs are the same
+        half = Z95 * math.sqrt(within + spread**2 / k)
+        low, high = change - half, change + half
+    sizes = tuple(math.fsum(rows[key]["bytes"] for key in shared) / k for rows in (mine, others))
+    return Found(better, than, network, change, low, high, sizes, k)
+
+
+def verdict(found: Sequence[Found]) -> str:
+    """Of a claim, over its pairs; those that are missing say nothing unless all are."""
+    said = {one.verdict for one in found} - {MISSING}
+    if not said:
+        return MISSING
+    return MIXED if {YES, NO} <= said else YES if YES in said else NO if NO in said else CANNOT_TELL
+
+
+def lines_of(claim: Claim, found: Sequence[Found]) -> list[dict[str, str]]:
+    """What is shown of every pair, as text: bytes are those of the first over those of the second."""
+    lines = []
+    for one in found:
+        shown = {"better": one.better, "than": one.than, "network": one.network or "", "verdict": one.verdict}
+        if one.change is None:
+            shown |= {"change": "—", "interval": "", "bytes": "", "seeds": ""}
+        else:
+            shown |= {"change": f"{one.change:+.2f}", "interval": f"{one.low:+.2f} to {one.high:+.2f}",
+                      "bytes": f"{one.bytes[0] / one.bytes[1]:.2f}", "seeds": str(one.seeds)}
+        lines.append(shown)
+    return lines
+
+
+def in_words(rows_of: RowsOf, path: Path = PATH) -> list[dict[str, Any]]:
+    """Every claim for a page: {"text", "note", "table", "there" (it has rows), "verdict", "lines"}."""
+    out = []
+    for claim in read_claims(path):
+        found = put_to(claim, rows_of)
+        out.append({"text": claim.text, "note": claim.note, "table": claim.table,
+                    "there": bool(rows_of.get(claim.table)), "verdict": verdict(found),
+                    "lines": lines_of(claim, found)})
+    return out
