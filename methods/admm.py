@@ -328,7 +328,7 @@ class TieHooks(MaskHooks):
         for name, weight in self.weights.items():
             if weight.grad is not None:
                 grad, codes = weight.grad * self.masks[name].to(weight.device), self.codes[name]
-                sums = grad.new_zeros(len(self.first[name])).index_put_((codes,), grad, accumulate=True)
+                sums = grad.new_zeros(len(self.first[name])).index_add_(0, codes.reshape(-1), grad.reshape(-1))
                 weight.grad.copy_(sums[codes])
 
     @torch.no_grad()

@@ -139,14 +139,18 @@ def share(weight: Tensor, mask: Tensor, bits: int, init: str, rng: np.random.Gen
 
 
 class SharedWeight(nn.Module):
-    """Parametrization W = C[I]: indexing sums the gradient over each cluster. (Eq. 2, 3)"""
+    """Parametrization W = C[I]: the gradient is summed over each cluster. (Eq. 2, 3)
+
+    By `index_select`: on a GPU the backward pass of C[I] adds the members of a cluster one after the other.
+    """
 
     def __init__(self, codes: Tensor):
         super().__init__()
         self.register_buffer("codes", codes)
 
     def forward(self, centroids: Tensor) -> Tensor:
-        return torch.cat([centroids.new_zeros(1), centroids])[self.codes.long()]
+        codebook = torch.cat([centroids.new_zeros(1), centroids])
+        return codebook.index_select(0, self.codes.long().reshape(-1)).reshape(self.codes.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Centroids [k] from a weight that already is C[I]."""
