@@ -2,7 +2,7 @@
 
 import ast
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from methods.core.artifact import CompressedModel
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
 from methods.core.file.storage import encode, inspect, load, to_bytes
+from methods.core.fit.prune import global_densities
 from methods.core.fit.sixteen_bit import sixteen_bit
 from methods.core.graph.build import weight_layers
 from methods.core.graph.shrink import shrink
@@ -112,9 +113,11 @@ def make(job: Job, network: nn.Module, dataset: Dataset, setup: Setup, baseline:
     """The file of a job, in the folder of its run, with what its row says of how it was made."""
     method, budget, config = prepare(job)
     calibration = setup.task(dataset, job.network, torch.device("cpu"))
+    spread = spread_of(job, baseline.model)
+    asked = budget if spread is None or budget.density is None else replace(budget, density=spread(budget.density))
     compressed = compress_to_size(method, baseline.model, task_for(method, config, setup, dataset, job.network,
                                                                    place.device),
-                                  budget, config, torch.Generator().manual_seed(job.seed), run=run,
+                                  asked, config, torch.Generator().manual_seed(job.seed), run=run, spread=spread,
                                   finish=lambda found: as_stored(found, job, network, calibration))
     cpu, wall = run.clock.seconds()
     small = as_stored(compressed, job, network, calibration)
@@ -141,7 +144,10 @@ def setup_of(job: Job, dataset: Dataset) -> Setup:
 def job_key(job: Job, dataset: Dataset, setup: Setup, baseline: Baseline) -> str:
     """Of all that determines the file: not what is printed beside it."""
     own = source_digest(job.network)
-    return run_key({"job": plain(replace(job, paper={}, note="", network=label(job.network))),
+    given = plain(replace(job, paper={}, note="", network=label(job.network)))
+    if job.densities == "uniform":  # keys are older than this setting
+        del given["densities"]
+    return run_key({"job": given,
                     **({} if own is None else {"network_source": own}), "setup": _batches(setup),
                     "checkpoint": baseline.digest, "data": dataset.digest})
 
@@ -153,7 +159,7 @@ def _batches(setup: Setup) -> dict[str, Any]:
 def described(job: Job, setup: Setup, dataset: Dataset, baseline: Baseline) -> dict[str, Any]:
     """What went in, as a row says it."""
     return {"schema": SCHEMA, "name": job.name, "method": job.method, "task": job.task, "network": label(job.network),
-            "float_policy": list(job.float_policy),
+            "float_policy": list(job.float_policy), "densities": job.densities,
             "seed": job.seed, "setup": _batches(setup), "note": job.note, "paper": plain(job.paper),
             "data": dataset.digest, "checkpoint": baseline.described()}
 
@@ -207,6 +213,14 @@ def beside(start: Start, right: Mapping[str, str]) -> dict[str, Any]:
     return {"baseline_top1": start.top1, "baseline_held_out_top1": start.held_out_top1, "n_test": n,
             "standard_error": {kind: standard_error(top1_of(found), n) for kind, found in answers.items()},
             "against_baseline": {kind: asdict(paired(start.right, found)) for kind, found in answers.items()}}
+
+
+def spread_of(job: Job, model: nn.Module) -> Callable[[float], dict[str, float]] | None:
+    """From the density of all weights to those of the layers, or None where all are the same."""
+    if job.densities == "uniform":
+        return None
+    weights = {name: layer.weight for name, layer in weight_layers(model).items()}
+    return lambda density: global_densities(weights, density)
 
 
 def task_for(method: Any, config: Any, setup: Setup, dataset: Dataset, network: str, device: torch.device

@@ -17,6 +17,7 @@ from .settings import build, read_toml
 
 CONFIGS = ROOT / "paper_configs"
 NO_TABLES = ("baselines.toml", "claims.toml")
+DENSITIES = ("uniform", "global")
 LONGEST_NAME = 200  # of a file, without suffix
 
 
@@ -32,6 +33,8 @@ class Job:
                   norm (0: none)
     shrink        dead units are removed before the file is written (the row also has the bytes without that)
     sixteen_bit   what stays float, scales and shared values are rounded to 16 bits before the file is written
+    densities     of layers, where the budget's density is one number: "uniform", or "global": the shares that one
+                  ranking of |w| over all layers keeps
     setup         overrides of the baseline's batches ({batch_size, augment})
     paper         the printed numbers of this row, and [{layer, ...}] per layer
     """
@@ -48,6 +51,7 @@ class Job:
     bn_reestimation: int = 0
     shrink: bool = True
     sixteen_bit: bool = False
+    densities: str = "uniform"
     setup: Mapping[str, Any] = field(default_factory=dict)
     paper: Mapping[str, Any] = field(default_factory=dict)
     note: str = ""
@@ -133,6 +137,8 @@ def prepare(job: Job) -> tuple[Any, Budget, Any]:
     if job.bn_reestimation < 0 or not 0 <= job.seed < 2**63:
         raise ConfigError(f"{job.name!r}: bn_reestimation = {job.bn_reestimation}, seed = {job.seed}: both are whole "
                           "numbers from 0, a seed below 2^63")
+    if job.densities not in DENSITIES:
+        raise ConfigError(f"{job.name!r}: densities = {job.densities!r}: allowed are {', '.join(DENSITIES)}")
     if not job.name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in job.name):
         raise ConfigError(f"name = {job.name!r}: needed is a text of whole letters")
     if not slug(job.name) or len(file_name(job)) > LONGEST_NAME:

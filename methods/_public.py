@@ -22,7 +22,7 @@ from .core.errors import (
 )
 from .core.file.storage import decode, encode, inspect, load
 from .core.fit.calibrate import calibrate
-from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_largest, keep_local
+from .core.fit.prune import MaskHooks, apply_masks, global_densities, keep_global, keep_largest, keep_local
 from .core.fit.sixteen_bit import sixteen_bit
 from .core.fit.size import Knob, compress_to_size
 from .core.graph.build import apply, assemble, frozen_layers, own_copy, weight_layers
@@ -41,7 +41,7 @@ __all__ = NAMES = [
     "CompressedModel", "CompressedTensor", "ConfigError", "Distill", "FormatError", "GraphError", "Hooks", "Knob",
     "Levels", "Link", "MaskHooks", "Metric", "NullRun", "Opened", "Recipe", "Run", "Task", "Topology",
     "TrainingDiverged", "Window", "apply", "apply_masks", "assemble", "calibrate", "compress_to_size",
-    "decode", "encode", "float_layers", "frozen_layers", "inspect", "keep_global", "keep_largest",
+    "decode", "encode", "float_layers", "frozen_layers", "global_densities", "inspect", "keep_global", "keep_largest",
     "keep_local", "load", "open_file", "own_copy", "ready", "shrink", "sixteen_bit",
     "train", "weight_layers",
 ]

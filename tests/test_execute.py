@@ -196,3 +196,20 @@ def test_a_damaged_file_is_never_measured(run, monkeypatch, tmp_path):
     monkeypatch.undo()
     row, _ = run(job(), resume=True)
     assert row["bytes"] == (tmp_path / "models" / row["file"]).stat().st_size
+
+
+def test_densities_by_one_ranking(run):
+    """Not the same in each layer, but of all weights the density that was asked for; known by a key of its own."""
+    even, _ = run(job())
+    row, _ = run(job(name="other", densities="global"))
+    shares = [layer["density"] for layer in row["layers"].values()]
+    assert row["densities"] == "global" and max(shares) - min(shares) > 0.1
+    assert row["cost"]["density"] == pytest.approx(0.5, abs=0.01) and row["job"] != even["job"]
+    with pytest.raises(ConfigError, match="densities = 'some': allowed are uniform, global"):
+        run(job(densities="some"))
+
+
+def test_the_keys_of_older_jobs_are_as_they_were(digits):
+    one = job()
+    key = execute.job_key(one, digits, execute.setup_of(one, digits), Baseline(None, "0" * 16, "source", {}))
+    assert key == "af36068ce5547e39"

@@ -1,7 +1,7 @@
 """`size_ratio` for every method: the real file is never over it and uses it, by the rule of core/fit/size.py."""
 
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from methods.core.artifact import Affine, Codebook, CompressedTensor
 from methods.core.errors import BudgetError
 from methods.core.file.storage import encode, to_bytes
 from methods.core.fit import size as sizes
+from methods.core.fit.prune import global_densities
 from methods.core.fit.quantize import fit_symmetric, quantize
 from methods.core.fit.size import Knob, compress_to_size, float_bytes, untrained, without_smallest
 from methods.core.graph.build import assemble
@@ -150,6 +151,26 @@ def test_storing_takes_a_share_and_adds_a_number(tiny, finish, small):
     for value in (1.0, small):
         stored = finish(made.compress(tiny.model(), None, Budget(density=value), config, None))
         assert search.cheap_bytes(value) == pytest.approx(len(to_bytes(stored)[0]), rel=0.25)
+
+
+def test_densities_of_layers_may_differ(tiny):
+    """The knob is the density of all weights; each layer gets its share of one ranking."""
+    weights, seen = {name: layer.weight for name, layer in weight_layers(tiny.model()).items()}, []
+    made = Made(Knob("density", 1e-3, 1.0))
+
+    def compress(model, task, budget, *given, _f=made.compress, **more):
+        seen.append(budget.density)
+        return _f(model, task, replace(budget, density=sum(budget.density[n] * w.numel() for n, w in weights.items())
+                                       / sum(w.numel() for w in weights.values())), *given, **more)
+
+    made.module.compress = compress
+    found, used = sized(made, tiny, Config(Recipe(epochs=0, lr=1.0)),
+                        spread=lambda density: global_densities(weights, density))
+    assert 0.97 <= used <= 1
+    everything = torch.cat([w.abs().flatten() for w in weights.values()])
+    edge = everything.sort(descending=True).values[round(found.notes["size"]["value"] * len(everything)) - 1]
+    for name, weight in weights.items():
+        assert seen[-1][name] == pytest.approx(float((weight.abs() >= edge).float().mean()), abs=0.02)
 
 
 def test_whole_numbers_take_the_largest_that_fits(tiny):

@@ -59,6 +59,15 @@ def keep_global(weights: Mapping[str, Tensor], density: float) -> dict[str, Tens
     return {name: part.reshape(w.shape) for (name, w), part in zip(weights.items(), parts, strict=True)}
 
 
+def global_densities(weights: Mapping[str, Tensor], density: float) -> dict[str, float]:
+    """{layer: the share of its weights} that `keep_global` keeps: a budget for methods that rank in each layer.
+
+    >>> global_densities({"a": torch.tensor([3.0, 2.0, 0.1, 0.2]), "b": torch.tensor([1.0, 0.5])}, 0.5)
+    {'a': 0.5, 'b': 0.5}
+    """
+    return {name: int(mask.sum()) / mask.numel() for name, mask in keep_global(weights, density).items()}
+
+
 class MaskHooks(Hooks):
     """Keeps pruned weights at exactly 0: the mask is applied after every optimizer step.
 

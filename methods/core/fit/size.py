@@ -19,7 +19,7 @@ that was seen, where no value fits. Every run draws from the same seed, so that 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -39,6 +39,7 @@ AIM, CLOSE = 0.995, 0.99  # of the limit, for the cheap run; of that, where the 
 TRIM, RUNS = 0.05, 4  # see above
 
 Finish = Callable[[CompressedModel], CompressedModel]
+Spread = Callable[[float], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ class Knob:
         ends = {0.0: self.smallest, 1.0: self.largest}
         return ends.get(share, self.smallest * (self.largest / self.smallest) ** share)
 
-    def turned(self, budget: Budget, config: Any, value: float) -> tuple[Budget, Any]:
+    def turned(self, budget: Budget, config: Any, value: float, spread: "Spread | None" = None) -> tuple[Budget, Any]:
         budget = replace(budget, size_ratio=None)
+        if self.name == "density" and spread is not None:
+            return replace(budget, density=spread(value)), config
         if self.name.startswith("config."):
             return budget, replace(config, **{self.name.removeprefix("config."): value})
         return replace(budget, **{self.name: value}), config
@@ -90,11 +93,13 @@ def untrained(config: Any) -> Any:
 
 def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, budget: Budget, config: Any,
                      generator: torch.Generator, *, run: Run | None = None,
-                     finish: Finish = lambda compressed: compressed) -> CompressedModel:
+                     finish: Finish = lambda compressed: compressed, spread: Spread | None = None) -> CompressedModel:
     """`method.compress` under budget.size_ratio (and the other fields that it takes); see the rule above.
 
     finish  what the caller does to a result before writing it, such as ranges for its activations; what is returned is
             the result before that
+    spread  from a density of all weights to those of the layers, such as `global_densities` of the network's; None: the
+            same in each
     A method without SIZE_KNOB gets the budget as it is: it honours size_ratio itself, or refuses it.
     """
     run, knob = NullRun() if run is None else run, getattr(method, "SIZE_KNOB", None)
@@ -102,7 +107,8 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
         return method.compress(model, task, budget, config, generator, run=run)
     if getattr(budget, knob.name, None) is not None:
         raise BudgetError(f"size_ratio chooses {knob.name}: give one of the two")
-    search = _Search(method, knob, model, task, budget, config, int(torch.randint(2**62, (), generator=generator)), run)
+    search = _Search(method, knob, model, task, budget, config, int(torch.randint(2**62, (), generator=generator)), run,
+                     spread)
     limit, best, smallest = int(budget.size_ratio * float_bytes(model)), None, math.inf
     correction, seen, aim = 1.0, set(), limit if search.exact else AIM * limit
     first = search.solve(aim)
@@ -137,9 +143,9 @@ class _Search:
     """Cheap and whole runs of a method, each value of the knob once; cheap sizes survive an interruption."""
 
     def __init__(self, method: ModuleType, knob: Knob, model: nn.Module, task: Task | None, budget: Budget, config: Any,
-                 seed: int, run: Run):
+                 seed: int, run: Run, spread: Spread | None = None):
         self.method, self.knob, self.model, self.task, self.run = method, knob, model, task, run
-        self.budget, self.config, self.seed = budget, config, seed
+        self.budget, self.config, self.seed, self.spread = budget, config, seed, spread
         self.quick = getattr(method, "quick", untrained)(config)
         self.exact = self.quick == config
         self.log = run.stage("size")
@@ -149,7 +155,7 @@ class _Search:
         self.added, self.share = 0, 1.0  # bytes that the caller's `finish` adds, or the share that it leaves
 
     def _call(self, config: Any, value: float, run: Run) -> CompressedModel:
-        budget, config = self.knob.turned(self.budget, config, value)
+        budget, config = self.knob.turned(self.budget, config, value, self.spread)
         return self.method.compress(self.model, self.task, budget, config, torch.Generator().manual_seed(self.seed),
                                     run=run)
 
