@@ -7,7 +7,7 @@ export MALLOC_MMAP_THRESHOLD_ ?= 4294967296
 export MALLOC_TRIM_THRESHOLD_ ?= 17179869184
 
 # Rows of these tables; those that are there with their files are not made again, cut ones go on. ImageNet is not at hand.
-CONFIGS ?= $(filter-out %/baselines.toml %/sparq_tables.toml %/udfc_table2.toml %/udfc_table2_vgg16.toml \
+CONFIGS ?= $(filter-out %/baselines.toml %/claims.toml %/sparq_tables.toml %/udfc_table2.toml %/udfc_table2_vgg16.toml \
 	paper_configs/imagenet_%.toml, \
 	$(wildcard paper_configs/*.toml))
 WORKERS ?= 1
