@@ -142,6 +142,25 @@ def test_the_file_holds_the_codes_that_were_trained(tiny, monkeypatch):
     assert torch.allclose(found, outputs[0], atol=0.02 * float(outputs[0].abs().max()))
 
 
+def test_a_file_that_is_too_large_loses_the_codes_nearest_to_their_threshold(tiny):
+    model = Plain()
+    with RateAware(model, dict.fromkeys(weight_layers(model), 0.02), 1e4, 0, False) as hooks:
+        edge = float(hooks.quantizers["a"].edges[0])
+    ending = rptq_train.Ending(model, Plain(), hooks, SHORT, 0.1)
+    whole, size = ending.at(0.0)
+    assert ending.fitted(size) is not None and len(to_bytes(ending.fitted(size))[0]) == size
+    made = ending.fitted(int(0.95 * size))
+    assert 0.985 * 0.95 * size <= len(to_bytes(made)[0]) <= 0.95 * size
+    above = {name: (layer.weight.detach().abs() / 0.02) for name, layer in weight_layers(model).items()}
+    lost = {name: (whole.weights[name].codes != 0) & (made.weights[name].codes == 0) for name in above}
+    kept = {name: made.weights[name].codes != 0 for name in above}
+    assert all(torch.equal(made.weights[n].codes[kept[n]], whole.weights[n].codes[kept[n]]) for n in above)
+    assert 0 < int(lost["a"].sum()) < 0.2 * int(kept["a"].sum())
+    assert float(above["a"][lost["a"]].max()) <= float(above["a"][kept["a"]].min()) + 1e-6 and edge > 0
+    with pytest.raises(BudgetError, match="no file of at most 10 bytes"):
+        ending.fitted(10)
+
+
 def test_prices_stay_at_the_end_and_lam_only_rises(tiny):
     model = Plain()
     with RateAware(model, dict.fromkeys(weight_layers(model), 0.01), 1e4, 0, False, settling=1) as hooks:

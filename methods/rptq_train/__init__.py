@@ -18,7 +18,8 @@ Algorithm
         after each epoch it is corrected by what the file takes
     in the last tenth bits stay, and lam only rises, where the codes take more than is wanted
     loss = 0.1 hard + 0.9 T^2 KL(teacher, student), T = 2
-    at the end: the codes that were trained; only where the file does not fit, a higher lam; batch norm folded, ranges
+    at the end: the codes that were trained, without as few as it takes to fit: the nearest to their threshold; batch
+        norm folded, ranges
 
 Symbols    code, thresholds, bits: Rated and core/fit/rates.py;  lam RateAware.lam, in units of s^2, from ln 2 / 6
 
@@ -29,10 +30,12 @@ Departures from its specification, and choices that it leaves
   * gamma and sigma are those of the batch norm at the time, not of the start: a file then holds one scale a layer.
   * c = none starts at `start` times the budget. wanted falls geometrically.
   * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
-    weights gather at the thresholds (a tenth less lam at the end: from 98 % right to 58 % on digits).
+    weights gather at the thresholds (a tenth less lam at the end: from 98 % right to 58 % on digits). For the same
+    reason a file that is too large loses single codes, by their distance, and lam stays.
   * Codes are at most twice the largest of the start. Counts are smoothed by 0.05, densities by half a weight.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -44,7 +47,7 @@ from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.file.storage import to_bytes
 from ..core.fit.calibrate import calibrate, check_calibration
-from ..core.fit.rates import LAM, round_to_rate
+from ..core.fit.rates import round_to_rate
 from ..core.graph.build import apply, assemble, own_copy, tensors_of, weight_layers
 from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after
 from ..core.graph.graph import trace
@@ -56,10 +59,10 @@ from ..core.train.start import ready
 from ..core.train.task import Task
 from ..rptq import Config as Untrained
 from ..rptq import Quantizer, width, with_half_biases
-from .rated import RateAware, Rated
+from .rated import RateAware
 
 DATA = "train"
-LEAST, AIM, TRIES = 0.99, 0.99, 24
+LEAST, AIM, TRIES = 0.99, 0.98, 24
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     settling = round((1 - config.settling) * total) if total else math.inf
 
     def weigh(hooks: RateAware) -> int:
-        return Ending(hooks.bare(), skeleton, hooks, config, c).at(hooks.lam)[1]
+        return Ending(hooks.bare(), skeleton, hooks, config, c).at(0.0)[1]
 
     hooks = RateAware(student, start.steps(c), 8 * (limit - least), round(config.falling * total), config.contexts,
                       settling=settling, weigh=weigh, limit=AIM * limit)
@@ -157,6 +160,7 @@ class Ending:
 
     def __init__(self, student: nn.Module, skeleton: nn.Module, hooks: RateAware, config: Config, c: float):
         self.skeleton, self.hooks, self.config, self.ranges = skeleton, hooks, config, {}
+        self.quantizers = {name: copy.deepcopy(one).cpu() for name, one in hooks.quantizers.items()}
         self.notes = {"c": c, "lam": hooks.lam, "entropy_bits": hooks.entropy, "steps": dict(hooks.units)}
         self.weights = {name: layer.weight.detach() for name, layer in weight_layers(student).items()}
         self.signs = {layer: norm_ratio(student.get_submodule(norm)).sign() for layer, norm in
@@ -165,15 +169,25 @@ class Ending:
 
     def with_ranges(self, inputs: Tensor) -> "Ending":
         """The same, with activation ranges of the trained codes on `inputs`."""
-        made = self.store(self.hooks.charged(self.hooks.lam))
+        made = self.store(self.codes())
         self.ranges = calibrate(apply(made, self.skeleton), inputs, self.config.activation_bits,
                                 self.config.range_method)
         return self
 
-    def store(self, quantizers: dict[str, Rated]) -> CompressedModel:
+    def codes(self, less: float = 0.0) -> dict[str, Tensor]:
+        """The trained codes, without the share `less` of those that are not 0: the nearest to their threshold."""
+        found = {name: self.quantizers[name].codes(weight) for name, weight in self.weights.items()}
+        if less > 0:
+            above = {name: self.quantizers[name].above(self.weights[name]) for name in found}
+            kept = torch.cat([above[name][codes != 0] for name, codes in found.items()])
+            count = math.ceil(less * len(kept))
+            edge = kept.kthvalue(count).values if count > 0 else -math.inf
+            found = {name: torch.where(above[name] > edge, codes, 0) for name, codes in found.items()}
+        return found
+
+    def store(self, found: dict[str, Tensor]) -> CompressedModel:
         weights = {}
-        for name, weight in self.weights.items():
-            codes = quantizers[name].codes(weight).cpu()
+        for name, codes in found.items():
             if name in self.signs:  # a batch norm of negative gain mirrors its channel
                 codes = codes * self.signs[name].reshape(-1, *[1] * (codes.ndim - 1))
             scale = torch.tensor(self.hooks.units[name])
@@ -183,31 +197,24 @@ class Ending:
         made = shrink(made, self.skeleton) if self.config.contexts else made
         return with_half_biases(made) if self.config.bias_bits == 16 else made
 
-    def at(self, lam: float) -> tuple[CompressedModel, int]:
-        made = self.store(self.hooks.charged(lam))
+    def at(self, less: float) -> tuple[CompressedModel, int]:
+        made = self.store(self.codes(less))
         return made, len(to_bytes(made)[0])
 
     def fitted(self, limit: int) -> CompressedModel:
-        """The file of the trained lam where it fits `limit`; else the one of a higher lam that uses the limit best."""
-        lam, best, low, high = self.hooks.lam, None, self.hooks.lam, math.inf
+        """The file of the trained codes; where `limit` is too small for it, without as few of them as it takes."""
+        made, size = self.at(0.0)
+        if size <= limit:
+            return made
+        low, high, best, less = 0.0, 1.0, None, size / limit - 1
         for _ in range(TRIES):
-            made, size = self.at(lam)
-            if size <= limit and (best is None or size > best[1]):
-                best = made, size
-            low, high = (max(low, lam), high) if size > limit else (low, min(high, lam))
-            if lam == self.hooks.lam and best is not None or LEAST * limit <= size <= limit \
-                    or high < math.inf and high < low * (1 + 1e-5):
+            less = min(max(less, 1e-4), 1.0)
+            made, size = self.at(less)
+            low, high, best = (low, less, made) if size <= limit else (less, high, best)
+            if LEAST * limit <= size <= limit or high - low < 1e-4:
                 break
-            lam = _between(max(lam, 1e-3 * LAM) * (size / (AIM * limit)) ** 2, max(low, 1e-3 * LAM), high)
+            less = 2 * less if best is None else (low + high) / 2
         if best is None:
             raise BudgetError(f"no file of at most {limit} bytes came out of the training, the smallest took {size}: "
                               "allowed are more epochs or larger files")
-        return best[0]
-
-
-def _between(lam: float, low: float, high: float) -> float:
-    """`lam` inside its bracket, a tenth of which it leaves on either side."""
-    if high == math.inf:
-        return max(lam, 1.02 * low)
-    share = math.log(max(lam, low) / low) / math.log(high / low)
-    return low * (high / low) ** min(max(share, 0.1), 0.9)
+        return best

@@ -48,6 +48,11 @@ class Rated(nn.Module):
             codes = torch.where(size >= self.first, codes.clamp_min(1), 0)
         return codes * weight.detach().sign()
 
+    def above(self, weight: Tensor) -> Tensor:
+        """How far |w| / step is above the threshold of code 1."""
+        edge = self.first if self.first.numel() else self.edges[0]
+        return weight.detach().abs() / self.step - edge
+
     def forward(self, weight: Tensor) -> Tensor:
         return (self.codes(weight) * self.step) + (weight - weight.detach())  # value of the first term, exactly
 
@@ -185,13 +190,6 @@ class RateAware(Hooks):
         if self.weigh is not None and self.steps >= self.falling:
             self.refresh(steer=False)
             self.goal = self.entropy * self.limit / self.weigh(self)
-
-    def charged(self, lam: float) -> dict[str, Rated]:
-        """Copies of the quantizers on the CPU, with thresholds for `lam` and the prices that codes have."""
-        found = {name: copy.deepcopy(quantizer).cpu() for name, quantizer in self.quantizers.items()}
-        for quantizer in found.values():
-            quantizer.charge(lam)
-        return found
 
     def state(self) -> dict:
         prices = {name: (x.bits, x.zero, x.other) for name, x in self.quantizers.items()}
