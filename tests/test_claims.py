@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks.chance import pack, paired
+from benchmarks.docs.readme import claim_lines
 from benchmarks.jobs import all_tables
 from benchmarks.report.claims import (
     CANNOT_TELL,
@@ -94,6 +95,16 @@ def test_the_shipped_claims_name_rows_that_their_tables_have():
     for claim in claims:
         missing = {name for pair in claim.pairs for name in pair} - names[claim.table]
         assert not missing, f"{claim.table}: {missing}"
+
+
+def test_the_readme_shows_answers_and_counts_the_rest():
+    line = {"better": "a", "than": "b", "network": "n", "change": "+1.00", "interval": "", "bytes": "", "seeds": "1"}
+    text = claim_lines([
+        {"text": "First | claim", "verdict": YES, "lines": [{**line, "verdict": YES}, {**line, "verdict": CANNOT_TELL},
+                                                            {**line, "verdict": MISSING}]},
+        {"text": "Second", "verdict": MISSING, "lines": [{**line, "verdict": MISSING}]}])
+    assert "| First \\| claim | yes | +1.00, (+1.00) |" in text and "Second" not in text
+    assert "1 more claims await their rows." in text
 
 
 @pytest.mark.parametrize("text, fault", [

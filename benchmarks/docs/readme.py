@@ -75,13 +75,17 @@ def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
-    """One line a claim: the answer, and the changes of its pairs; those that cannot be told from 0 in brackets."""
+    """One line a claim: the answer, and the changes of its pairs; those that cannot be told from 0 in brackets.
+
+    Claims whose rows are missing are counted.
+    """
     out = "| claim | answer | changes in points of top-1 |\n| --- | --- | --- |\n"
-    for one in found:
+    open_ones = [one for one in found if one["verdict"] == claims.MISSING]
+    for one in (one for one in found if one not in open_ones):
         changes = [line["change"] if line["verdict"] in (claims.YES, claims.NO) else f"({line['change']})"
                    for line in one["lines"] if line["verdict"] != claims.MISSING]
         out += f"| {in_markdown(one['text'])} | {one['verdict']} | {', '.join(changes)} |\n"
-    return out
+    return out + (f"\n{len(open_ones)} more claims await their rows.\n" if open_ones else "")
 
 
 def baseline_lines(trained: Sequence[Mapping[str, Any]]) -> str:
