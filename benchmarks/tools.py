@@ -139,7 +139,6 @@ def claims(options: Namespace, console: Console) -> None:
     for one in claimed.in_words(rows_of):
         console.print(f"{one['text']}: {one['verdict']}", style="bold", soft_wrap=True)
         for line in one["lines"]:
-            where = f", {line['network']}, bytes {line['bytes']}, seeds {line['seeds']}" if line["network"] else ""
-            console.print(f"    {line['verdict']}: {line['better']} against {line['than']}: {line['change']}"
-                          f" ({line['interval']}){where}" if where else
-                          f"    {line['verdict']}: {line['better']} against {line['than']}", soft_wrap=True)
+            found = (f": {line['change']} ({line['interval']}), {line['network']}, bytes {line['bytes']}, "
+                     f"seeds {line['seeds']}" if line["network"] else "")
+            console.print(f"    {line['verdict']}: {line['better']} against {line['than']}{found}", soft_wrap=True)

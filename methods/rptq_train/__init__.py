@@ -30,8 +30,8 @@ Departures from its specification, and choices that it leaves
   * gamma and sigma are those of the batch norm at the time, not of the start: a file then holds one scale a layer.
   * c = none starts at `start` times the budget. wanted falls geometrically.
   * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
-    weights gather at the thresholds (a tenth less lam at the end: from 98 % right to 58 % on digits). For the same
-    reason a file that is too large loses single codes, by their distance, and lam stays.
+    weights gather at the thresholds, and a little less lam moves many codes at once. For the same reason a file that is
+    too large loses single codes, by their distance, and lam stays.
   * Codes are at most twice the largest of the start. Counts are smoothed by 0.05, densities by half a weight.
 """
 
