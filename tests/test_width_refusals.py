@@ -28,6 +28,9 @@ REFUSED = [
     ({"mac_ratio": 0.5, "bits": 8}, {"strategy": "greedy"}, ConfigError, "evaluations = 4 does nothing"),
     ({"mac_ratio": 0.5, "bits": 8}, {"bits": (4,)}, ConfigError, "bits = .4.: allowed are two or more"),
     ({"mac_ratio": 0.5, "bits": 8}, {"bits": (4, 9)}, ConfigError, "bits = .4, 9.: allowed are"),
+    ({"size_ratio": 0.5, "bits": 8}, {"inner": Inner("clip_q", size_ratio=0.1)}, BudgetError, "give one of the two"),
+    ({"mac_ratio": 0.5, "bits": 8}, {"inner": Inner("sparq", size_ratio=0.1)}, BudgetError, "size_ratio chooses bits"),
+    ({"mac_ratio": 0.5}, {"inner": Inner("rptq", size_ratio=0.001)}, BudgetError, "allowed are larger files"),
     ({"mac_ratio": 0.5, "bits": 8}, {"criterion": "slim"}, ConfigError, "criterion = 'slim': allowed are l1"),
 ]
 

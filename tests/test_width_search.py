@@ -8,7 +8,7 @@ from torch import nn
 from benchmarks.measure import with_ranges
 from benchmarks.report.courses import course_plot
 from benchmarks.settings import build, plain
-from methods import Budget, ConfigError, Recipe, Task, apply, find_method, pipeline, width_search
+from methods import Budget, ConfigError, Recipe, Task, apply, clip_q, find_method, pipeline, rptq_train, width_search
 from methods.core.errors import BudgetError
 from methods.core.file.storage import to_bytes
 from methods.core.fit.size import float_bytes
@@ -329,3 +329,18 @@ def test_an_inner_method_may_take_out_blocks():
         **QUICK, inner=Inner("pipeline", inner)), seeded())
     assert len(out.topology.removed) == 1 and len(out.topology.widths) == 4
     assert apply(out, net)(batch[0]).shape == (8, 4)
+
+
+@pytest.mark.parametrize("method, config, bits", [
+    ("rptq_train", rptq_train.Config(sensitivity_inputs=16, calibration_inputs=24, recipe=Recipe(2, 0.01)), None),
+    ("clip_q", clip_q.Config(search="uniform", finetune=Recipe(1, 0.01)), 4)])
+def test_the_inner_method_may_be_given_a_size(tiny, method, config, bits):
+    """Of the whole network's floats, though the inner method sees a narrow one, for a method that keeps sizes itself
+    and for one whose knob is searched; with ranges in it."""
+    model = tiny.model()
+    whole = 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
+    out = compress(tiny, {"mac_ratio": 0.6, "bits": bits}, model, inner=Inner(method, config, size_ratio=0.14),
+                   multiple=2)
+    size = len(to_bytes(with_ranges(out, model, tiny.task()))[0])
+    assert 0.1 * whole < size <= 0.14 * whole, size / whole
+    assert out.topology.widths

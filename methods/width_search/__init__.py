@@ -33,6 +33,7 @@ from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.norms import reestimate_norms
+from ..core.fit.size import float_bytes
 from ..core.graph.build import NORMS, own_copy
 from ..core.graph.graph import trace
 from ..core.train.finetune import check_trainable, train
@@ -56,7 +57,8 @@ RUNS = 6  # of the search and what follows, where files come out too large
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: at least one of mac_ratio, bop_ratio and size_ratio, for the search; density, channel_density and bits as
-    the inner method takes them (bits are none of its budget where they are searched).
+    the inner method takes them (bits are none of its budget where they are searched). What the inner method's file
+    may take is `inner.size_ratio`.
 
     >>> net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> batch = torch.eye(4), torch.tensor([0, 1, 1, 0])
@@ -74,7 +76,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     order = rank(model, task, groups, config, generator)
     space = Space(graph, channels, groups, order, coded, config.bits, config.multiple, config.levels)
     costs = Costs(space, model, task.calibration_inputs(1).cpu(), config.activation_bits)
-    handing = Handing(space, config.inner, task, budget)
+    handing = Handing(space, config.inner, task, budget, float_bytes(model))
     sizes = rehearse(handing, costs, model, config)
     limits = make_limits(budget, costs, sizes)
     if config.slimmable is not None:

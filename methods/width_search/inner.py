@@ -1,5 +1,6 @@
 """The inner method: what it gets to see, its share of the budget, and its result as one of the whole network."""
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,9 +8,9 @@ import torch
 from torch import nn
 
 from .. import data_of, find_method
-from ..core.artifact import CompressedModel
+from ..core.artifact import ActivationQuantizer, CompressedModel
 from ..core.budget import OTHERS, Budget
-from ..core.fit.size import untrained
+from ..core.fit.size import compress_to_size, float_bytes, untrained
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
 from .settings import Inner
@@ -18,12 +19,14 @@ from .space import Point, Space
 
 @dataclass(frozen=True, eq=False)
 class Handing:
-    """How networks of a space are handed on: `budget` is the outer one, `task` the outer one with its teacher."""
+    """How networks of a space are handed on: `budget` is the outer one, `task` the outer one with its teacher, `whole`
+    the float32 bytes of the network that is searched."""
 
     space: Space
     inner: Inner
     task: Task
     budget: Budget
+    whole: int
 
     def compress(self, network: nn.Module, point: Point, generator: torch.Generator, run: Run) -> CompressedModel:
         """`network`, which is at `point`, compressed."""
@@ -38,15 +41,28 @@ class Handing:
               ) -> CompressedModel:
         method = find_method(self.inner.method)
         task = self.task.seen_as(data_of(method, config))
-        found = method.compress(network, task, self.budget_at(point), config, generator, run=run)
+        found = compress_to_size(method, network, task, self.budget_at(point, network), config, generator, run=run,
+                                 finish=self.ranged)
         widths = self.space.channels.widths(self.space.kept(point)) | dict(found.topology.widths)
         gone = tuple(f"{path}." for path in (*found.topology.folded.values(), *found.topology.removed))
         kept = {name: width for name, width in widths.items() if not f"{name}.".startswith(gone)}
         return replace(found, topology=replace(found.topology, widths=kept))
 
-    def budget_at(self, point: Point) -> Budget:
-        """The budget without the limits of the search, with the bits that it chose."""
-        bits = self.budget.bits
+    def budget_at(self, point: Point, network: nn.Module) -> Budget:
+        """The budget without the limits of the search, with the bits that it chose, and the size of the file."""
+        bits, size = self.budget.bits, self.inner.size_ratio
         if self.space.bit_dims:
             bits = {OTHERS: None, **self.space.bits_at(point)}
-        return replace(self.budget, mac_ratio=None, bop_ratio=None, size_ratio=None, bits=bits)
+        if size is not None:
+            size = min(size * self.whole / float_bytes(network), 1.0)
+        return replace(self.budget, mac_ratio=None, bop_ratio=None, size_ratio=size, bits=bits)
+
+    def ranged(self, made: CompressedModel) -> CompressedModel:
+        """A result with ranges of activations where the caller is still to choose them: any, but no two alike, so that
+        their bytes are those of real ones."""
+        if made.activations:
+            return made
+        summed = self.space.graph.accumulator_edges()
+        edges = [edge for edge in self.space.graph.edges() if edge not in summed]
+        return replace(made, activations={edge: ActivationQuantizer(math.sqrt(2 + i), zero=37 * i % 256)
+                                          for i, edge in enumerate(edges)})

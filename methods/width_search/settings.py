@@ -19,12 +19,19 @@ OWN = "width_search"
 
 @dataclass(frozen=True)
 class Inner:
-    """The method that compresses the network that was found, and its own Config (None: with its defaults)."""
+    """The method that compresses the network that was found, and its own Config (None: with its defaults).
+
+    size_ratio  (bytes of its file) / (bytes of all float32 values of the network that is searched); None: the rest of
+                the budget says how much it compresses
+    """
 
     method: str = "pipeline"
     config: Any = None
+    size_ratio: float | None = None
 
     def __post_init__(self):
+        if self.size_ratio is not None and not 0 < self.size_ratio <= 1:
+            raise ConfigError(f"inner.size_ratio = {self.size_ratio}: allowed is a number in (0, 1]")
         if self.method == OWN:
             raise ConfigError(f"inner.method = {OWN!r}: allowed is any other method")
         kind = find_method(self.method).Config

@@ -1,12 +1,11 @@
 """What a search is made of: groups of channels in their order, and limits; all that can be refused first."""
 
 import copy
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from ..core.artifact import ActivationQuantizer, CompressedModel
+from ..core.artifact import CompressedModel
 from ..core.budget import FLOAT_BITS, Budget
 from ..core.errors import BudgetError, CompressError
 from ..core.fit.size import file_bytes, float_bytes
@@ -30,6 +29,9 @@ def check_budget(budget: Budget, config: Config) -> None:
     budget.require(OWN, optional=(*LIMITS, *HANDED_ON))
     if all(getattr(budget, name) is None for name in LIMITS):
         raise BudgetError(f"{OWN} needs the budget field {' or '.join(map(repr, LIMITS))}")
+    if budget.size_ratio is not None and config.inner.size_ratio is not None:
+        raise BudgetError(f"the budget's size_ratio = {budget.size_ratio:g} limits the search, and inner.size_ratio = "
+                          f"{config.inner.size_ratio:g} is of the inner method's file: give one of the two")
     if config.bits and budget.bits is not None:
         raise BudgetError(f"config.bits = {list(config.bits)} are searched: leave out the budget field 'bits'")
     if budget.bop_ratio is not None and budget.bits is None and not config.bits:
@@ -88,7 +90,7 @@ class Sizes:
     """
 
     def __init__(self, handing: Handing, costs: Costs, model: nn.Module, made: CompressedModel):
-        space = handing.space
+        space, self.handing = handing.space, handing
         self.costs, self.dense, self.correction = costs, float_bytes(model), 1.0
         self.most = handing.budget.size_ratio * self.dense
         least, most = map(self.stored, (made, handing.cheaply(space.network(model, space.largest), space.largest)))
@@ -97,13 +99,8 @@ class Sizes:
         self.start = least - self.slope * few
 
     def stored(self, made: CompressedModel) -> int:
-        """Bytes of the file of a result, with ranges where the caller is still to choose them."""
-        if made.activations:
-            return file_bytes(made)
-        graph = self.costs.space.graph
-        summed = graph.accumulator_edges()
-        ranges = {edge: ActivationQuantizer(1.0) for edge in graph.edges() if edge not in summed}
-        return file_bytes(replace(made, activations=ranges))
+        """Bytes of the file of a result, with ranges."""
+        return file_bytes(self.handing.ranged(made))
 
     def bytes(self, point: Point) -> float:
         return self.correction * (self.start + self.slope * self.costs.code_bytes(point))
