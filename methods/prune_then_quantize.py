@@ -44,7 +44,7 @@ from .core.train.start import ready
 from .core.train.task import Task
 from .pipeline.curves import pruning_curves, quantization_curves
 
-DATA = "train"
+DATA = "train"  # at most; Config.data
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
 
 
@@ -78,6 +78,13 @@ class Config:
         if self.rates == "sensitivity" and self.scope != "local":
             raise ConfigError("rates = 'sensitivity' are densities in each layer: allowed is scope = 'local'")
         check_calibration(self.activation_bits, self.calibration_inputs, self.range_method)
+
+    @property
+    def data(self) -> str:
+        """What these settings need to see."""
+        if self.retrain is not None or self.aware is not None:
+            return "train"
+        return "held_out" if "sensitivity" in (self.rates, self.widths) else "calibration"
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

@@ -35,7 +35,7 @@ from .core.train.run import NullRun, Run
 from .core.train.start import ready
 from .core.train.task import Task
 
-DATA = "train"
+DATA = "train"  # at most; Config.data
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
 
 
@@ -52,6 +52,11 @@ class Config:
 
     def __post_init__(self):
         check_calibration(self.activation_bits, self.calibration_inputs, self.range_method)
+
+    @property
+    def data(self) -> str:
+        """What these settings need to see."""
+        return "calibration" if self.aware is None else "train"
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

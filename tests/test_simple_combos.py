@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from methods import data_of
 from methods import prune_then_quantize as pq
 from methods import quantize_then_prune as qp
 from methods.core.artifact import Affine
 from methods.core.budget import Budget
 from methods.core.errors import BudgetError, CompressError, ConfigError, GraphError
+from methods.core.file.storage import to_bytes
 from methods.core.fit.calibrate import calibrate
 from methods.core.fit.prune import keep_count
 from methods.core.fit.quantize import fit_symmetric, quantize
@@ -201,3 +203,16 @@ def test_networks_that_cannot_be_compressed_are_refused_before_any_training(tiny
             (nn.Sequential(nn.Conv2d(3, 4, 1)).double(), CompressError, "float64")):
         with pytest.raises(error, match=message):
             compress(method, model, forbidden(tiny), 0.5, 4, aware=SHORT)
+
+
+@pytest.mark.parametrize("method, config, data", [
+    (pq, {}, "calibration"), (pq, {"rounding": "gptq"}, "calibration"), (pq, {"widths": "sensitivity"}, "held_out"),
+    (pq, {"rates": "sensitivity"}, "held_out"), (pq, {"retrain": SHORT}, "train"), (pq, {"aware": SHORT}, "train"),
+    (qp, {}, "calibration"), (qp, {"aware": SHORT}, "train")])
+def test_it_sees_no_more_than_its_settings_need(tiny, method, config, data):
+    """And runs on just that."""
+    assert data_of(method, method.Config(**config)) == data
+    model = tiny.model()
+    whole, less = (compress(method, model, task, 0.5, 4, calibration_inputs=24, **config)
+                   for task in (tiny.task(), tiny.task().seen_as(data)))
+    assert to_bytes(whole)[0] == to_bytes(less)[0]

@@ -9,7 +9,7 @@ import torch
 from benchmarks.jobs import all_tables
 from benchmarks.measure import with_ranges
 from benchmarks.settings import build
-from methods import Budget, find_method, method_names
+from methods import Budget, find_method, method_names, pipeline
 from methods.core.artifact import Affine, Codebook, CompressedTensor
 from methods.core.errors import BudgetError
 from methods.core.file.storage import encode, to_bytes
@@ -75,6 +75,27 @@ def test_the_file_fits_and_the_limit_is_used(name, tiny, tmp_path):
     with pytest.raises(tiny.Interrupted):  # cheap sizes survive: the second time begins where the first ended
         compress(tiny.Run(again := {}, len(total.calls) // 2))
     assert to_bytes(compress(tiny.Run(again)))[0] == to_bytes(found)[0]
+
+
+RTN = {"order": ("quantize",)}
+CHANNELS = {"prune": pipeline.Prune("l1", "channel")}
+BLOCKS = {"prune": pipeline.Prune("loss", "block", blocks=1)}
+
+
+@pytest.mark.parametrize("settings, budget, knob", [(CHANNELS, {"bits": 8}, "channel_density"), (RTN, {}, "bits")])
+def test_a_pipeline_turns_what_its_settings_have(settings, budget, knob, tiny):
+    model = tiny.model()
+    config = pipeline.Config(**settings, calibration_inputs=24)
+    found = compress_to_size(pipeline, model, tiny.task(), Budget(**budget, size_ratio=0.22), config,
+                             torch.Generator().manual_seed(0))
+    assert found.notes["size"]["knob"] == knob and len(to_bytes(found)[0]) <= 0.22 * float_bytes(model)
+
+
+def test_a_pipeline_without_a_knob_says_what_it_takes(tiny):
+    config = pipeline.Config(order=("quantize",), quantize=pipeline.Quantize("float16"))
+    with pytest.raises(BudgetError, match="size_ratio"):
+        compress_to_size(pipeline, tiny.model(), tiny.task(), Budget(size_ratio=0.2), config, torch.Generator())
+    assert pipeline.Config(**BLOCKS).size_knob.name == "bits"
 
 
 # --- the rule, on a method whose sizes are known -----------------------------------------------------------

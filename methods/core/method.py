@@ -12,7 +12,8 @@ from .train.task import Task
 
 
 class Method(Protocol):
-    """A method; a module satisfies it. Optional: SIZE_KNOB and `quick` (see core/fit/size.py).
+    """A method; a module satisfies it. Optional: SIZE_KNOB, or Config.size_knob, and `quick` (see
+    core/fit/size.py).
 
     DATA    "train", "held_out" (labelled, for choices; no training batches), "calibration" (inputs alone) or "none"
             (task is None): see `Task.seen_as`

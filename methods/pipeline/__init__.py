@@ -43,7 +43,6 @@ from ..core.errors import CompressError
 from ..core.fit.calibrate import calibrate
 from ..core.fit.criteria import score_weight
 from ..core.fit.layer_rates import WIDTHS, equal_drop, equal_drop_bits
-from ..core.fit.size import Knob
 from ..core.fit.weight_quantizers import find_quantizer
 from ..core.graph.build import apply, assemble, own_copy
 from ..core.graph.fold import fold_codes
@@ -58,12 +57,12 @@ from .dressed import Dressed
 from .plan import Plan, check_data, companions, make_plan
 from .pruning import RUNS, Masks, Pruning, started_anew
 from .scores import Units, make_scores
-from .settings import FLOAT16, Config, Prune, Quantize
+from .settings import FLOAT16, SIZED, Config, Prune, Quantize
 
 __all__ = ["Config", "Prune", "Quantize", "Sensitivity", "compress", "pruning_curves", "quantization_curves"]
 
 DATA = "train"
-SIZE_KNOB = Knob("density", 1e-3, 1.0)
+SIZE_KNOB = SIZED["weight"]  # by default; Config.size_knob has it for other settings
 HALF = torch.finfo(torch.float16).max
 
 

@@ -7,6 +7,7 @@ from ..core.fit.calibrate import check_calibration
 from ..core.fit.criteria import CRITERIA, SCOPES, find_criterion
 from ..core.fit.quantize import find_scheme
 from ..core.fit.schedules import find_schedule
+from ..core.fit.size import Knob
 from ..core.fit.weight_quantizers import QUANTIZERS, find_quantizer
 from ..core.settings import check_idle
 from ..core.train.recipe import Distill, Recipe
@@ -16,6 +17,7 @@ ON_GRIDS = ("rtn", "qat", "lsq", "lsq+")
 CONTROLS = ("none", "reinitialised", "shuffled")
 OF_BLOCKS = ("one_shot", "geometric")  # schedules
 STAGES = ("prune", "quantize", "distil")
+SIZED = {"weight": Knob("density", 1e-3, 1.0), "channel": Knob("channel_density", 0.02, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -198,6 +200,13 @@ class Config:
         if self.activations == "float":
             found |= dict.fromkeys(("activation_bits", "calibration_inputs", "range_method"), "activations are float")
         return found
+
+    @property
+    def size_knob(self) -> Knob | None:
+        """What a size of the file turns: the pruning of weights or channels, else the bits of codes."""
+        if "prune" in self.order and self.prune.granularity in SIZED:
+            return SIZED[self.prune.granularity]
+        return None if self.quantize.quantizer == FLOAT16 else Knob("bits", 2, 8, whole=True)
 
     @property
     def data(self) -> str:

@@ -71,6 +71,11 @@ class Knob:
         return replace(budget, **{self.name: value}), config
 
 
+def knob_of(method: ModuleType, config: Any) -> Knob | None:
+    """`config.size_knob` of a method whose settings choose what it turns, else its SIZE_KNOB, if it has one."""
+    return config.size_knob if hasattr(config, "size_knob") else getattr(method, "SIZE_KNOB", None)
+
+
 def float_bytes(model: nn.Module) -> int:
     """Bytes of every float of a network in float32: what size ratios divide by."""
     return 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
@@ -100,9 +105,9 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
             the result before that
     spread  from a density of all weights to those of the layers, such as `global_densities` of the network's; None: the
             same in each
-    A method without SIZE_KNOB gets the budget as it is: it honours size_ratio itself, or refuses it.
+    A method without a knob gets the budget as it is: it honours size_ratio itself, or refuses it.
     """
-    run, knob = NullRun() if run is None else run, getattr(method, "SIZE_KNOB", None)
+    run, knob = NullRun() if run is None else run, knob_of(method, config)
     if budget.size_ratio is None or knob is None:
         return method.compress(model, task, budget, config, generator, run=run)
     if getattr(budget, knob.name, None) is not None:
