@@ -181,6 +181,21 @@ def test_prices_stay_at_the_end_and_lam_only_rises(tiny):
         assert not torch.equal(hooks.quantizers["a"].bits, bits)
 
 
+@pytest.mark.parametrize("contexts", [False, True])
+def test_damping_brings_weights_nearer_to_what_their_codes_stand_for(contexts):
+    """Eight steps of lr 0.01 at damping 2: 0.16 of the way, at every eighth step; without damping not at all."""
+    for damping, way in ((2.0, 0.16), (0.0, 0.0), (100.0, 1.0)):
+        model = Plain()
+        with RateAware(model, dict.fromkeys(weight_layers(model), 0.01), 1e4, 0, contexts, damping=damping) as hooks:
+            weight = hooks.behind("a")
+            before, decoded = weight.detach().clone(), model.a.weight.detach().clone()
+            for _ in range(7):
+                hooks.after_step(model, 0.01)
+            assert torch.equal(weight, before)
+            hooks.after_step(model, 0.01)
+            assert torch.allclose(weight, before + way * (decoded - before), atol=1e-7) and weight.requires_grad
+
+
 def test_the_goal_follows_the_real_file(tiny):
     model = Plain()
     with RateAware(model, dict.fromkeys(weight_layers(model), 0.01), 1e4, 0, False, weigh=lambda hooks: 3000,
@@ -248,7 +263,8 @@ def test_the_wanted_size_falls_and_stays():
 
 def test_mistakes(tiny):
     for config, message in (({"c": 0.0}, "above 0"), ({"falling": 1.5}, "together are at most 1"),
-                            ({"settling": 0.6}, "at most 1"), ({"bias_bits": 8}, "16, 32")):
+                            ({"settling": 0.6}, "at most 1"),
+                            ({"damping": -1.0}, "damping = -1.0: allowed"), ({"bias_bits": 8}, "16, 32")):
         with pytest.raises(ConfigError, match=message):
             replace(SHORT, **config)
     with pytest.raises(BudgetError, match="needs the budget field 'size_ratio'"):

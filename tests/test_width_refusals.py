@@ -28,7 +28,7 @@ REFUSED = [
     ({"mac_ratio": 0.5, "bits": 8}, {"strategy": "greedy"}, ConfigError, "evaluations = 4 does nothing"),
     ({"mac_ratio": 0.5, "bits": 8}, {"bits": (4,)}, ConfigError, "bits = .4.: allowed are two or more"),
     ({"mac_ratio": 0.5, "bits": 8}, {"bits": (4, 9)}, ConfigError, "bits = .4, 9.: allowed are"),
-    ({"size_ratio": 0.5, "bits": 8}, {"inner": Inner("clip_q", size_ratio=0.1)}, BudgetError, "give one of the two"),
+    ({"size_ratio": 0.01}, {"inner": Inner("rptq", size_ratio=0.5)}, BudgetError, r"size_ratio = 0.01 .* takes 0\.\d"),
     ({"mac_ratio": 0.5, "bits": 8}, {"inner": Inner("sparq", size_ratio=0.1)}, BudgetError, "size_ratio chooses bits"),
     ({"mac_ratio": 0.5}, {"inner": Inner("rptq", size_ratio=0.001)}, BudgetError, "allowed are larger files"),
     ({"mac_ratio": 0.5, "bits": 8}, {"criterion": "slim"}, ConfigError, "criterion = 'slim': allowed are l1"),
@@ -63,3 +63,9 @@ def test_refused_with_what_it_is_given(tiny):
     task = Task.from_loader([batch], [batch], loss=nn.functional.mse_loss)
     with pytest.raises(ConfigError, match="slimmable teaches .* class probabilities: .* not float32 .2, 1"):
         compress(tiny, {"mac_ratio": 0.5, "bits": 8}, net, task=task, slimmable=Recipe(1, 0.1))
+
+
+def test_the_size_of_a_file_is_a_share():
+    for size in (0.0, -1.0, 1.5):
+        with pytest.raises(ConfigError, match=f"inner.size_ratio = {size}: allowed is"):
+            Inner("rptq", size_ratio=size)

@@ -344,3 +344,11 @@ def test_the_inner_method_may_be_given_a_size(tiny, method, config, bits):
     size = len(to_bytes(with_ranges(out, model, tiny.task()))[0])
     assert 0.1 * whole < size <= 0.14 * whole, size / whole
     assert out.topology.widths
+
+
+def test_beside_the_size_of_the_file_the_weights_handed_on_are_limited(tiny):
+    model, whole = tiny.model(), float_bytes(tiny.model())
+    config = rptq_train.Config(sensitivity_inputs=16, calibration_inputs=24, recipe=Recipe(1, 0.01))
+    out = compress(tiny, {"size_ratio": 0.4}, model, inner=Inner("rptq_train", config, size_ratio=0.12), multiple=1)
+    left = sum(4 * (tensor.codes.numel() + len(tensor.codes)) for tensor in out.weights.values())
+    assert 0.3 * whole < left <= 0.4 * whole and len(to_bytes(out)[0]) <= 0.12 * whole

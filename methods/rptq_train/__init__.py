@@ -2,7 +2,8 @@
 
 A method of this project, which joins known parts: entropy-constrained training (Wiedemann et al. 2018, arXiv
 1812.07520), entropy-penalized reparameterization (Oktay et al., ICLR 2020), straight-through gradients (Bengio et al.
-2013), distillation (Hinton et al. 2015), and the steps of RPTQ (methods/rptq).
+2013), dampened oscillations (Nagel et al., ICML 2022), distillation (Hinton et al. 2015), and the steps of
+RPTQ (methods/rptq).
 
 The quantizer of the post-training form stands inside the training. A weight gets the code that costs least in error and
 bits together, and the price of a bit is steered until the file has the size that was asked for. The float weights
@@ -13,7 +14,8 @@ Algorithm
     forward with  sign(w) code(|w| / s_o) s_o,  code(u) = number of thresholds that u reaches; backward straight to w
         threshold between k and k + 1:  k + 1/2 + lam / 2 (bits(k + 1) - bits(k)), made rising
         bits(k) = -log2 of the share of k in the layer, + 1 for the sign where k > 0
-    every 8 steps:  s_o, bits and thresholds anew;  lam *= (entropy of all codes / wanted)^0.8, by a tenth at most
+    every 8 steps:  w -= 8 lr damping (w - decoded w)
+        s_o, bits and thresholds anew;  lam *= (entropy of all codes / wanted)^0.8, by a tenth at most
         wanted falls from the start's size to that of the budget in the first half of the training, then stays;
         after each epoch it is corrected by what the file takes
     in the last tenth bits stay, and lam only rises, where the codes take more than is wanted
@@ -71,6 +73,7 @@ class Config:
 
     falling       share of the training in which the wanted size falls from the start's to the budget's
     settling      share of the training, its last part, in which prices stay
+    damping       how fast weights go back to the value of their code, in units of the learning rate
     contexts      price zeros by the use of their row and column, and remove dead units
     sensitivity_inputs, calibration_inputs   for the steps, for ranges
     """
@@ -80,6 +83,7 @@ class Config:
     start: float = 1.5
     falling: float = 0.5
     settling: float = 0.1
+    damping: float = 0.0
     contexts: bool = False
     activation_bits: int = 8
     range_method: str = "minmax"
@@ -94,6 +98,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name} = {value}: allowed is a number above 0")
+        if not 0 <= self.damping < math.inf:
+            raise ConfigError(f"damping = {self.damping}: allowed is a number of 0 or more")
         if not (0 <= self.falling and 0 <= self.settling and self.falling + self.settling <= 1):
             raise ConfigError(f"falling = {self.falling}, settling = {self.settling}: allowed are shares of the "
                               "training that together are at most 1")
@@ -136,7 +142,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         return Ending(hooks.bare(), skeleton, hooks, config, c).at(0.0)[1]
 
     hooks = RateAware(student, start.steps(c), 8 * (limit - least), round(config.falling * total), config.contexts,
-                      settling=settling, weigh=weigh, limit=AIM * limit)
+                      settling=settling, damping=config.damping, weigh=weigh, limit=AIM * limit)
     with hooks:
         train(student, task, config.recipe, generator, hooks=hooks, run=run.stage("rate"))
         hooks.refresh(steer=False)

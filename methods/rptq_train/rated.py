@@ -103,6 +103,7 @@ class RateAware(Hooks):
     units    {layer: step of the folded weight};  goal  bits of all codes at the end;  falling  steps until then
     settling  step from which prices stay: weights gather at the thresholds, and these must not move away from them.
              Steps go on following the batch norm, and lam may rise, so that the size stays below the goal
+    damping  how fast weights go back to the value of their code, in units of the learning rate
     weigh    bytes of the file as it would be now; `limit` bytes are what it may take: after each epoch the goal is
              corrected by what the file takes besides and less. None: never
     lam, entropy   price of a bit in units of step^2, and the bits of all codes when they were looked at last
@@ -110,9 +111,10 @@ class RateAware(Hooks):
     """
 
     def __init__(self, model: nn.Module, units: Mapping[str, float], goal: float, falling: int, contexts: bool, *,
-                 settling: float = math.inf, weigh: Callable[["RateAware"], int] | None = None, limit: float = 0.0):
+                 settling: float = math.inf, damping: float = 0.0,
+                 weigh: Callable[["RateAware"], int] | None = None, limit: float = 0.0):
         self.model, self.units, self.goal, self.falling = model, dict(units), goal, falling
-        self.settling, self.weigh, self.limit = settling, weigh, limit
+        self.settling, self.damping, self.weigh, self.limit = settling, damping, weigh, limit
         self.before, self.norms = copy.deepcopy(model).cpu(), norms_after(model)
         self.quantizers = {name: Rated(layer.weight.detach(), units[name], contexts)
                            for name, layer in weight_layers(model).items()}
@@ -184,7 +186,16 @@ class RateAware(Hooks):
     def after_step(self, model: nn.Module, lr: float) -> None:
         self.steps += 1
         if self.steps % EVERY == 0:
+            self.damp(lr)
             self.refresh()
+
+    @torch.no_grad()
+    def damp(self, lr: float) -> None:
+        """Weights a little nearer to what their codes stand for, for the steps since the last look."""
+        share = min(EVERY * lr * self.damping, 1.0)
+        for name, quantizer in self.quantizers.items() if share > 0 else ():
+            weight = self.behind(name)
+            weight.lerp_(quantizer.codes(weight) * quantizer.step, share)
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         if self.weigh is not None and self.steps >= self.falling:

@@ -33,7 +33,6 @@ from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.norms import reestimate_norms
-from ..core.fit.size import float_bytes
 from ..core.graph.build import NORMS, own_copy
 from ..core.graph.graph import trace
 from ..core.train.finetune import check_trainable, train
@@ -57,8 +56,8 @@ RUNS = 6  # of the search and what follows, where files come out too large
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: at least one of mac_ratio, bop_ratio and size_ratio, for the search; density, channel_density and bits as
-    the inner method takes them (bits are none of its budget where they are searched). What the inner method's file
-    may take is `inner.size_ratio`.
+    the inner method takes them (bits are none of its budget where they are searched). With inner.size_ratio, which
+    is of the file, size_ratio counts what is handed on: its weights in float32, or in the budget's bits.
 
     >>> net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 2))
     >>> batch = torch.eye(4), torch.tensor([0, 1, 1, 0])
@@ -76,7 +75,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     order = rank(model, task, groups, config, generator)
     space = Space(graph, channels, groups, order, coded, config.bits, config.multiple, config.levels)
     costs = Costs(space, model, task.calibration_inputs(1).cpu(), config.activation_bits)
-    handing = Handing(space, config.inner, task, budget, float_bytes(model))
+    handing = Handing(space, config.inner, task, budget, costs.dense)
     sizes = rehearse(handing, costs, model, config)
     limits = make_limits(budget, costs, sizes)
     if config.slimmable is not None:
@@ -118,7 +117,9 @@ def rehearse(handing: Handing, costs: Costs, model: nn.Module, config: Config) -
     smallest = space.network(model, space.smallest)
     ready(smallest, handing.task, config)
     made = handing.cheaply(smallest.cpu(), space.smallest)
-    return None if handing.budget.size_ratio is None else Sizes(handing, costs, model, made)
+    if handing.budget.size_ratio is None or handing.inner.size_ratio is not None:
+        return None
+    return Sizes(handing, costs, model, made)
 
 
 class Judge:

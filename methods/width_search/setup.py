@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..core.artifact import CompressedModel
 from ..core.budget import FLOAT_BITS, Budget
 from ..core.errors import BudgetError, CompressError
-from ..core.fit.size import file_bytes, float_bytes
+from ..core.fit.size import file_bytes
 from ..core.graph.coupled import Group, find_groups
 from ..core.graph.graph import Graph
 from ..core.graph.narrow import Channels
@@ -29,9 +29,6 @@ def check_budget(budget: Budget, config: Config) -> None:
     budget.require(OWN, optional=(*LIMITS, *HANDED_ON))
     if all(getattr(budget, name) is None for name in LIMITS):
         raise BudgetError(f"{OWN} needs the budget field {' or '.join(map(repr, LIMITS))}")
-    if budget.size_ratio is not None and config.inner.size_ratio is not None:
-        raise BudgetError(f"the budget's size_ratio = {budget.size_ratio:g} limits the search, and inner.size_ratio = "
-                          f"{config.inner.size_ratio:g} is of the inner method's file: give one of the two")
     if config.bits and budget.bits is not None:
         raise BudgetError(f"config.bits = {list(config.bits)} are searched: leave out the budget field 'bits'")
     if budget.bop_ratio is not None and budget.bits is None and not config.bits:
@@ -91,7 +88,7 @@ class Sizes:
 
     def __init__(self, handing: Handing, costs: Costs, model: nn.Module, made: CompressedModel):
         space, self.handing = handing.space, handing
-        self.costs, self.dense, self.correction = costs, float_bytes(model), 1.0
+        self.costs, self.dense, self.correction = costs, costs.dense, 1.0
         self.most = handing.budget.size_ratio * self.dense
         least, most = map(self.stored, (made, handing.cheaply(space.network(model, space.largest), space.largest)))
         few, many = (costs.code_bytes(point) for point in (space.smallest, space.largest))
@@ -118,8 +115,8 @@ class Sizes:
 
 def make_limits(budget: Budget, costs: Costs, sizes: Sizes | None) -> list[Limit]:
     """Those of the budget; BudgetError where the smallest network is above one."""
-    ratios = {"mac_ratio": costs.mac_ratio, "bop_ratio": costs.bop_ratio}
-    ratios |= {} if sizes is None else {"size_ratio": sizes.ratio}
+    ratios = {"mac_ratio": costs.mac_ratio, "bop_ratio": costs.bop_ratio,
+              "size_ratio": costs.code_ratio if sizes is None else sizes.ratio}
     limits = [Limit(name, getattr(budget, name), ratio) for name, ratio in ratios.items()
               if getattr(budget, name) is not None]
     for limit in limits:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..core.budget import FLOAT_BITS
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.quantize import fit_symmetric, quantize
+from ..core.fit.size import float_bytes
 from ..core.graph.coupled import Group
 from ..core.graph.graph import Graph
 from ..core.graph.narrow import Channels, narrowed
@@ -163,7 +164,7 @@ class Costs:
             space.graph.run(x, see)
         self.layers = [self._layer(name, layer_of(model, name), runs.get(name, 0)) for name in weight_layers(model)]
         self.elsewhere = sum(runs.values()) - sum(runs.get(layer.name, 0) for layer in self.layers)
-        self.whole = self.macs(space.largest)
+        self.whole, self.dense = self.macs(space.largest), float_bytes(model)
 
     def _layer(self, name: str, layer: nn.Module, macs: int) -> Layer:
         channels, weight = self.space.channels, layer.weight
@@ -194,6 +195,10 @@ class Costs:
         bits = self.space.bits_at(point)
         return sum(layer.weights(point) * bits.get(layer.name, FLOAT_BITS) / 8 + 4 * layer.out.at(point)
                    for layer in self.layers)
+
+    def code_ratio(self, point: Point) -> float:
+        """Of the float32 values of the whole network."""
+        return self.code_bytes(point) / self.dense
 
 
 @dataclass(frozen=True)
