@@ -30,6 +30,8 @@ Contexts   contexts = True prices "is it 0" by p, the product of the densities o
 
 Departures from its specification, and choices that it leaves
   * gamma and sigma are those of the batch norm at the time, not of the start: a file then holds one scale a layer.
+  * A code is never dearer than the next larger one, so that every threshold is k + 1/2 at least: else a layer whose
+    zeros became rare loses them all, its codes stop to depend on s_o, and s_o follows gamma and sigma without end.
   * c = none starts at `start` times the budget. wanted falls geometrically.
   * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
     weights gather at the thresholds, and a little less lam moves many codes at once. For the same reason a file that is

@@ -39,10 +39,11 @@ def magnitude_bits(counts: Tensor) -> Tensor:
 def thresholds(bits: Tensor, lam: float) -> Tensor:
     """[len(bits) - 1] rising: |w| / s below the k-th has a code below k + 1.
 
-    Between k and k + 1: k + 1/2 + lam / 2 (bits(k + 1) - bits(k)), where both cost the same.
+    Between k and k + 1: k + 1/2 + lam / 2 (bits(k + 1) - bits(k)), where both cost the same. A smaller code is never
+    the dearer one: where it became rare it would become rarer with every look, until none is left.
     """
-    edges = torch.arange(len(bits) - 1, device=bits.device) + 0.5 + lam / 2 * bits.diff()
-    return edges.clamp_min(0).cummax(0).values
+    edges = torch.arange(len(bits) - 1, device=bits.device) + 0.5 + lam / 2 * bits.diff().clamp_min(0)
+    return edges.cummax(0).values
 
 
 def round_to_rate(scaled: Tensor, lam: float = LAM, rounds: int = 3) -> tuple[Tensor, float]:
