@@ -169,6 +169,7 @@ def test_groups_missing_biases_and_layers_without_effect(tiny):
 
 def test_mistakes(tiny):
     for config, message in (({"points": 0.0}, "between 0 and 100"), ({"lam": -1.0}, "0 or more"),
+                            ({"lam": 0.05}, "lam = 0.05 does nothing"),
                             ({"bias_bits": 8}, "16, 32"), ({"rounding": "up"}, "nearest, gptq, descent"),
                             ({"calibration_inputs": 0}, "at least 1")):
         with pytest.raises(ConfigError, match=message):

@@ -59,6 +59,7 @@ from ..core.fit.sequential import quantize_in_order
 from ..core.graph.build import apply, assemble, own_copy, tensors_of, weight_layers
 from ..core.graph.fold import fold_batchnorm
 from ..core.graph.graph import trace
+from ..core.settings import check_idle
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
 from .search import Trial, search_agreement, search_size
@@ -98,6 +99,10 @@ class Config:
             raise ConfigError(f"lam = {self.lam}: allowed is 0 or more")
         if self.bias_bits not in (16, 32):
             raise ConfigError(f"bias_bits = {self.bias_bits}: allowed are 16, 32")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.rounding == "descent" else {"lam": f"rounding = {self.rounding!r} has no price"}
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

@@ -88,8 +88,8 @@ class Sizes:
 
     def __init__(self, handing: Handing, costs: Costs, model: nn.Module, made: CompressedModel):
         space, self.handing = handing.space, handing
-        self.costs, self.dense, self.correction = costs, costs.dense, 1.0
-        self.most = handing.budget.size_ratio * self.dense
+        self.costs, self.correction = costs, 1.0
+        self.most = handing.budget.size_ratio * costs.dense
         least, most = map(self.stored, (made, handing.cheaply(space.network(model, space.largest), space.largest)))
         few, many = (costs.code_bytes(point) for point in (space.smallest, space.largest))
         self.slope = (most - least) / (many - few)
@@ -103,7 +103,7 @@ class Sizes:
         return self.correction * (self.start + self.slope * self.costs.code_bytes(point))
 
     def ratio(self, point: Point) -> float:
-        return self.bytes(point) / self.dense
+        return self.bytes(point) / self.costs.dense
 
     def keep(self, point: Point, made: CompressedModel) -> bool:
         """Whether what was made of `point` keeps the limit; if not, what was too large is expected from now on."""
