@@ -230,37 +230,47 @@ def test_a_bare_copy_has_the_weights_behind_the_codes(tiny):
         assert torch.equal(model.conv1.weight, hooks.quantizers["conv1"](hooks.behind("conv1")))  # as it was
 
 
-def test_one_scale_a_layer_holds_for_the_trained_network(tiny):
-    made = compress(tiny, 0.3, recipe=Recipe(epochs=3, lr=0.05))
-    assert all(tensor.grid.scale.ndim == 0 for tensor in made.weights.values())
-    assert made.topology.folded == {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
-
-
-def test_steps_follow_the_batch_norm(tiny):
+def test_steps_are_those_of_the_folded_weight_at_the_start_and_stay(tiny):
+    """u = |w| / s with s = s_l / |gamma / sigma|: the folded |w| / s_l. A batch norm that moves later does not move
+    them, else sigma and the step follow each other without end."""
     model = tiny.model()
     with torch.no_grad():
         model.bn1.weight[0] *= -1
-    units = dict.fromkeys(weight_layers(model), 0.05)
-    with RateAware(model, units, 1e4, 10, False) as hooks:
+    folded, _ = fold_batchnorm(model)
+    wanted = (folded.conv1.weight.detach().abs() / 0.05).round()
+    with RateAware(model, dict.fromkeys(weight_layers(model), 0.05), 1e4, 10, False) as hooks:
+        hooks.quantizers["conv1"].charge(0.0)
+        before = hooks.quantizers["conv1"].step.clone()
+        assert float((hooks.quantizers["conv1"].codes(hooks.behind("conv1")).abs() != wanted).float().mean()) < 0.01
         with torch.no_grad():
             model.bn1.weight[2] *= 3
+            model.bn1.running_var *= 7
         hooks.refresh()
-        folded, _ = fold_batchnorm(_plain(model))
-        codes = hooks.quantizers["conv1"].codes(model.conv1.parametrizations.weight.original)
-    sign = torch.ones(8, 1, 1, 1)
-    sign[0] = -1
-    edges = hooks.quantizers["conv1"].edges
-    size = torch.bucketize(folded.conv1.weight.detach().abs() / 0.05, edges, right=True)
-    assert float((size * folded.conv1.weight.detach().sign() != codes * sign).float().mean()) < 0.01
+        assert torch.equal(hooks.quantizers["conv1"].step, before)
+        assert hooks.quantizers["fc"].step.unique().tolist() == pytest.approx([0.05])
 
 
-def _plain(model):
-    """`model` with the float weights behind its parametrizations."""
-    state = {key.replace("parametrizations.weight.original", "weight"): value
-             for key, value in model.state_dict().items() if "parametrizations.weight.0" not in key}
-    found = type(model)()
-    found.load_state_dict(state)
-    return found
+def test_the_file_is_the_trained_network_with_its_batch_norms(tiny):
+    """Batch norms that have moved since the start, one of them mirrored: folded weight = code times the scale."""
+    student, skeleton = tiny.model(), tiny.model()
+    with RateAware(student, dict.fromkeys(weight_layers(student), 0.02), 1e4, 0, False) as hooks:
+        with torch.no_grad():
+            student.bn1.weight[0] *= -1
+            student.bn1.weight[1] = 0
+            student.bn2.running_var *= 5
+        hooks.refresh(steer=False)
+        inputs = tiny.task().calibration_inputs(20)
+        with torch.no_grad():
+            outputs = student(inputs)
+    ending = rptq_train.Ending(student, skeleton, hooks, replace(SHORT, bias_bits=32), 1.0)
+    made = ending.store(ending.codes())
+    with torch.no_grad():
+        assert torch.allclose(apply(made, skeleton)(inputs), outputs, atol=1e-5 * float(outputs.abs().max()))
+    assert made.topology.folded == {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
+    assert made.weights["conv1"].grid.scale.shape == (8,) and made.weights["fc"].grid.scale.ndim == 0
+    halves = rptq_train.Ending(student, skeleton, hooks, SHORT, 1.0).store(ending.codes())
+    scale = halves.weights["conv2"].grid.scale
+    assert torch.equal(scale.half().float(), scale) or torch.equal(scale.bfloat16().float(), scale)
 
 
 def test_the_wanted_size_falls_and_stays():

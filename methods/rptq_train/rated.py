@@ -23,17 +23,16 @@ TOP = (1 << 15) - 1  # largest code
 class Rated(nn.Module):
     """Parametrization w -> sign(w) code(|w| / step) step, with a straight-through gradient.
 
-    step   [C_out, 1, ...];  edges [top] thresholds that count the code;  first [C_out, C_in, 1, ...] those of code 1,
-    where contexts price each place on its own, else empty
+    step   one number, or [C_out], kept as [C_out, 1, ...];  edges [top] thresholds that count the code;  first
+    [C_out, C_in, 1, ...] those of code 1, where contexts price each place on its own, else empty
     bits   [top + 1] of each magnitude; zero, other [C_out, C_in] of "is 0" and "is not", in contexts
     """
 
-    def __init__(self, weight: Tensor, step: float, contexts: bool):
+    def __init__(self, weight: Tensor, step: float | Tensor, contexts: bool):
         super().__init__()
-        top = min(max(2 * int((weight.abs() / step).max().round()), 7), TOP)
         flat = [1] * (weight.ndim - 1)
-        self.unit = step  # of the folded weight
-        self.register_buffer("step", torch.full((len(weight), *flat), step))
+        self.register_buffer("step", torch.as_tensor(step).float().cpu().expand(len(weight)).reshape(-1, *flat).clone())
+        top = min(max(2 * int((weight.abs().cpu() / self.step).max().round()), 7), TOP)
         self.register_buffer("edges", torch.arange(top) + 0.5)
         bits, one = self.edges.new_zeros(top + 1), weight.new_zeros(1, 1)
         for name, value in (("bits", bits), ("zero", one), ("other", one)):
@@ -102,7 +101,7 @@ class RateAware(Hooks):
 
     units    {layer: step of the folded weight};  goal  bits of all codes at the end;  falling  steps until then
     settling  step from which prices stay: weights gather at the thresholds, and these must not move away from them.
-             Steps go on following the batch norm, and lam may rise, so that the size stays below the goal
+             lam may rise, so that the size stays below the goal
     damping  how fast weights go back to the value of their code, in units of the learning rate
     weigh    bytes of the file as it would be now; `limit` bytes are what it may take: after each epoch the goal is
              corrected by what the file takes besides and less. None: never
@@ -116,9 +115,15 @@ class RateAware(Hooks):
         self.model, self.units, self.goal, self.falling = model, dict(units), goal, falling
         self.settling, self.damping, self.weigh, self.limit = settling, damping, weigh, limit
         self.before, self.norms = copy.deepcopy(model).cpu(), norms_after(model)
-        self.quantizers = {name: Rated(layer.weight.detach(), units[name], contexts)
+        self.quantizers = {name: Rated(layer.weight.detach(), self.step_of(name), contexts)
                            for name, layer in weight_layers(model).items()}
         self.lam, self.steps, self.start, self.entropy = LAM, 0, 0.0, 0.0
+
+    def step_of(self, name: str) -> float | Tensor:
+        """Of a layer's weight as it is, from that of the folded one: [C_out] where a batch norm follows."""
+        if name not in self.norms:
+            return self.units[name]
+        return self.units[name] / norm_ratio(self.model.get_submodule(self.norms[name])).abs().clamp_min(TINY)
 
     def __enter__(self):
         for name, quantizer in self.quantizers.items():
@@ -162,13 +167,9 @@ class RateAware(Hooks):
 
     @torch.no_grad()
     def refresh(self, steer: bool = True) -> None:
-        """Steps, prices and thresholds of all layers after their weights, and lam after the bits."""
+        """Prices and thresholds of all layers after their weights, and lam after the bits."""
         bits = 0.0
         for name, quantizer in self.quantizers.items():
-            if name in self.norms:
-                ratio = norm_ratio(self.model.get_submodule(self.norms[name])).abs().clamp_min(TINY)
-                step = (quantizer.unit / ratio).float().to(quantizer.step.device)
-                quantizer.step = step.reshape(quantizer.step.shape)
             if self.settled:
                 bits += quantizer.counted(self.behind(name))[0]
                 continue
