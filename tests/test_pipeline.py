@@ -9,7 +9,7 @@ import torch
 from benchmarks.settings import build
 from methods import data_of, pipeline
 from methods.core.budget import Budget
-from methods.core.errors import CompressError
+from methods.core.errors import BudgetError, CompressError
 from methods.core.file.storage import from_bytes, to_bytes
 from methods.core.fit.criteria import CRITERIA
 from methods.core.fit.quantize import fit_symmetric
@@ -310,3 +310,12 @@ def test_a_size_can_be_asked_for_of_stages_that_are_distilled(tiny):
     out = compress_to_size(pipeline, model, tiny.task(), Budget(size_ratio=0.25, bits=4), config,
                            torch.Generator().manual_seed(0))
     assert len(to_bytes(out)[0]) <= 0.25 * float_bytes(model)
+
+
+@pytest.mark.parametrize("quantizer, budget", [("bnn", {"bits": 1}), ("float16", {})])
+def test_a_size_is_refused_where_no_setting_could_change_it(tiny, quantizer, budget):
+    recipe = {} if quantizer == "float16" else {"recipe": SHORT}
+    config = build(pipeline.Config, {"order": ["quantize"], "quantize": {"quantizer": quantizer, **recipe}})
+    with pytest.raises(BudgetError, match="size_ratio"):
+        compress_to_size(pipeline, tiny.model(), tiny.task(), Budget(size_ratio=0.25, **budget), config,
+                         torch.Generator())

@@ -203,10 +203,13 @@ class Config:
 
     @property
     def size_knob(self) -> Knob | None:
-        """What a size of the file turns: the pruning of weights or channels, else the bits of codes."""
+        """What a size of the file turns: the pruning of weights or channels, else the bits of codes, if any."""
         if "prune" in self.order and self.prune.granularity in SIZED:
             return SIZED[self.prune.granularity]
-        return None if self.quantize.quantizer == FLOAT16 else Knob("bits", 2, 8, whole=True)
+        if self.quantize.quantizer == FLOAT16:
+            return None
+        low, high = find_quantizer(self.quantize.quantizer).widths
+        return None if low == high else Knob("bits", max(low, 2), min(high, 8), whole=True)
 
     @property
     def data(self) -> str:
