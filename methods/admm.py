@@ -31,6 +31,8 @@ Departures   Body and tables of the paper could not be read: the steps are those
     over the whole range. It is fitted once, as in the code; refit = True fits it to W + U at every update.
   * live = True counts no weight of a unit that lost all its inputs or all its outputs: its place goes to the next
     largest that can change an output. Not in the papers; 208 of the 2,569 weights of a LeNet-5 did nothing.
+  * batchnorm = "data" renews the statistics of batch norm at the end: the last weights are put on their levels after
+    the training. Not in the paper; see core/fit/batchnorm.py.
   * Half-way between two levels the larger magnitude is taken (the code: the upper level).
   * Clusters start even in [min, max] and are then warm-started; an empty one stays. The released solver has kernels
     for clusters but does not call them: what is done here is what they compute.
@@ -38,7 +40,7 @@ Departures   Body and tables of the paper could not be read: the steps are those
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,9 +49,10 @@ from torch import Tensor, nn
 from .core.artifact import CompressedModel
 from .core.budget import Budget
 from .core.errors import ConfigError
+from .core.fit.batchnorm import check_mode, renew
 from .core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
 from .core.fit.prune import MaskHooks, apply_masks, keep_count
-from .core.fit.size import Knob
+from .core.fit.size import Knob, untrained
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.graph import trace
 from .core.graph.live import give_back
@@ -76,6 +79,7 @@ class Config:
                             departures
     fix_rounds, fix_fraction, fix   levels: rounds, fraction fixed in each, recipe of each; clusters: fix is the recipe
                             of their one training, in which gradients are summed: its learning rate is smaller
+    batchnorm               see the departures
     """
 
     grid: str = "levels"
@@ -93,8 +97,10 @@ class Config:
     fix_rounds: int = 8
     fix_fraction: float = 0.3
     fix: Recipe = Recipe(epochs=5, lr=1e-3)
+    batchnorm: str = "keep"
 
     def __post_init__(self):
+        check_mode(self.batchnorm)
         if self.grid not in GRIDS:
             raise ConfigError(f"grid = {self.grid!r}: allowed are {', '.join(GRIDS)}")
         if not self.steps or self.steps[-1] != 1 or sorted(self.steps, reverse=True) != list(self.steps):
@@ -117,12 +123,17 @@ class Config:
             ("refit", "fix_rounds", "fix_fraction"), "grid = 'clusters' refits always, and trains once after ADMM")
 
 
+def quick(config: Config) -> Config:
+    """Without training, batch norm as it is: what `compress_to_size` looks for the size with."""
+    return replace(untrained(config), batchnorm="keep")
+
+
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: density and, unless weights are to stay float32, bits; each a number or {layer: number}."""
     run = NullRun() if run is None else run
     budget.require("admm", "density", optional=("bits",))
-    model = task.placed(own_copy(model))
+    given, model = model, task.placed(own_copy(model))
     density = budget.per_layer("density", weight_layers(model))
     widths = None if budget.bits is None else budget.per_layer("bits", weight_layers(model))
     weights: Weights = {name: layer_of(model, name).weight for name in density}
@@ -134,7 +145,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         (fix_levels if config.grid == "levels" else tie_clusters)(weights, masks, grids, training)
         tensors = {name: grids[name].store(weight, masks[name]) for name, weight in weights.items()}
     empty = [name for name, w in weights.items() if not bool((tensors[name].mask if tensors else w).any())]
-    return assemble(model, tensors, notes={"residuals": training.residuals, "empty_layers": empty})
+    made = assemble(model, tensors, notes={"residuals": training.residuals, "empty_layers": empty})
+    return renew(made, given, config.batchnorm, generator, task=task)
 
 
 # --- ADMM ---------------------------------------------------------------------------------------------------

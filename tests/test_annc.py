@@ -177,13 +177,15 @@ def test_codebooks_are_refreshed_20_times_an_epoch():
     book = layer.parametrizations.weight[0]
     book.refresh = lambda weight, iterations: layer.calls.append(iterations)
     for steps, times in ((40, 20), (7, 7)):
-        hooks = Refresh([layer], steps)
+        hooks = Refresh([layer], steps, 2)
         layer.calls.clear()
         for _ in range(steps):
             hooks.after_step(None, 0.1)
         assert layer.calls == [5] * times
         hooks.after_epoch(None, 0)
         assert layer.calls[-1] == 100
+        hooks.after_epoch(None, 1)
+        assert layer.calls == [5] * times + [100]  # what was trained is what stays
     del book.refresh
     with torch.no_grad():
         layer.parametrizations.weight.original.mul_(2.0)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from methods import data_of, df_mpc, dfq, neuron_merging, udfc
+from benchmarks.settings import build
+from methods import admm, annc, data_of, df_mpc, dfq, neuron_merging, udfc
 from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
 from methods.core.fit import batchnorm
@@ -239,3 +240,32 @@ def test_refusals(tiny):
     plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3))
     with pytest.raises(CompressError, match="no batch norm left to renew"):
         renew(assemble(plain, {}), plain, "noise", seeded())
+
+
+# --- methods that train, and then move weights ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, budget, config", [
+    (admm, {"density": 0.3, "bits": 2},
+     {"prune_iterations": 0, "quantize_iterations": 0, "retrain": {"epochs": 1}, "fix_rounds": 0}),
+    (annc, {"data_ratio": 0.02}, {"recipe": {"epochs": 1, "lr": 0.05}, "finetune": {"epochs": 1, "lr": 0.01}})])
+def test_the_statistics_after_training_are_those_of_the_stored_weights(tiny, method, budget, config):
+    """Mean and variance of what the decoded first convolution gives for training inputs: batch norm's definition."""
+    def made(**more):
+        found = build(method.Config, {**config, **more})
+        return method.compress(model, tiny.task(), Budget(**budget), found, torch.Generator().manual_seed(0))
+
+    model = tiny.model()
+    kept, renewed = made(), made(batchnorm="data")
+    assert all(torch.equal(tensor.decode(), renewed.weights[name].decode()) for name, tensor in kept.weights.items())
+    inputs = torch.cat([x for x, _ in tiny.task().train.epoch(torch.Generator().manual_seed(1))])
+    network = apply(renewed, model)
+    with torch.no_grad():
+        outputs = network.conv1(inputs).double()
+    mean, variance = outputs.mean((0, 2, 3)), outputs.var((0, 2, 3))
+    assert torch.allclose(network.bn1.running_mean.double(), mean, atol=0.02 * float(variance.max().sqrt()))
+    assert torch.allclose(network.bn1.running_var.double(), variance, rtol=0.05)
+    other = apply(kept, model).bn1
+    assert not torch.allclose(other.running_var.double(), variance, rtol=0.05)
+    assert method.quick(build(method.Config, {"batchnorm": "data"})).batchnorm == "keep"
+

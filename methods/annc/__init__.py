@@ -36,12 +36,16 @@ Departures   Equations and settings are those of the authors' code; of the paper
     theirs, which counts epochs from 0, in one more).
   * The result is the last epoch's; theirs reports the epoch that was best on the test set.
   * mode "prune": weights stay float32 at 32 bits each. mode "quantize": all are kept, on 2^b values without a 0.
+  * batchnorm = "data" renews the statistics of batch norm for the result, whose weights are not quite those of the last
+    minibatch. Not in the paper; see core/fit/batchnorm.py.
+  * Fine-tuning ends with the codebooks that were trained (theirs fits them once more after every epoch, the last one
+    too): the statistics of batch norm are theirs, and weights have gathered where a little moves many.
   * Fine-tuning uses the quantized weights in both passes (theirs multiplies by the float ones backward).
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,9 +55,10 @@ from torch.nn.utils import parametrize
 from ..core.artifact import Codebook, CompressedModel, CompressedTensor
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
+from ..core.fit.batchnorm import check_mode, renew
 from ..core.fit.project import SortedValues, boundaries, nearest
 from ..core.fit.rates import entropy_bits
-from ..core.fit.size import Knob
+from ..core.fit.size import Knob, untrained
 from ..core.graph.build import assemble, own_copy
 from ..core.graph.graph import trace
 from ..core.graph.live import give_back
@@ -80,6 +85,7 @@ class Config:
     bits_epochs  epochs in which widths are chosen; then only codebooks are (0: start_bits throughout; None: always)
     stages       budgets of successive trainings, as multiples of the budget's; the last is 1
     finetune     recipe for the result with fixed zeros and widths, or None
+    batchnorm    see the departures
     """
 
     mode: str = "joint"
@@ -94,8 +100,10 @@ class Config:
     at_least: int = 0
     live: bool = False
     finetune: Recipe | None = None
+    batchnorm: str = "keep"
 
     def __post_init__(self):
+        check_mode(self.batchnorm)
         if self.mode not in MODES:
             raise ConfigError(f"mode = {self.mode!r}: allowed are {', '.join(MODES)}")
         widths = (self.least_bits, self.start_bits, self.most_bits)
@@ -118,12 +126,17 @@ class Config:
         return dict.fromkeys(found, f"mode = {self.mode!r}")
 
 
+def quick(config: Config) -> Config:
+    """Without training, batch norm as it is: what `compress_to_size` looks for the size with."""
+    return replace(untrained(config), batchnorm="keep")
+
+
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: data_ratio, (bits of the kept codes) / (32 x number of conv and linear weights)."""
     run = NullRun() if run is None else run
     budget.require("annc", "data_ratio")
-    model = own_copy(model)
+    given, model = model, own_copy(model)
     layers, traces = weight_layers(model), []
     limits = find_limits([layer.weight.numel() for layer in layers.values()], budget.data_ratio, config)
     task = ready(task.placed(model), task, config)
@@ -141,7 +154,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
             finetune(model, task, notes["bits"], config, generator, run)
         tensors = {name: store(x.weight, notes["bits"][name], config.mode == "joint") for name, x in layers.items()}
     empty = [name for name, x in layers.items() if not bool((tensors[name].mask if tensors else x.weight).any())]
-    return assemble(model, tensors, notes={**notes, "empty_layers": empty})
+    made = assemble(model, tensors, notes={**notes, "empty_layers": empty})
+    return renew(made, given, config.batchnorm, generator, task=task)
 
 
 def find_limits(sizes: list[int], ratio: float, config: Config) -> list[int]:
@@ -302,10 +316,10 @@ class OnCodebook(nn.Module):
 
 
 class Refresh(Hooks):
-    """Warm-started k-means of every layer 20 times an epoch, and a longer one after it."""
+    """Warm-started k-means of every layer 20 times an epoch of `steps`, and a longer one between two epochs."""
 
-    def __init__(self, layers: list[Layer], steps: int):
-        self.layers, self.every, self.step = layers, max(steps // REFRESHES, 1), 0
+    def __init__(self, layers: list[Layer], steps: int, epochs: int):
+        self.layers, self.epochs, self.every, self.step = layers, epochs, max(steps // REFRESHES, 1), 0
 
     def after_step(self, model: nn.Module, lr: float) -> None:
         self.step += 1
@@ -314,7 +328,8 @@ class Refresh(Hooks):
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         self.step = 0
-        self.refresh(100)
+        if epoch + 1 < self.epochs:
+            self.refresh(100)
 
     def refresh(self, iterations: int) -> None:
         for layer in self.layers:
@@ -329,6 +344,7 @@ def finetune(model: nn.Module, task: Task, bits: Mapping[str, int], config: Conf
     layers = [layer_of(model, name) for name in bits]
     for layer, width in zip(layers, bits.values(), strict=True):
         parametrize.register_parametrization(*place_of(layer), OnCodebook(layer.weight, width, config.mode == "joint"))
-    train(model, task, config.finetune, generator, hooks=Refresh(layers, len(task.train)), run=run.stage("finetune"))
+    train(model, task, config.finetune, generator, hooks=Refresh(layers, len(task.train), config.finetune.epochs),
+          run=run.stage("finetune"))
     for layer in layers:
         parametrize.remove_parametrizations(*place_of(layer), leave_parametrized=True)
