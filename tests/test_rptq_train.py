@@ -305,3 +305,15 @@ def test_the_teacher_is_listened_to(tiny):
         wanted = tiny.model().eval()(inputs).softmax(1)
         gap = [float((student(inputs).softmax(1) - wanted).square().mean()) for student in students]
     assert gap[0] < 0.8 * gap[1]
+
+
+def test_dead_units_are_gone_before_the_file_is_weighed(tiny):
+    """A unit that no later layer reads: with its weights still there, the file would be larger by their codes."""
+    student = Plain()
+    with torch.no_grad():
+        student.b.weight[:, 50:] = 0
+    with RateAware(student, dict.fromkeys(weight_layers(student), 0.01), 1e5, 0, False) as hooks:
+        hooks.refresh(steer=False)
+    made, size = rptq_train.Ending(student, Plain(), hooks, SHORT, 1.0).at(0.0)
+    assert made.topology.widths["a"][0] == 50 and made.weights["a"].codes.shape == (50, 192)
+    assert size == len(to_bytes(made)[0])

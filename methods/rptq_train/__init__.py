@@ -26,7 +26,10 @@ Algorithm
 Symbols    code, thresholds, bits: Rated and core/fit/rates.py;  lam RateAware.lam, in units of s^2, from ln 2 / 6
 
 Contexts   contexts = True prices "is it 0" by p, the product of the densities of the weight's row and column over that
-           of the layer, at most 1/2: units that are little used become dear and die, and `shrink` removes them.
+           of the layer, at most 1/2: units that are little used become dear and die.
+
+Dead units are removed (`shrink`), by contexts or not, before the file is weighed: their codes cost nothing, and others
+may have the bytes. On ResNet-18 a third of the codes of a file of 1 MB were theirs after six epochs.
 
 Departures from its specification, and choices that it leaves
   * A code is never dearer than the next larger one, so that every threshold is k + 1/2 at least: else zeros that became
@@ -79,7 +82,7 @@ class Config:
     falling       share of the training in which the wanted size falls from the start's to the budget's
     settling      share of the training, its last part, in which prices stay
     damping       how fast weights go back to the value of their code, in units of the learning rate
-    contexts      price zeros by the use of their row and column, and remove dead units
+    contexts      price zeros by the use of their row and column, so that units die
     sensitivity_inputs, calibration_inputs   for the steps, for ranges
     """
 
@@ -209,7 +212,7 @@ class Ending:
             grid = Affine(scale, torch.zeros_like(scale, dtype=torch.int32))
             weights[name] = CompressedTensor.of(codes.to(torch.int32), grid, width(codes))
         made = assemble(self.folded, weights, topology=self.topology, activations=self.ranges, notes=self.notes)
-        made = shrink(made, self.skeleton) if self.config.contexts else made
+        made = shrink(made, self.skeleton)
         return with_half_biases(made) if self.config.bias_bits == 16 else made
 
     def at(self, less: float) -> tuple[CompressedModel, int]:
