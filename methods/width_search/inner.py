@@ -10,11 +10,14 @@ from torch import nn
 from .. import data_of, find_method
 from ..core.artifact import ActivationQuantizer, CompressedModel
 from ..core.budget import OTHERS, Budget
-from ..core.fit.size import compress_to_size, float_bytes, untrained
+from ..core.fit.size import compress_to_size, file_bytes, float_bytes, untrained
+from ..core.graph.build import assemble
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
 from .settings import Inner
 from .space import Point, Space
+
+SLACK = 8  # bytes by which a compressed header may differ from another's
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +46,10 @@ class Handing:
         task = self.task.seen_as(data_of(method, config))
         found = compress_to_size(method, network, task, self.budget_at(point, network), config, generator, run=run,
                                  finish=self.ranged)
+        return self.of_the_whole(found, point)
+
+    def of_the_whole(self, found: CompressedModel, point: Point) -> CompressedModel:
+        """What was made of the network at `point` as one of the whole network, whose channels are removed."""
         widths = self.space.channels.widths(self.space.kept(point)) | dict(found.topology.widths)
         gone = tuple(f"{path}." for path in (*found.topology.folded.values(), *found.topology.removed))
         kept = {name: width for name, width in widths.items() if not f"{name}.".startswith(gone)}
@@ -54,7 +61,9 @@ class Handing:
         if self.space.bit_dims:
             bits = {OTHERS: None, **self.space.bits_at(point)}
         if size is not None:
-            size = min(size * self.whole / float_bytes(network), 1.0)
+            plain = assemble(network, {})
+            more = file_bytes(self.of_the_whole(plain, point)) - file_bytes(plain) + SLACK  # the widths, in the header
+            size = min(max(size * self.whole - more, 1.0) / float_bytes(network), 1.0)
         return replace(self.budget, mac_ratio=None, bop_ratio=None, size_ratio=size, bits=bits)
 
     def ranged(self, made: CompressedModel) -> CompressedModel:
