@@ -36,7 +36,7 @@ Departures from its specification, and choices that it leaves
     rare become rarer with every look, until a layer has none.
   * Scales of channels are rounded to 16 bits where `bias_bits` = 16. One scale a layer would be less, but s_o would
     then have to follow gamma and sigma, and sigma follows s_o: tried, it never settles, and the batch norm's statistics
-    are behind when the training ends (ResNet-20: steps still moved by 4 % at every look, 47.8 % from the file).
+    are behind when the training ends.
   * c = none starts at `start` times the budget. wanted falls geometrically.
   * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
     weights gather at the thresholds, and a little less lam moves many codes at once. For the same reason a file that is
