@@ -17,7 +17,7 @@ Algorithm
     every 8 steps:  w -= 8 lr damping (w - decoded w)
         bits and thresholds anew;  lam *= (entropy of all codes / wanted)^0.8, by a tenth at most
         wanted falls from the start's size to that of the budget in the first half of the training, then stays;
-        after each epoch it is corrected by what the file takes
+        after each epoch, from then on, dead codes go and it is corrected by what the file takes
     in the last tenth bits stay, and lam only rises, where the codes take more than is wanted
     loss = 0.1 hard + 0.9 T^2 KL(teacher, student), T = 2
     at the end: the codes that were trained, without as few as it takes to fit: the nearest to their threshold; batch
@@ -29,7 +29,8 @@ Contexts   contexts = True prices "is it 0" by p, the product of the densities o
            of the layer, at most 1/2: units that are little used become dear and die.
 
 Dead units are removed (`shrink`), by contexts or not, before the file is weighed: their codes cost nothing, and others
-may have the bytes. On ResNet-18 a third of the codes of a file of 1 MB were theirs after six epochs.
+may have the bytes. From the middle of the training their codes are looked for after each epoch, and stay 0: were they
+only not counted, they would come back as soon as lam falls, and the bytes would be spent twice.
 
 Departures from its specification, and choices that it leaves
   * A code is never dearer than the next larger one, so that every threshold is k + 1/2 at least: else zeros that became

@@ -10,6 +10,8 @@ from torch.nn.utils import parametrize
 
 from ..core.fit.rates import LAM, entropy_bits, magnitude_bits, thresholds
 from ..core.graph.fold import norm_ratio, norms_after
+from ..core.graph.graph import trace
+from ..core.graph.live import live_and_constant
 from ..core.graph.weights import layer_of, place_of, weight_layers
 from ..core.train.hooks import Hooks
 
@@ -26,6 +28,7 @@ class Rated(nn.Module):
     step   one number, or [C_out], kept as [C_out, 1, ...];  edges [top] thresholds that count the code;  first
     [C_out, C_in, 1, ...] those of code 1, where contexts price each place on its own, else empty
     bits   [top + 1] of each magnitude; zero, other [C_out, C_in] of "is 0" and "is not", in contexts
+    live   bool, shape of the weight: elsewhere the code is 0 and no file holds it
     """
 
     def __init__(self, weight: Tensor, step: float | Tensor, contexts: bool):
@@ -34,6 +37,7 @@ class Rated(nn.Module):
         self.register_buffer("step", torch.as_tensor(step).float().cpu().expand(len(weight)).reshape(-1, *flat).clone())
         top = min(max(2 * int((weight.abs().cpu() / self.step).max().round()), 7), TOP)
         self.register_buffer("edges", torch.arange(top) + 0.5)
+        self.register_buffer("live", torch.ones_like(weight, dtype=torch.bool, device="cpu"))
         bits, one = self.edges.new_zeros(top + 1), weight.new_zeros(1, 1)
         for name, value in (("bits", bits), ("zero", one), ("other", one)):
             self.register_buffer(name, value, persistent=False)
@@ -45,7 +49,7 @@ class Rated(nn.Module):
         codes = torch.bucketize(size, self.edges, right=True)
         if self.first.numel():
             codes = torch.where(size >= self.first, codes.clamp_min(1), 0)
-        return codes * weight.detach().sign()
+        return codes * weight.detach().sign() * self.live
 
     def above(self, weight: Tensor) -> Tensor:
         """How far |w| / step is above the threshold of code 1."""
@@ -63,16 +67,16 @@ class Rated(nn.Module):
         return total
 
     def counted(self, weight: Tensor) -> tuple[float, dict[str, Tensor]]:
-        """The bits that the codes of `weight` take, and the prices {buffer: values} that follow from them."""
+        """The bits that the codes of `weight` take, the live ones, and the prices {buffer: values} after them."""
         codes = self.codes(weight)
         counts = torch.bincount(codes.abs().long().reshape(-1), minlength=len(self.edges) + 1)
+        counts[0] -= self.live.numel() - self.live.sum()
         signs = float(counts[1:].sum())
         if not self.first.numel():
             return entropy_bits(counts) + signs, {"bits": magnitude_bits(counts)}
         counts[0] = 0  # bits are those among codes that are not 0
         zero, other = zero_bits(codes != 0)
-        places = codes[0, 0].numel()
-        kept = (codes != 0).reshape(*codes.shape[:2], -1).sum(2)
+        places, kept = (where.reshape(*codes.shape[:2], -1).sum(2) for where in (self.live, codes != 0))
         return (float((kept * other + (places - kept) * zero).sum()) + entropy_bits(counts) + signs,
                 {"bits": magnitude_bits(counts), "zero": zero, "other": other})
 
@@ -104,7 +108,8 @@ class RateAware(Hooks):
              lam may rise, so that the size stays below the goal
     damping  how fast weights go back to the value of their code, in units of the learning rate
     weigh    bytes of the file as it would be now; `limit` bytes are what it may take: after each epoch the goal is
-             corrected by what the file takes besides and less. None: never
+             corrected by what the file takes besides and less, and codes that reach no output are gone for good: else
+             the bytes that they leave to others would be spent twice when they come back. None: never
     lam, entropy   price of a bit in units of step^2, and the bits of all codes when they were looked at last
     Inside the context the weights are parametrized; on leaving it they are the float weights behind the codes.
     """
@@ -200,8 +205,30 @@ class RateAware(Hooks):
 
     def after_epoch(self, model: nn.Module, epoch: int) -> None:
         if self.weigh is not None and self.steps >= self.falling:
+            self.drop_dead()
             self.refresh(steer=False)
             self.goal = self.entropy * self.limit / self.weigh(self)
+
+    @torch.no_grad()
+    def drop_dead(self) -> None:
+        """Codes that can change no output become 0 and stay so; the constant that they add becomes bias."""
+        network = self.bare()
+        for name, quantizer in self.quantizers.items():
+            layer_of(network, name).weight.copy_(quantizer(self.behind(name)))
+        for _ in range(2):  # a unit whose readers lost their weights in the first round loses its own in the second
+            graph = trace(network)
+            for name, (live, constant) in live_and_constant(graph).items():
+                if name not in self.quantizers:
+                    continue
+                layer_of(network, name).weight.mul_(live)
+                self.quantizers[name].live &= live.to(self.quantizers[name].live.device)
+                for model in (network, self.model) if bool(constant.any()) else ():
+                    bias, norm = layer_of(model, name).bias, graph.norm_after(name)
+                    if bias is not None:
+                        bias.add_(constant.to(bias))
+                    else:
+                        mean = model.get_submodule(norm).running_mean
+                        mean.sub_(constant.to(mean))
 
     def state(self) -> dict:
         prices = {name: (x.bits, x.zero, x.other) for name, x in self.quantizers.items()}

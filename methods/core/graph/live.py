@@ -113,11 +113,17 @@ def live_positions(graph: Graph, masks: Mapping[str, Tensor] | None = None) -> d
     `masks[layer] & live_positions(graph, masks)[layer]` are the weights worth their bits: of the rest `shrink` makes a
     bias, or nothing.
     """
+    return {name: places for name, (places, _) in live_and_constant(graph, masks).items()}
+
+
+def live_and_constant(graph: Graph, masks: Mapping[str, Tensor] | None = None) -> dict[str, tuple[Tensor, Tensor]]:
+    """{layer: (its live positions, float64 [C_out]: what the others add to its output, whatever the input is)}."""
     flow, found = follow(graph, masks=masks), {}
     for name, reading in flow.readings.items():
         weight = graph.nodes[name].module.weight
         useful = torch.from_numpy(reading.open & flow.reached[name][:, None])
-        found[name] = useful.reshape(*useful.shape, *[1] * (weight.ndim - 2)).expand(weight.shape).clone()
+        places = useful.reshape(*useful.shape, *[1] * (weight.ndim - 2)).expand(weight.shape).clone()
+        found[name] = places, torch.from_numpy(reading.moved)
     return found
 
 
