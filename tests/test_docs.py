@@ -16,7 +16,7 @@ from benchmarks.docs.site import build_site, marked, table_page
 from benchmarks.docs.tables import COLUMNS, comma_separated, latex, markdown, table_of
 from benchmarks.docs.words import METHODS, count, look, metric, plain, size, times
 from benchmarks.foreign import in_words
-from benchmarks.jobs import CONFIGS
+from benchmarks.jobs import CONFIGS, all_tables
 from methods import method_names
 from methods.core.errors import CompressError, ConfigError
 from tests.made_rows import EVIL, row
@@ -179,10 +179,41 @@ def test_the_site_has_a_page_a_paper_and_a_table(tmp_path):
     for path in tmp_path.glob("*.html"):
         checked(path)
     assert {f"{name}.html" for name in method_names()} <= {path.name for path in tmp_path.iterdir()}
-    assert (tmp_path / "table_compare_x.html").exists() and len(said_) == len(method_names()) + 1
+    assert (tmp_path / "table_compare_x.html").exists() and len(said_) == len(rows_of) + len(method_names()) + 1
     assert "All methods, net on digits" in checked(tmp_path / "index.html")
     with pytest.raises(ConfigError, match="this is a file"):
         build_site(rows_of, tmp_path / "index.html", headline="", api=False, say=said_.append)
+
+
+def test_rows_count_for_the_method_that_made_them(tmp_path):
+    """udfc_table2 is UDFC's, but a row of neuron merging in it stands on that method's page, with its verdict."""
+    merged = full("nm", "neuron_merging", paper={"top1_float": 80.0})
+    rows_of = {"udfc_table2": [full("a", "udfc", paper={"bytes": 10, "top1_float": 99.0}), merged],
+               "compare_x": [full("c", "neuron_merging"), full("d", "udfc"), full("e", "udfc")]}
+    lines = {one["method"]: one for one in build_site(rows_of, tmp_path, headline="", api=False, say=lambda line: None)}
+    assert lines["neuron_merging"]["tables"] == {"udfc_table2": 1, "compare_x": 1}
+    assert dict(lines["neuron_merging"]["counts"]) == {"reached": 1} and lines["neuron_merging"]["printed"] == 1
+    assert lines["udfc"]["tables"] == {"udfc_table2": 1, "compare_x": 2} and lines["udfc"]["printed"] == 2
+    assert lines["dfq"]["rows"] == 0 and "No rows yet" in checked(tmp_path / "dfq.html")
+    text = checked(tmp_path / "neuron_merging.html")
+    assert "No rows yet" not in text and "1 of 2 rows" in text and "1 of 3 rows" in text
+    assert 'href="table_udfc_table2.html"' in (tmp_path / "neuron_merging.html").read_text()
+
+
+def test_pages_without_a_paper_speak_of_none(tmp_path):
+    build_site({"rptq": [full("a", "rptq")]}, tmp_path, headline="", api=False, say=lambda line: None)
+    for one in papers():
+        text = checked(tmp_path / one.file)
+        assert one.link is not None or not re.search("[Tt]he paper (prints|leaves)", text)
+        assert f"{one.citation}." in text and f"{one.citation}.." not in text
+
+
+def test_seconds_beside_a_gpu_are_not_shown():
+    rows = [full("a"), full("b", device="cpu"), full("c", device="cuda")]
+    table = table_of(rows, "t", "t")
+    at = [column.header for column in table.columns].index("CPU s")
+    assert [line.cells[at].text for line in table.lines] == ["—", "1.25", "1.25", "—"]
+    assert "GPU" in table.columns[at].meaning
 
 
 def test_every_row_gets_a_verdict_on_its_page():
@@ -199,6 +230,19 @@ def test_docstrings_are_taken_apart():
                                   "  * one\n    more\n  * two\n")
     assert paragraphs == ["Title (X, 2020).", "It does this."] and departures == ["First words.", "one more", "two"]
     assert said(None)[1] == []
+
+
+@pytest.mark.parametrize("heading, first", [
+    (" from its specification, and choices that it leaves", []), ("", []),
+    ("   The paper was not at hand.", ["The paper was not at hand."]),
+    (" (the paper could not be opened)", ["(the paper could not be opened)"])])
+def test_the_rest_of_a_heading_over_a_list_is_no_departure(heading, first):
+    assert said(f"Title.\n\nDepartures{heading}\n  * one\n    more\n")[1] == [*first, "one more"]
+
+
+def test_a_text_beside_the_heading_stays():
+    assert said("Title.\n\nDepartures  There is no paper. Every\n            layer is pruned.\n")[1] == [
+        "There is no paper. Every layer is pruned."]
 
 
 def test_every_method_of_a_paper_can_be_cited():
@@ -218,6 +262,20 @@ def test_stories_are_the_heads_of_configurations():
     assert text.startswith("SPARQ") and "python -m" not in text and "\n" not in text
 
 
+@pytest.mark.parametrize("entry", all_tables(), ids=lambda entry: entry.name)
+def test_no_part_of_the_command_stays_in_a_story(entry):
+    left = r"Run[:,]|python|--(row|checkpoint|workers|methods)|\b(FILE|DIR)\b|#"
+    assert not re.search(left, story(entry.path))
+
+
+@pytest.mark.parametrize("command", [
+    'Run: python -m x --row "1.0 MB"', "Run: python -m x --checkpoint FILE (see y.toml).",
+    "Run, one by one:\n#     python -m x \\\n#         --more\n# where DIR holds files."])
+def test_a_story_goes_on_after_the_command(command, tmp_path):
+    (tmp_path / "t.toml").write_text(f"# Before #1. {command}\n#   After.\n\nmethod = 1\n# no\n")
+    assert story(tmp_path / "t.toml") == "Before #1. After."
+
+
 # --- README ------------------------------------------------------------------------------------------------
 
 
@@ -226,12 +284,14 @@ def test_readme_blocks_are_filled_again_and_again(tmp_path):
     trained = {"task": "t", "network": "n", "test_top1": 91.239, "held_out_top1": 92.0, "seed": 3,
                "commit": "0123456789", "setup": {"recipe": {"epochs": 7}}}
     summary = {"name": "UDFC", "citation": "X|Y", "link": None, "code": "methods/udfc.py", "data": "no data",
-               "rows": True, "printed": 3, "counts": {"reached": 2, "not reached": 1, "cannot tell": 0, "missing": 0}}
+               "rows": 2, "tables": {"one": 2}, "printed": 3,
+               "counts": {"reached": 2, "not reached": 1, "cannot tell": 0, "missing": 0}}
     text = ("x\n<!-- headline: one -->\nold\n<!-- end -->\n<!-- papers: all -->\n<!-- end -->\n"
             "<!-- baselines: shipped -->\n<!-- end -->\n")
     once = readme.filled(text, rows_of, [summary], [trained])
     assert readme.filled(once, rows_of, [summary], [trained]) == once and "old" not in once
-    assert "| a |" in once and "| points lost |" in once and r"X\|Y" in once and "| 2, 1, 0 |" in once
+    assert "| a |" in once and "| points lost |" in once and r"X\|Y" in once
+    assert "| 2 in [one](results/rows/one) | 2, 1, 0 |" in once
     assert "\n| t | n | 91.24 | 92.00 | 7 | 3 | 0123456 |\n" in once
     with pytest.raises(CompressError, match="'one'"):
         readme.filled(text, {}, [summary], [trained])

@@ -3,8 +3,9 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..accounting import COUNTED
 from ..report.courses import course_plot, search_plot
@@ -17,19 +18,30 @@ from .words import Row, metric, size, times
 FACTS = ("note", "file", "file_digest", "task", "network", "seed", "budget", "config", "setup", "checkpoint", "data",
          "ranges_by", "commit", "dirty", "mixed", "device", "threads", "torch", "numpy", "python", "cpu", "gpu",
          "made_with")
+# "Run: COMMAND" to the end of its line, or "Run, HOW:" over an indented command and a line that says "where ..."
+RUN = re.compile(r"\bRun(, [^:\n]*)?:.*(\n#    .*)*(\n# where .*)?")
 COURSES = 12  # rows of a table whose course is drawn
 
 
 def table_part(rows: Sequence[Row], name: str, title: str, command: str, story: str) -> dict:
     """The values that the templates table.html and paper.html take for one table."""
-    rows = told_apart(rows)
-    lines = [line for row in rows for line in verdict_lines(row)]
-    counts = Counter(line["verdict"] for line in lines)
-    return {"title": title, "file": f"table_{name}.html", "command": command, "story": story, "verdicts": lines,
-            "counts": counts, "tally": ", ".join(f"{n} {text}" for text, n in counts.items()),
+    methods, rows = Counter(row["method"] for row in rows), told_apart(rows)
+    return {"title": title, "file": f"table_{name}.html", "command": command, "story": story, "methods": methods,
+            **tallied([line for row in rows for line in verdict_lines(row)]),
             "figures": pictures(rows, title), "table": table_of(rows, title, name),
             "notes": [{"row": row["name"], "text": row["note"]} for row in rows if row.get("note")],
             "rows": [row_part(row, drawn=i < COURSES) for i, row in enumerate(rows)]}
+
+
+def tallied(lines: Sequence[Mapping[str, Any]]) -> dict:
+    """Verdicts, how often each occurs, and that in words."""
+    counts = Counter(line["verdict"] for line in lines)
+    return {"verdicts": lines, "counts": counts, "tally": ", ".join(f"{n} {text}" for text, n in counts.items())}
+
+
+def rows_by(part: Mapping[str, Any], method: str) -> dict:
+    """A table's values with the verdicts on the rows of one method alone."""
+    return {**part, **tallied([line for line in part["verdicts"] if line["method"] == method])}
 
 
 def pictures(rows: Sequence[Row], title: str) -> list[dict]:
@@ -71,14 +83,14 @@ def verdict_lines(row: Row) -> list[dict]:
     lines = []
     for one in verdicts(row):
         name, show = metric(one.metric)
-        lines.append({"row": row["name"], "metric": name, "printed": show(one.printed), "verdict": one.verdict,
+        lines.append({"row": row["name"], "method": row["method"], "metric": name,
+                      "printed": show(one.printed), "verdict": one.verdict,
                       "ours": "—" if one.ours is None else show(one.ours),
                       "difference": "" if one.ours is None else f"{one.ours - one.printed:+.3g}"})
     return lines
 
 
 def story(path: Path) -> str:
-    """The comment at the head of a configuration, in one paragraph, without the command."""
+    """The comment at the head of a configuration, in one paragraph, without the command (see RUN)."""
     head = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))[0]
-    text = " ".join(line.lstrip("# ") for line in head.splitlines())
-    return re.sub(r"Run: python -m benchmarks reproduce \S+( --checkpoint FILE)?", "", text).strip()
+    return " ".join(re.sub(r"^#", "", RUN.sub("", head), flags=re.MULTILINE).split())

@@ -12,6 +12,8 @@ from .words import DATA, method_name
 
 SECTION = re.compile(r"^(Algorithm|Symbols|Departures)\b", re.MULTILINE)
 
+LONGER = re.compile(r"\A [^\s(].*\n(?=\s*\* )")  # the rest of a heading, over a list
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -43,17 +45,21 @@ def paper(module: ModuleType, entry: str | None) -> Paper:
     code = module.__file__
     inside = code.startswith(str(ROOT))
     return Paper(method, method_name(method), f"{method}.html", method_name(method),
-                 short(entry) if entry else paragraphs[0], link(entry) if entry else None,
+                 short(entry) if entry else paragraphs[0].rstrip("."), link(entry) if entry else None,
                  entry if entry else "no paper: cite this project", DATA.get(module.DATA, module.DATA),
                  code[len(str(ROOT)) + 1:] if inside else module.__name__, paragraphs[1:], departures)
 
 
 def said(docstring: str | None) -> tuple[list[str], list[str]]:
-    """(paragraphs before the algorithm, departures) of a docstring; lines joined."""
+    """(paragraphs before the algorithm, departures) of a docstring; lines joined.
+
+    A heading's line may go on ("Departures from the specification"): that is dropped. What stands apart from it, by two
+    blanks or in parentheses, is text.
+    """
     text = docstring if docstring is not None else ""
     parts = SECTION.split(text)
     paragraphs = [" ".join(part.split()) for part in parts[0].split("\n\n") if part.strip()]
     found = {parts[i]: parts[i + 1] for i in range(1, len(parts) - 1, 2)}
-    body = found.get("Departures", "")
+    body = LONGER.sub("", found.get("Departures", ""))
     items = re.split(r"^\s*\* ", body, flags=re.MULTILINE)
     return paragraphs or ["(no docstring)"], [" ".join(item.split()) for item in items if item.strip()]

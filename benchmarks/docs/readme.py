@@ -63,14 +63,17 @@ def headline(rows: Sequence[Row], name: str) -> str:
 
 
 def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
-    """One line a paper: what it is, what it needs, and what came of its printed numbers."""
-    out = "| method | paper | data | printed numbers: reached, not reached, cannot tell |\n| --- | --- | --- | --- |\n"
+    """One line a paper: what it is, what it needs, where its rows are, what came of the numbers printed for them."""
+    out = ("| method | paper | data | rows | printed numbers: reached, not reached, cannot tell |\n"
+           "| --- | --- | --- | --- | --- |\n")
     for one in papers:
         counts = one["counts"]
         found = (f"{counts['reached']}, {counts['not reached'] + counts['missing']}, {counts['cannot tell']}"
-                 if one["printed"] else "none for our rows" if one["rows"] else "no rows yet")
+                 if one["printed"] else "none for our rows" if one["rows"] else "")
+        rows = ", ".join(f"{n} in [{name}](results/rows/{name})" for name, n in one["tables"].items())
         cited = f"[{in_markdown(one['citation'])}]({one['link']})" if one["link"] else in_markdown(one["citation"])
-        out += f"| [{in_markdown(one['name'])}]({one['code']}) | {cited} | {one['data']} | {found} |\n"
+        out += f"| [{in_markdown(one['name'])}]({one['code']}) | {cited} | {one['data']} | "
+        out += f"{rows if rows else 'none yet'} | {found} |\n"
     return out
 
 

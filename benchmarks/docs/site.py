@@ -19,7 +19,7 @@ from methods.core.file.container import write_file
 from ..jobs import Table, all_tables
 from ..report import claims
 from ..report.table import comparable, told_apart
-from .content import front, story, table_part
+from .content import front, rows_by, story, table_part
 from .papers import Paper, papers
 from .tables import comma_separated, latex, markdown, table_of
 from .words import Row
@@ -82,21 +82,17 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
     api       whether the pages of the library are built as well (with pdoc)
     networks  what `foreign.in_words` says of torchvision's networks, or None: no page of them
     """
-    site, configs, shown, summaries = open_site(out, api=api), all_tables(), set(), []
+    site, configs, parts, summaries = open_site(out, api=api), {entry.name: entry for entry in all_tables()}, {}, []
+    for i, (name, rows) in enumerate(rows_of.items()):
+        say(f"table {i + 1} of {len(rows_of)}: {name}")
+        parts[name] = (part_of(configs[name], rows) if name in configs else
+                       table_part(rows, name, title_of(rows), command_of(name), ""))
+        site.table(parts[name])
     for i, one in enumerate(site.known):
         say(f"page {i + 1} of {len(site.known) + 1}: {one.name}")
-        parts = [part_of(entry, rows_of[entry.name]) for entry in configs
-                 if entry.method == one.method and entry.name in rows_of]
-        for part in parts:
-            site.table(part)
-            shown.add(part["table"].stem)
-        summaries.append(summary(one, parts))
-        names = [f"paper_configs/{entry.name}.toml" for entry in configs if entry.method == one.method]
-        site.page("paper.html", one.file, one.name, paper={**vars(one), "configs": names}, tables=parts)
-    others = [table_part(rows, name, title_of(rows), command_of(name), "") for name, rows in rows_of.items()
-              if name not in shown]
-    for part in others:
-        site.table(part)
+        own = [entry for entry in configs.values() if entry.method == one.method]
+        summaries.append(paper_page(site, one, own, parts))
+    others = [part for name, part in parts.items() if name not in configs]
     say(f"page {len(site.known) + 1} of {len(site.known) + 1}: index")
     first = headline_of(rows_of[headline], headline) if headline in rows_of else None
     found = claims.in_words(rows_of)
@@ -112,15 +108,27 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
 
 
 def part_of(entry: Table, rows: Sequence[Row]) -> dict:
-    """A paper's table."""
+    """A table that a configuration makes."""
     return table_part(rows, entry.name, entry.title, f"python -m benchmarks reproduce paper_configs/{entry.name}.toml",
                       story(entry.path))
 
 
-def summary(one: Paper, parts: Sequence[Mapping[str, Any]]) -> dict:
-    """A paper's line on the index."""
-    counts = sum((part["counts"] for part in parts), Counter())
-    return {**vars(one), "counts": counts, "printed": sum(counts.values()), "rows": bool(parts)}
+def paper_page(site: Site, one: Paper, configs: Sequence[Table], parts: Mapping[str, Mapping[str, Any]]) -> dict:
+    """Write a paper's page, the tables of its configurations and its rows in others; returns its line on the index."""
+    own = [entry.name for entry in configs]
+    mine = {name: rows_by(part, one.method) for name, part in parts.items()}
+    elsewhere = {name: part for name, part in mine.items() if name not in own and part["methods"][one.method]}
+    site.page("paper.html", one.file, one.name, paper={**vars(one), "configs": [e.name for e in configs if e.rows]},
+              tables=[mine[name] for name in own if name in mine], elsewhere=elsewhere.values())
+    return summary(one, mine)
+
+
+def summary(one: Paper, parts: Mapping[str, Mapping[str, Any]]) -> dict:
+    """A paper's line on the index: {table: rows of its method}, and what came of the numbers printed for them."""
+    counts = sum((part["counts"] for part in parts.values()), Counter())
+    found = {name: part["methods"][one.method] for name, part in parts.items() if part["methods"][one.method]}
+    return {**vars(one), "counts": counts, "printed": sum(counts.values()), "tables": found,
+            "rows": sum(found.values())}
 
 
 def headline_of(rows: Sequence[Row], name: str) -> dict:
