@@ -135,10 +135,13 @@ def _speed_of_kernels(options: Namespace, console: Console) -> None:
 
 def claims(options: Namespace, console: Console) -> None:
     """Every claim with its answer, and the pairs of rows it was put to."""
+    if not (options.results / "rows").is_dir():
+        raise ConfigError(f"--results {options.results}: no folder with rows")
     rows_of = {folder.name: read_rows(folder, lambda line: None) for folder in tables(options.results)}
     for one in claimed.in_words(rows_of):
-        console.print(f"{one['text']}: {one['verdict']}", style="bold", soft_wrap=True)
+        pairs = f" ({one['pairs']})" if one["pairs"] else ""
+        console.print(f"{one['text']}: {one['verdict']}{pairs}", style="bold", soft_wrap=True)
         for line in one["lines"]:
             found = (f": {line['change']} ({line['interval']}), {line['network']}, bytes {line['bytes']}, "
-                     f"seeds {line['seeds']}" if line["network"] else "")
+                     f"seeds {line['seeds']}" if line["interval"] else "")
             console.print(f"    {line['verdict']}: {line['better']} against {line['than']}{found}", soft_wrap=True)

@@ -78,16 +78,18 @@ def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
-    """One line a claim: the answer, and the changes of its pairs; those that cannot be told from 0 in brackets.
-
-    Claims whose rows are missing are counted.
+    """One line a claim: the answer, and the changes of its pairs, those that cannot be told from 0 in brackets, with the
+    ratio of the bytes where they are not equal. Claims whose rows are missing are counted.
     """
     out = "| claim | answer | changes in points of top-1 |\n| --- | --- | --- |\n"
-    open_ones = [one for one in found if one["verdict"] == claims.MISSING]
+    open_ones = [one for one in found if one["verdict"] in claims.SILENT]
     for one in (one for one in found if one not in open_ones):
         changes = [line["change"] if line["verdict"] in (claims.YES, claims.NO) else f"({line['change']})"
-                   for line in one["lines"] if line["verdict"] != claims.MISSING]
-        out += f"| {in_markdown(one['text'])} | {one['verdict']} | {', '.join(changes)} |\n"
+                   for line in one["lines"] if line["verdict"] not in claims.SILENT]
+        sizes = [line["unequal"] for line in one["lines"] if line["verdict"] not in claims.SILENT]
+        shown = [f"{change} at {size}x bytes" if size else change for change, size in zip(changes, sizes, strict=True)]
+        answer = f"{one['verdict']} ({one['pairs']})" if one["pairs"] else one["verdict"]
+        out += f"| {in_markdown(one['text'])} | {answer} | {', '.join(shown)} |\n"
     return out + (f"\n{len(open_ones)} more claims await their rows.\n" if open_ones else "")
 
 

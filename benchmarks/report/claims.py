@@ -3,7 +3,8 @@
 A claim names pairs of rows, measured on the same test inputs: the one that should be better, and the other. A pair is
 judged by the change in integer top-1 and its paired 95 % interval (`chance.paired`). Where both rows have the same
 seeds, or baselines, the change is the mean over these, and its error that of the mean: errors within and between them
-add in squares. A claim holds where a pair is better and none is worse, fails where one is worse and none is better.
+add in squares, the one between them by Student's t, since k seeds say little of their own spread. A claim holds where a
+pair is better and none is worse, fails where one is worse and none is better.
 
 paper_configs/claims.toml lists them:
 
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import t as student
+
 from methods.core.errors import ConfigError
 
 from ..chance import Z95, mean_and_deviation, paired, unpack
@@ -29,6 +32,9 @@ Row = Mapping[str, Any]
 RowsOf = Mapping[str, Sequence[Row]]
 PATH = CONFIGS / "claims.toml"
 YES, NO, MIXED, CANNOT_TELL, MISSING = "yes", "no", "sometimes", "cannot tell", "missing"
+UNLIKE = "not comparable"  # both rows are there, from other baselines, seeds or test sets
+SILENT = {MISSING, UNLIKE}
+EQUAL = 0.05  # files whose bytes differ by more than this share are shown with their ratio
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Claim:
 @dataclass(frozen=True)
 class Found:
     """A pair of rows. change  in points of integer top-1, with its 95 % interval;  bytes  of both;  seeds  that both
-    have. All but the names are None where one of the rows is missing."""
+    have. All but the names are None where one of the rows is missing, all but the network, too, where the two
+    share neither baseline, seed nor test set."""
 
     better: str
     than: str
@@ -62,7 +69,7 @@ class Found:
     @property
     def verdict(self) -> str:
         if self.change is None:
-            return MISSING
+            return MISSING if self.network is None else UNLIKE
         return YES if self.low > 0 else NO if self.high < 0 else CANNOT_TELL
 
 
@@ -99,7 +106,7 @@ def _judged(better: str, than: str, network: str, mine: Mapping[tuple, Row], oth
     shared = [key for key in mine if key in others and mine[key]["n_test"] == others[key]["n_test"]
               and mine[key]["data"] == others[key]["data"]]
     if not shared:
-        return Found(better, than)
+        return Found(better, than, network)
     pairs = [paired(*(unpack(row["right"]["integer"], row["n_test"]) for row in (others[key], mine[key])))
              for key in shared]
     k = len(pairs)
@@ -108,40 +115,46 @@ def _judged(better: str, than: str, network: str, mine: Mapping[tuple, Row], oth
     else:
         change, spread = mean_and_deviation([pair.change for pair in pairs])
         within = math.fsum(((pair.high - pair.low) / 2 / Z95) ** 2 for pair in pairs) / k  # test inputs are the same
-        half = Z95 * math.sqrt(within + spread**2 / k)
+        half = math.hypot(Z95 * math.sqrt(within), float(student.ppf(0.975, k - 1)) * spread / math.sqrt(k))
         low, high = change - half, change + half
     sizes = tuple(math.fsum(rows[key]["bytes"] for key in shared) / k for rows in (mine, others))
     return Found(better, than, network, change, low, high, sizes, k)
 
 
 def verdict(found: Sequence[Found]) -> str:
-    """Of a claim, over its pairs; those that are missing say nothing unless all are."""
-    said = {one.verdict for one in found} - {MISSING}
+    """Of a claim, over its pairs; those that are missing, or no pairs, say nothing unless all are."""
+    said = {one.verdict for one in found} - SILENT
     if not said:
         return MISSING
     return MIXED if {YES, NO} <= said else YES if YES in said else NO if NO in said else CANNOT_TELL
 
 
 def lines_of(claim: Claim, found: Sequence[Found]) -> list[dict[str, str]]:
-    """What is shown of every pair, as text: bytes are those of the first over those of the second."""
+    """What is shown of every pair, as text: bytes are those of the first over those of the second; "unequal" is that
+    ratio again, where it is no equal bytes."""
     lines = []
     for one in found:
         shown = {"better": one.better, "than": one.than, "network": one.network or "", "verdict": one.verdict}
         if one.change is None:
-            shown |= {"change": "—", "interval": "", "bytes": "", "seeds": ""}
+            shown |= {"change": "—", "interval": "", "bytes": "", "seeds": "", "unequal": ""}
         else:
+            ratio = one.bytes[0] / one.bytes[1]
             shown |= {"change": f"{one.change:+.2f}", "interval": f"{one.low:+.2f} to {one.high:+.2f}",
-                      "bytes": f"{one.bytes[0] / one.bytes[1]:.2f}", "seeds": str(one.seeds)}
+                      "bytes": f"{ratio:.2f}", "seeds": str(one.seeds),
+                      "unequal": "" if abs(ratio - 1) <= EQUAL else f"{ratio:.2f}"}
         lines.append(shown)
     return lines
 
 
 def in_words(rows_of: RowsOf, path: Path = PATH) -> list[dict[str, Any]]:
-    """Every claim for a page: {"text", "note", "table", "there" (it has rows), "verdict", "lines"}."""
+    """Every claim for a page: {"text", "note", "table", "there" (it has rows), "verdict", "pairs" (how many have rows, in
+    words; empty where all have), "lines"}."""
     out = []
     for claim in read_claims(path):
         found = put_to(claim, rows_of)
+        there = sum(one.verdict not in SILENT for one in found)
         out.append({"text": claim.text, "note": claim.note, "table": claim.table,
                     "there": bool(rows_of.get(claim.table)), "verdict": verdict(found),
+                    "pairs": f"{there} of {len(found)} pairs" if 0 < there < len(found) else "",
                     "lines": lines_of(claim, found)})
     return out
