@@ -173,12 +173,12 @@ def chosen(entry: Table, options: Namespace) -> list[tuple[int, Job]]:
         unknown = sorted(set(values) - there)
         if unknown:
             raise ConfigError(f"{option}: {entry.name}.toml has no row {'of ' * (option != '--row')}{unknown[0]!r}; "
-                              f"there are: {', '.join(sorted(there))}")
+                              f"there are: {', '.join(map(repr, sorted(there)))}")
     jobs = [(order, job) for order, job in enumerate(entry.rows) if not options.row or job.name in options.row
             if not options.network or job.network in options.network]
     if not jobs:
         raise ConfigError(f"{entry.name}.toml has no such row; there are: "
-                          + ", ".join(f"{job.name} ({job.network})" for job in entry.rows))
+                          + ", ".join(f"{job.name!r} ({job.network})" for job in entry.rows))
     return jobs
 
 

@@ -60,7 +60,7 @@ from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError
 from .core.file.coding import filler_count
 from .core.fit.bayes import SEARCHES, minimize
-from .core.fit.size import Knob
+from .core.fit.size import Knob, untrained
 from .core.graph.build import assemble, own_copy
 from .core.graph.weights import layer_of, place_of, weight_layers
 from .core.settings import check_idle
@@ -121,6 +121,12 @@ class Config:
     def idle(self) -> dict[str, str]:
         found = {"bayes": (), "random": ("initial",), "uniform": SEARCHING}[self.search]
         return dict.fromkeys(found, f"search = {self.search!r}")
+
+
+def quick(config: Config) -> Config:
+    """Without training, and a search without probes: what `compress_to_size` looks for the size with."""
+    found = untrained(config)
+    return found if config.search == "uniform" else replace(found, probe=0)
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

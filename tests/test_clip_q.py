@@ -279,3 +279,16 @@ def test_settings_outside_what_is_allowed():
         with pytest.raises(ConfigError, match=f"{next(iter(wrong))} = .*allowed") as caught:
             Config(**wrong)
         assert "\n" not in str(caught.value)
+
+
+def test_a_size_is_looked_for_without_training(tiny, monkeypatch):
+    """Not one step, in the search neither: an impossible size is refused at once."""
+    def train(model, task, recipe, *given, **more):
+        assert recipe.epochs == 0
+
+    monkeypatch.setattr(clip_q, "train", train)
+    config = clip_q.quick(clip_q.Config(evaluations=2, initial=1, probe=3, finetune=Recipe(epochs=2, lr=0.01)))
+    made = clip_q.compress(tiny.model(), tiny.task(), Budget(density=0.5), config, torch.Generator().manual_seed(0))
+    assert made.weights["conv1"].kept <= 0.5 * made.weights["conv1"].codes.numel()
+    uniform = clip_q.Config(search="uniform")
+    assert clip_q.quick(uniform).probe == uniform.probe

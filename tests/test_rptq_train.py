@@ -17,6 +17,7 @@ from methods.core.fit.rates import LAM
 from methods.core.graph.build import apply, weight_layers
 from methods.core.graph.fold import fold_batchnorm
 from methods.core.train.recipe import Distill, Recipe
+from methods.core.train.task import Task
 from methods.rptq_train.rated import RateAware, Rated, zero_bits
 
 SHORT = rptq_train.Config(recipe=Recipe(epochs=2, lr=0.01), sensitivity_inputs=16, calibration_inputs=48)
@@ -289,6 +290,7 @@ def test_the_wanted_size_falls_and_stays():
 def test_mistakes(tiny):
     for config, message in (({"c": 0.0}, "above 0"), ({"falling": 1.5}, "together are at most 1"),
                             ({"settling": 0.6}, "at most 1"),
+                            ({"c": 0.1, "start": 3.0}, "start = 3.0 does nothing: it looks for c"),
                             ({"damping": -1.0}, "damping = -1.0: allowed"), ({"bias_bits": 8}, "16, 32")):
         with pytest.raises(ConfigError, match=message):
             replace(SHORT, **config)
@@ -296,6 +298,25 @@ def test_mistakes(tiny):
         rptq_train.compress(tiny.model(), tiny.task(), Budget(), SHORT, torch.Generator())
     with pytest.raises(BudgetError, match="allowed are larger files"):
         compress(tiny, 0.01)
+    with pytest.raises(ConfigError, match="c = 50: every code of this network is 0"):
+        compress(tiny, 0.2, c=50.0)
+
+
+def test_a_training_that_loses_every_code_goes_on():
+    model = Plain()
+    with RateAware(model, dict.fromkeys(weight_layers(model), 100.0), 1e4, 0, False, weigh=lambda hooks: 1000,
+                   limit=900.0) as hooks:
+        hooks.after_epoch(model, 0)
+        hooks.refresh()
+        assert hooks.entropy == 0 < hooks.goal and 0 < hooks.lam < LAM
+
+
+def test_a_network_that_is_one_layer(tiny):
+    torch.manual_seed(0)
+    layer, batches = nn.Linear(200, 10), [(torch.randn(32, 200), torch.arange(32) % 10) for _ in range(4)]
+    made = rptq_train.compress(layer, Task.from_loader(batches, batches), Budget(size_ratio=0.1),
+                               replace(SHORT, recipe=Recipe(epochs=3, lr=0.01)), torch.Generator().manual_seed(0))
+    assert len(to_bytes(made)[0]) <= 0.1 * dense_bytes(layer) and apply(made, layer).weight.any()
 
 
 def test_the_teacher_is_listened_to(tiny):

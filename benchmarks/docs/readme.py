@@ -78,8 +78,8 @@ def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
-    """One line a claim: the answer, and the changes of its pairs, those that cannot be told from 0 in brackets, with the
-    ratio of the bytes where they are not equal. Claims whose rows are missing are counted.
+    """One line a claim: the answer, and the changes of its pairs, those that cannot be told from 0 in brackets, with
+    the ratio of the bytes where they are not equal. Claims whose rows are missing are counted.
     """
     out = "| claim | answer | changes in points of top-1 |\n| --- | --- | --- |\n"
     open_ones = [one for one in found if one["verdict"] in claims.SILENT]

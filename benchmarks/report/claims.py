@@ -147,8 +147,8 @@ def lines_of(claim: Claim, found: Sequence[Found]) -> list[dict[str, str]]:
 
 
 def in_words(rows_of: RowsOf, path: Path = PATH) -> list[dict[str, Any]]:
-    """Every claim for a page: {"text", "note", "table", "there" (it has rows), "verdict", "pairs" (how many have rows, in
-    words; empty where all have), "lines"}."""
+    """Every claim for a page: {"text", "note", "table", "there" (it has rows), "verdict", "pairs" (how many have rows,
+    in words; empty where all have), "lines"}."""
     out = []
     for claim in read_claims(path):
         found = put_to(claim, rows_of)

@@ -63,6 +63,7 @@ from ..core.graph.build import apply, assemble, own_copy, tensors_of, weight_lay
 from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after
 from ..core.graph.graph import trace
 from ..core.graph.shrink import shrink
+from ..core.settings import check_idle
 from ..core.train.finetune import train
 from ..core.train.recipe import Distill, Recipe
 from ..core.train.run import NullRun, Run
@@ -114,6 +115,10 @@ class Config:
                               "training that together are at most 1")
         if self.bias_bits not in (16, 32):
             raise ConfigError(f"bias_bits = {self.bias_bits}: allowed are 16, 32")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        return {} if self.c is None else {"start": "it looks for c, which is given"}
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
@@ -141,6 +146,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         raise BudgetError(f"budget size_ratio allows {limit} bytes, but the file of this network without any weight "
                           f"takes {least}: allowed are larger files")
     c = config.c if config.c is not None else starting_c(start, 8 * (config.start * limit - least))
+    if coded_bits(start, c) == 0:
+        raise ConfigError(f"c = {c:g}: every code of this network is 0 at such steps; allowed are smaller values")
     task = ready(model, task, config)
     student, skeleton = own_copy(model), model.cpu()
     task.placed(student)
@@ -164,10 +171,14 @@ def starting_c(quantizer: Quantizer, bits: float) -> float:
     low, high = math.log(quantizer.finest), math.log(quantizer.coarsest)
     for _ in range(14):
         middle = (low + high) / 2
-        steps = quantizer.steps(math.exp(middle))
-        found = sum(round_to_rate(w / steps[name])[1] for name, w in quantizer.weights.items())
-        low, high = (middle, high) if found > bits else (low, middle)
+        low, high = (middle, high) if coded_bits(quantizer, math.exp(middle)) > bits else (low, middle)
     return math.exp((low + high) / 2)
+
+
+def coded_bits(quantizer: Quantizer, c: float) -> float:
+    """What the codes of all layers take together, rounded with prices at the steps of `c`."""
+    steps = quantizer.steps(c)
+    return sum(round_to_rate(w / steps[name])[1] for name, w in quantizer.weights.items())
 
 
 class Ending:

@@ -148,11 +148,12 @@ class RateAware(Hooks):
     def bare(self) -> nn.Module:
         """A copy of the model as it was, with the float weights behind the codes and all else as they are now."""
         found = copy.deepcopy(self.before)  # a parametrized module and its copy share a class
-        state = {key: value for key, value in self.model.state_dict().items() if ".parametrizations." not in key}
+        state = {key: value for key, value in self.model.state_dict().items()
+                 if "parametrizations" not in key.split(".")}
         for name in self.quantizers:
             module, attribute = place_of(layer_of(self.model, name))
             path = next(path for path, one in self.model.named_modules() if one is module)
-            state[f"{path}.{attribute}"] = self.behind(name)
+            state[f"{path}.{attribute}".removeprefix(".")] = self.behind(name)
         found.load_state_dict(state)
         return found
 
@@ -207,7 +208,7 @@ class RateAware(Hooks):
         if self.weigh is not None and self.steps >= self.falling:
             self.drop_dead()
             self.refresh(steer=False)
-            self.goal = self.entropy * self.limit / self.weigh(self)
+            self.goal = max(self.entropy, 1.0) * self.limit / self.weigh(self)
 
     @torch.no_grad()
     def drop_dead(self) -> None:

@@ -91,7 +91,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
             if sizes is None or sizes.keep(point, found):
                 return replace(found, notes={**found.notes, **noted(problem, space, limits)})
         limits = make_limits(budget, costs, sizes)  # narrower than they were
-    raise BudgetError(f"size_ratio = {budget.size_ratio:g}: {RUNS} results were larger, the last was expected to have "
+    raise BudgetError(f"size_ratio = {budget.size_ratio:g}: {RUNS} results were larger, the last had "
                       f"{sizes.bytes(point):,.0f} bytes")
 
 

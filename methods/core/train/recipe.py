@@ -120,10 +120,13 @@ class Recipe:
         for name, allowed in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
-        if self.epochs < 0 or not self.lr > 0 or not 0 <= self.warmup < 1 or not 0 <= self.ema < 1:
-            raise ConfigError(f"not a recipe: {self} (epochs >= 0, lr > 0, warmup and ema in [0, 1))")
-        if not self.weight_decay >= 0 or not 0 <= self.momentum < 1 or not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"not a recipe: {self} (weight_decay >= 0, momentum and label_smoothing in [0, 1))")
+        share = "a number in [0, 1)"
+        for name, fits, allowed in (("epochs", self.epochs >= 0, "0 or more"), ("lr", self.lr > 0, "above 0"),
+                                    ("weight_decay", self.weight_decay >= 0, "0 or more"),
+                                    *((name, 0 <= getattr(self, name) < 1, share)
+                                      for name in ("warmup", "ema", "momentum", "label_smoothing"))):
+            if not fits:
+                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is {allowed}")
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
