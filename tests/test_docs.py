@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import random
 import re
 from html.parser import HTMLParser
@@ -17,6 +18,7 @@ from benchmarks.docs.tables import COLUMNS, comma_separated, latex, markdown, ta
 from benchmarks.docs.words import METHODS, count, look, metric, plain, size, times
 from benchmarks.foreign import in_words
 from benchmarks.jobs import CONFIGS, all_tables
+from benchmarks.rows import RESULTS
 from methods import method_names
 from methods.core.errors import CompressError, ConfigError
 from tests.made_rows import EVIL, row
@@ -274,6 +276,15 @@ def test_no_part_of_the_command_stays_in_a_story(entry):
 def test_a_story_goes_on_after_the_command(command, tmp_path):
     (tmp_path / "t.toml").write_text(f"# Before #1. {command}\n#   After.\n\nmethod = 1\n# no\n")
     assert story(tmp_path / "t.toml") == "Before #1. After."
+
+
+def test_every_key_of_every_row_is_explained():
+    """In the first column of results/README.md's table of keys: what nobody explains cannot be read."""
+    text = (RESULTS / "README.md").read_text(encoding="utf-8").split("## What a row says")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    named = {path.split(".")[0] for cell in cells for path in re.findall(r"`([^`]+)`", cell)}
+    rows = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "rows").rglob("*.json")]
+    assert rows and sorted({key for found in rows for key in found} - named) == []
 
 
 # --- README ------------------------------------------------------------------------------------------------
