@@ -142,7 +142,7 @@ def _add_reports(command, run) -> None:
 
 
 def _add_networks(command) -> None:
-    sub = command("networks", "tools.try_networks", "torchvision's classifiers, random weights, under every method")
+    sub = command("networks", "tools.try_networks", "torchvision's classifiers, random weights, under the methods")
     sub.add_argument("--networks", nargs="+", default=[], help="only these")
     sub.add_argument("--methods", nargs="+", default=[], help="only these")
     sub.add_argument("--out", type=Path, default=RESULTS / "networks.json",

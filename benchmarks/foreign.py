@@ -1,4 +1,4 @@
-"""torchvision's classifiers under every method: which combinations run, and whether their integers are exact.
+"""torchvision's classifiers under the methods: which combinations run, and whether their integers are exact.
 
 Random weights and small random pictures: this says what a method takes, not how good it is. A cell is "ok" where the
 method returned, `apply` rebuilt the network with finite outputs, and, for methods with activation ranges, the integer
@@ -24,6 +24,7 @@ from methods.core.graph.weights import float_share
 from methods.core.train.task import Task
 from methods.engine.exact import IntegerNetwork
 from methods.engine.reference import ReferenceRun
+from methods.pipeline.settings import Prune, Quantize
 
 from ._torchvision import import_datasets
 
@@ -67,6 +68,17 @@ SETTINGS = {
         "recipe": Recipe(**SHORT, schedule="constant"), "init": (6.0, 6.0, -6.0, -6.0),  # 8 bits
         "fast": True,  # two pictures have no variance to normalise by
         "calibration_inputs": BATCH}, True),
+    "rptq": Setting({"size_ratio": 0.15}, lambda short: {
+        "sensitivity_inputs": BATCH, "calibration_inputs": BATCH}, True),
+    "rptq_train": Setting({"size_ratio": 0.15}, lambda short: {
+        "recipe": short, "sensitivity_inputs": BATCH, "calibration_inputs": BATCH}, True),
+    "pipeline": Setting({"density": 0.5, "bits": 8}, lambda short: {
+        "prune": Prune(recipe=short), "quantize": Quantize(recipe=short), "calibration_inputs": BATCH}, True),
+    "udfc": Setting({"channel_density": 0.8, "bits": 6}, lambda short: {}),
+    "neuron_merging": Setting({"channel_density": 0.8}, lambda short: {}),
+    "df_mpc": Setting({"bits": 6}, lambda short: {}),
+    "sequential_reconstruction": Setting({"channel_density": 0.8, "bits": 6}, lambda short: {
+        "images": 4 * BATCH, "steps": 2, "image_size": 32}),
 }
 
 

@@ -100,7 +100,7 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
               claims=found, networks=networks is not None)
     site.page("claims.html", "claims.html", "Claims", claims=found)
     if networks is not None:
-        site.page("networks.html", "networks.html", "torchvision's networks under every method", networks=networks)
+        site.page("networks.html", "networks.html", "torchvision's networks under the methods", networks=networks)
     if api:
         say("pages of the library")
         _api(out / "api")
