@@ -67,8 +67,10 @@ def sensitivity(options: Namespace, console: Console) -> None:
 
 
 def asked(options: Namespace) -> dict[str, Any]:
-    """What is measured; ConfigError where --bits goes with what only pruning has."""
+    """What is measured; ConfigError where --bits goes with what only pruning has, or the other way round."""
     if options.bits is None:
+        if options.scheme != "symmetric":
+            raise ConfigError(f"--scheme {options.scheme} is a grid of --bits: give --bits, or leave it out")
         check_granularity(options.criterion, options.granularity)
         levels = LEVELS if options.rates is None else options.rates
         check_levels("density", levels)

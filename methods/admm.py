@@ -30,7 +30,7 @@ Departures   Body and tables of the paper could not be read: the steps are those
   * q: the code scans within 10 % of max|w| / (M/2), zeros included. Here the error over the survivors is minimised
     over the whole range. It is fitted once, as in the code; refit = True fits it to W + U at every update.
   * live = True counts no weight of a unit that lost all its inputs or all its outputs: its place goes to the next
-    largest that can change an output. Not in the papers; 208 of the 2,569 weights of a LeNet-5 did nothing.
+    largest that can change an output. Not in the papers: of a LeNet-5 hundreds of the weights did nothing.
   * batchnorm = "data" renews the statistics of batch norm at the end: the last weights are put on their levels after
     the training. Not in the paper; see core/fit/batchnorm.py.
   * Half-way between two levels the larger magnitude is taken (the code: the upper level).

@@ -54,6 +54,7 @@ def test_lines_differ():
     ("--rates 0.5 0", "rate = 0.0: allowed are numbers in (0, 1]"),
     ("--bits 4 1", "bits = 1: allowed are whole numbers in 2..16"),
     ("--bits 4 --rates 0.5", "--rates prunes and --bits rounds: choose"),
+    ("--rates 0.5 --scheme mse", "--scheme mse is a grid of --bits: give --bits"),
     ("--bits 4 --scheme best", "scheme = 'best': allowed are"),
     ("--criterion fpgm", "criterion = 'fpgm' ranks no single weight"),
     ("--criterion entropy", "criterion = 'entropy': allowed are"),

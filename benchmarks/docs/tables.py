@@ -8,7 +8,7 @@ from typing import Any
 
 from ..report.against_paper import compared
 from ..report.seeds import spread_of
-from ..report.table import in_markdown, listed
+from ..report.table import cpu_seconds, in_markdown, listed
 from .words import DATA, Row, count, method_name, plain, points, points_lost, size, times
 
 
@@ -49,11 +49,6 @@ def _lost(row: Row) -> float | None:
     return None if row["top1_integer"] is None else points_lost(row)
 
 
-def _cpu_seconds(row: Row) -> float | None:
-    """None where a GPU did the work, whose time these seconds leave out."""
-    return None if row.get("device") == "cuda" else row["difficulty"].get("cpu_seconds")
-
-
 def _printed(row: Row) -> str | None:
     found = [f"{value:g}" for metric, value, _ in compared(row) if metric.startswith(("top1", "error"))] if (
         row.get("paper")) else []
@@ -83,7 +78,7 @@ COLUMNS = (
     Column("data", lambda r: r["difficulty"]["data"], lambda v: DATA.get(v, v), "what the method has to see", True),
     Column("knobs", lambda r: r["difficulty"]["knobs"], str, "settings of budget and configuration"),
     Column("lines", lambda r: r["difficulty"]["lines"], str, "lines of code that only the method uses"),
-    Column("CPU s", _cpu_seconds, plain, "of all cores, to compress; none for what a GPU compressed: not comparable"),
+    Column("CPU s", cpu_seconds, plain, "of all cores, to compress; none for what a GPU compressed: not comparable"),
     Column("task", lambda r: r.get("task"), str, "data set", True),
     Column("network", lambda r: r.get("network"), str, "architecture", True),
     Column("seed", lambda r: r.get("seed"), str, "of the method"),

@@ -43,6 +43,11 @@ def _short(n: float, units: Sequence[tuple[str, float]]) -> str:
     return f"{n / size:.3g} {unit}".rstrip()
 
 
+def cpu_seconds(row: Row) -> float | None:
+    """None where a GPU did the work, whose time these seconds leave out."""
+    return None if row.get("device") == "cuda" else row["difficulty"].get("cpu_seconds")
+
+
 ACCURACY = {"top-1 float": "top1_float", "top-1 integer": "top1_integer"}  # columns with a deviation over seeds
 CAPABILITY, HARDWARE, DIFFICULTY = "capability kept", "hardware efficiency", "difficulty"
 COLUMNS = (
@@ -65,8 +70,8 @@ COLUMNS = (
     Column(DIFFICULTY, "data", lambda r: r["difficulty"]["data"], str, "what the method has to see"),
     Column(DIFFICULTY, "knobs", lambda r: r["difficulty"]["knobs"], str, "settings of budget and configuration"),
     Column(DIFFICULTY, "lines", lambda r: r["difficulty"]["lines"], str, "lines of code of the method's module"),
-    Column(DIFFICULTY, "CPU seconds", lambda r: r["difficulty"]["cpu_seconds"], "{:.1f}".format,
-           "of all cores, to compress, on the machine of the row"),
+    Column(DIFFICULTY, "CPU seconds", cpu_seconds, "{:.1f}".format,
+           "of all cores, to compress, on the machine of the row; not of rows that a GPU made"),
 )
 
 
