@@ -73,7 +73,8 @@ SETTINGS = {
     "rptq_train": Setting({"size_ratio": 0.15}, lambda short: {
         "recipe": short, "sensitivity_inputs": BATCH, "calibration_inputs": BATCH}, True),
     "pipeline": Setting({"density": 0.5, "bits": 8}, lambda short: {
-        "prune": Prune(recipe=short), "quantize": Quantize(recipe=short), "calibration_inputs": BATCH}, True),
+        "prune": Prune(recipe=short), "quantize": Quantize("qat", recipe=short),
+        "calibration_inputs": BATCH}, True),
     "udfc": Setting({"channel_density": 0.8, "bits": 6}, lambda short: {}),
     "neuron_merging": Setting({"channel_density": 0.8}, lambda short: {}),
     "df_mpc": Setting({"bits": 6}, lambda short: {}),
