@@ -95,7 +95,7 @@ MISTAKES = [
     ("compare --network lenet300", "network lenet300 takes images of 28 x 28 x 1, but those of digits are 8 x 8 x 1"),
     ("compare --device tpu", "--device tpu: there is no such device here; allowed are cpu"),
     ("compare --device meta", "--device meta: there is no such device here"),
-    ("compare --epochs -1", "epochs=-1"),
+    ("compare --epochs -1", "epochs = -1: allowed is 0 or more"),
     ("compare --epochs 1 --checkpoint {here}/start.safetensors", "--epochs 1 trains a baseline, --checkpoint gives"),
     ("compare --results {here}/quick.toml/x", "quick.toml.*Not a directory"),
     ("compare --results {here}/quick.toml", "quick.toml is there and is no folder"),
