@@ -107,7 +107,7 @@ def test_what_a_page_says_of_a_claim(tmp_path):
 def test_the_shipped_claims_name_rows_that_their_tables_have():
     names = {table.name: {job.name for job in table.rows} for table in all_tables()}
     claims = read_claims()
-    assert len(claims) > 10
+    assert len(claims) > 10 and len({claim.text for claim in claims}) == len(claims)
     for claim in claims:
         missing = {name for pair in claim.pairs for name in pair} - names[claim.table]
         assert not missing, f"{claim.table}: {missing}"
