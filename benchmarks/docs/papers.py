@@ -11,7 +11,6 @@ from ..rows import ROOT
 from .words import DATA, method_name
 
 SECTION = re.compile(r"^(Algorithm|Symbols|Departures)\b", re.MULTILINE)
-
 LONGER = re.compile(r"\A [^\s(].*\n(?=\s*\* )")  # the rest of a heading, over a list
 
 

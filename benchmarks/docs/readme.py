@@ -84,10 +84,11 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
     out = "| claim | answer | changes in points of top-1 |\n| --- | --- | --- |\n"
     open_ones = [one for one in found if one["verdict"] in claims.SILENT]
     for one in (one for one in found if one not in open_ones):
+        there = [line for line in one["lines"] if line["verdict"] not in claims.SILENT]
         changes = [line["change"] if line["verdict"] in (claims.YES, claims.NO) else f"({line['change']})"
-                   for line in one["lines"] if line["verdict"] not in claims.SILENT]
-        sizes = [line["unequal"] for line in one["lines"] if line["verdict"] not in claims.SILENT]
-        shown = [f"{change} at {size}x bytes" if size else change for change, size in zip(changes, sizes, strict=True)]
+                   for line in there]
+        shown = [f"{change} at {line['unequal']}x bytes" if line["unequal"] else change
+                 for change, line in zip(changes, there, strict=True)]
         answer = f"{one['verdict']} ({one['pairs']})" if one["pairs"] else one["verdict"]
         out += f"| {in_markdown(one['text'])} | {answer} | {', '.join(shown)} |\n"
     return out + (f"\n{len(open_ones)} more claims await their rows.\n" if open_ones else "")
