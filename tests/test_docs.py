@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.citations import bibtex, entries, link, short
 from benchmarks.docs import figures, readme
-from benchmarks.docs.content import story, table_part
+from benchmarks.docs.content import command_in, story, table_part
 from benchmarks.docs.papers import papers, said
 from benchmarks.docs.site import build_site, marked, table_page
 from benchmarks.docs.tables import COLUMNS, comma_separated, latex, markdown, table_of
@@ -53,6 +53,17 @@ def test_a_plot_has_each_row_at_its_loss_with_its_interval():
     assert high - low == pytest.approx(2 * 100 * 1.959964 * (0.9 * 0.1 / 10_000) ** 0.5)
     bottom, top = panel.get_ylim()
     assert bottom > top  # less lost is higher
+
+
+def test_a_line_joins_rows_that_differ_in_size_alone():
+    names = ("one way, 20x", "one way, low rate, 20x", "one way, 40x", "one way, low rate, 40x", "5 bits, odd")
+    rows = [full(name, "udfc", top1=90 - i, size=1000 + i) for i, name in enumerate(names)]
+    panel = figures.front_plot(rows, "bytes").axes[0]
+    lines = {tuple(box.lines[0].get_xdata()): box for box in panel.containers}
+    assert set(lines) == {(1000, 1002), (1001, 1003), (1004,)}
+    assert [box.get_label() for box in panel.containers] == ["UDFC", "_nolegend_", "_nolegend_"]
+    assert len({box.lines[0].get_linestyle() for box in lines.values()}) == 3
+    assert len({box.lines[0].get_color() for box in lines.values()}) == 1
 
 
 def test_the_paired_interval_is_taken_where_there_is_one():
@@ -276,6 +287,15 @@ def test_no_part_of_the_command_stays_in_a_story(entry):
 def test_a_story_goes_on_after_the_command(command, tmp_path):
     (tmp_path / "t.toml").write_text(f"# Before #1. {command}\n#   After.\n\nmethod = 1\n# no\n")
     assert story(tmp_path / "t.toml") == "Before #1. After."
+
+
+@pytest.mark.parametrize("name, command", [
+    ("orders_resnet20", "sweep paper_configs/orders_resnet20.toml --seeds 3"),
+    ("sequential_reconstruction", "reproduce paper_configs/sequential_reconstruction.toml --checkpoint FILE"),
+    ("rptq_train", "reproduce paper_configs/rptq_train.toml"),
+    ("imagenet_sparq", "reproduce paper_configs/imagenet_sparq.toml")])
+def test_a_page_says_the_command_of_its_configuration(name, command):
+    assert command_in(CONFIGS / f"{name}.toml") == f"python -m benchmarks {command}"
 
 
 def test_every_key_of_every_row_is_explained():

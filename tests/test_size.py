@@ -208,7 +208,7 @@ def test_ends_of_the_range(tiny):
     found, used = sized(made, tiny, Config(), ratio=1.0)
     assert found.notes["size"]["value"] == 0.6 and used < 0.97
     with pytest.raises(BudgetError, match=r"size_ratio = 0.05 is 365 bytes; the smallest file that density reaches is "
-                                          r"about [\d,]{3,5} bytes"):
+                                          r"about [\d,]{3,5} bytes: allowed are numbers of about 0\.\d+ or more$"):
         sized(made, tiny, Config(), ratio=0.05)
     with pytest.raises(BudgetError, match="size_ratio chooses density: give one of the two"):
         compress_to_size(made.module, tiny.model(), None, Budget(size_ratio=0.3, density=0.1), Config(), None)

@@ -92,5 +92,14 @@ def verdict_lines(row: Row) -> list[dict]:
 
 def story(path: Path) -> str:
     """The comment at the head of a configuration, in one paragraph, without the command (see RUN)."""
-    head = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))[0]
-    return " ".join(re.sub(r"^#", "", RUN.sub("", head), flags=re.MULTILINE).split())
+    return " ".join(re.sub(r"^#", "", RUN.sub("", head_of(path)), flags=re.MULTILINE).split())
+
+
+def command_in(path: Path) -> str:
+    """The command that the head of a configuration says, for all its rows; else, or over many lines, `reproduce`."""
+    said = re.search(r"\bRun: (python -m benchmarks [^(\n]*?)( --row .*)?\.?( \(|$)", head_of(path), re.MULTILINE)
+    return said[1] if said else f"python -m benchmarks reproduce paper_configs/{path.name}"
+
+
+def head_of(path: Path) -> str:
+    return re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))[0]

@@ -1,6 +1,7 @@
 """Plots of rows: points lost against bytes, bit operations or energy, and where the bytes of a file go."""
 
 import io
+import re
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -16,6 +17,8 @@ AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = { 
     "bops": ("bit operations, pruned weights skipped", lambda r: r["cost"]["sparse_bops"], count),
     "energy": ("energy, share of float32", lambda r: r["hardware"]["energy_ratio_skipping"], lambda v: f"{v:.3g}"),
 }
+SIZE = re.compile(r"(, |^)[\d.]+ ?(x|KB|MB|% of the size)\b")  # in the name of a row
+LINES = ("-", "--", ":", "-.")
 PARTS = {"codes": "#0072B2", "positions": "#E69F00", "codebooks": "#009E73", "rest": "#CC79A7",
          "activations": "#56B4E9", "header": "#999999"}
 
@@ -42,19 +45,31 @@ def has_axis(rows: Sequence[Row], axis: str) -> bool:
     return axis != "energy" or all("energy_ratio_skipping" in row.get("hardware", {}) for row in rows)
 
 
+def series(row: Row) -> str:
+    """What a row's name says besides its size: one line joins rows that differ in size alone. "" where it says none.
+
+    >>> series({"name": "prune then quantize, low rate, 20x"}), series({"name": "4 bits: GPTQ"})
+    ('prune then quantize, low rate', '')
+    """
+    return SIZE.sub("", row["name"]) if SIZE.search(row["name"]) else ""
+
+
 def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
-    """Points lost (upwards is better) against a cost on a logarithmic axis: a curve for each method through its rows,
+    """Points lost (upwards is better) against a cost on a logarithmic axis: a curve for each `series` of a method,
     names on the points, 95 % intervals, and the front that no row beats in both. `rows` start from one baseline."""
     label, cost, tick = AXES[axis]
     figure = Figure(figsize=(9.0, 5.0) if wide else (6.4, 4.8), layout="constrained")
     panel = figure.add_subplot()
     methods = list(dict.fromkeys(row["method"] for row in rows))
     for method in methods:
-        mine = sorted((row for row in rows if row["method"] == method), key=cost)
         colour, marker = look(method, methods)
-        panel.errorbar([cost(r) for r in mine], [points_lost(r) for r in mine], [interval(r) for r in mine],
-                       color=colour, marker=marker, ms=6, lw=0.8, ls="-" if len(mine) < 6 else "none", elinewidth=0.8,
-                       alpha=0.9, label=method_name(method))
+        own = [row for row in rows if row["method"] == method]
+        for i, kind in enumerate(dict.fromkeys(map(series, own))):
+            mine = sorted((row for row in own if series(row) == kind), key=cost)
+            panel.errorbar([cost(r) for r in mine], [points_lost(r) for r in mine], [interval(r) for r in mine],
+                           color=colour, marker=marker, ms=6, lw=0.8, elinewidth=0.8, alpha=0.9,
+                           ls=LINES[i % len(LINES)] if kind or len(mine) < 6 else "none",
+                           label=method_name(method) if i == 0 else "_nolegend_")
     front = pareto_front([(cost(r), -points_lost(r)) for r in rows])
     panel.plot([x for x, _ in front], [-y for _, y in front], color="0.6", lw=4, alpha=0.35, zorder=0,
                drawstyle="steps-post", label="front: no smaller one loses less")
@@ -62,7 +77,7 @@ def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
     panel.set(xscale="log", xlabel=f"{label} (log)", ylabel="points of top-1 lost, integer arithmetic")
     _limits(panel, rows)
     _ticks(panel, tick)
-    names = [method_name(r["method"]) if len(methods) > 1 else r["name"] for r in rows]
+    names = [(series(r) if series(r) else method_name(r["method"])) if len(methods) > 1 else r["name"] for r in rows]
     figure.draw_without_rendering()
     _name_points(panel, [(cost(r), points_lost(r), name) for r, name in zip(rows, names, strict=True)])
     if len(methods) > 1:

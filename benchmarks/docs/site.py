@@ -19,7 +19,7 @@ from methods.core.file.container import write_file
 from ..jobs import Table, all_tables
 from ..report import claims
 from ..report.table import comparable, told_apart
-from .content import front, rows_by, story, table_part
+from .content import command_in, front, rows_by, story, table_part
 from .papers import Paper, papers
 from .tables import comma_separated, latex, markdown, table_of
 from .words import Row
@@ -109,8 +109,7 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
 
 def part_of(entry: Table, rows: Sequence[Row]) -> dict:
     """A table that a configuration makes."""
-    return table_part(rows, entry.name, entry.title, f"python -m benchmarks reproduce paper_configs/{entry.name}.toml",
-                      story(entry.path))
+    return table_part(rows, entry.name, entry.title, command_in(entry.path), story(entry.path))
 
 
 def paper_page(site: Site, one: Paper, configs: Sequence[Table], parts: Mapping[str, Mapping[str, Any]]) -> dict:

@@ -128,7 +128,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
                                  config.points, run)
     else:
         dense = 4 * sum(value.numel() for value in tensors_of(model).values() if value.is_floating_point())
-        found = search_size(quantizer, int(budget.size_ratio * dense), run)
+        found = search_size(quantizer, budget.size_ratio, dense, run)
     return found.compressed
 
 

@@ -88,15 +88,25 @@ class Bracket:
         return self.best.bytes >= LEAST * self.limit or finest or not between
 
 
-def search_size(quantizer: Quantizes, limit: int, run: Run) -> Trial:
-    """The trial whose file takes between 97 and 100 % of `limit` bytes; the finest one where that is smaller.
+def room(ratio: float, dense: int, least: int) -> int:
+    """Bytes that budget size_ratio = `ratio` allows to a network of `dense` bytes.
 
-    BudgetError, before anything long, where the file without any code but 0 is larger than `limit`.
+    BudgetError where the file without any code but 0, `least` bytes, leaves none of them to codes.
+    """
+    limit = int(ratio * dense)
+    if least >= limit:
+        raise BudgetError(f"budget size_ratio = {ratio:g} allows {limit} bytes, but the file of this network without "
+                          f"any weight takes {least}: allowed are numbers above {least / dense:.3g}")
+    return limit
+
+
+def search_size(quantizer: Quantizes, ratio: float, dense: int, run: Run) -> Trial:
+    """The trial whose file takes 97 to 100 % of `ratio` of `dense` bytes; the finest one where that is smaller.
+
+    BudgetError, before anything long, where the file without any code but 0 takes all of them.
     """
     least = quantizer.least_bytes()
-    if least > limit:
-        raise BudgetError(f"budget size_ratio allows {limit} bytes, but the file of this network without any weight "
-                          f"takes {least}: allowed are larger files")
+    limit = room(ratio, dense, least)
     c, slope = guess(quantizer, AIM * limit - least)
     seen = Bracket(quantizer, slope, limit)
     for step in range(1, PASSES + 1):
@@ -107,8 +117,9 @@ def search_size(quantizer: Quantizes, limit: int, run: Run) -> Trial:
             break
         c = seen.next()
     if seen.best is None:
-        raise BudgetError(f"no file of at most {limit} bytes was found in {PASSES} passes: the smallest took "
-                          f"{seen.above.bytes}; allowed are larger files")
+        smallest = seen.above.bytes
+        raise BudgetError(f"budget size_ratio = {ratio:g} allows {limit} bytes, but the smallest file of {PASSES} "
+                          f"passes takes {smallest}: allowed are numbers of {smallest / dense:.3g} or more")
     return seen.best
 
 

@@ -71,6 +71,7 @@ from ..core.train.start import ready
 from ..core.train.task import Task
 from ..rptq import Config as Untrained
 from ..rptq import Quantizer, width, with_half_biases
+from ..rptq.search import room
 from .rated import RateAware
 
 DATA = "train"
@@ -138,13 +139,11 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     model = own_copy(model).cpu()
     trace(model)
     budget.per_layer("size_ratio", weight_layers(model))  # refuses a network without layers
-    limit = int(budget.size_ratio * 4 * sum(v.numel() for v in tensors_of(model).values() if v.is_floating_point()))
+    dense = 4 * sum(value.numel() for value in tensors_of(model).values() if value.is_floating_point())
     start = Quantizer(model, task.calibration_inputs(config.sensitivity_inputs).cpu().contiguous(),
                       Untrained(sensitivity_inputs=config.sensitivity_inputs, bias_bits=config.bias_bits), generator)
     least = start.least_bytes()
-    if least >= limit:
-        raise BudgetError(f"budget size_ratio allows {limit} bytes, but the file of this network without any weight "
-                          f"takes {least}: allowed are larger files")
+    limit = room(budget.size_ratio, dense, least)
     c = config.c if config.c is not None else starting_c(start, 8 * (config.start * limit - least))
     if coded_bits(start, c) == 0:
         raise ConfigError(f"c = {c:g}: every code of this network is 0 at such steps; allowed are smaller values")

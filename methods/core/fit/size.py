@@ -136,8 +136,9 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
         correction = size / search.cheap_bytes(value)
     if best is None:
         smallest = int(min([smallest, *search.sizes.values()]))
-        raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that "
-                          f"{knob.name} reaches is about {smallest:,} bytes")
+        raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that {knob.name} "
+                          f"reaches is about {smallest:,} bytes: allowed are numbers of about "
+                          f"{smallest / float_bytes(model):.3g} or more")
     size, found, value = best
     said = {"knob": knob.name, "value": value, "limit": limit, "bytes": size, "cheap_runs": len(search.sizes),
             "whole_runs": len(seen)}
