@@ -1,4 +1,4 @@
-"""CPU time of one training step of each method that trains jointly beside a plain one, and of their projections.
+"""CPU time of one training step of each method that trains beside a plain one, and of their projections.
 
 The same network, batch and precision in every step; random weights and pictures, which decide nothing here. What a
 method does once an epoch or more rarely (projections, knapsacks, codebooks) is not in its step: it is timed apart.
@@ -23,18 +23,25 @@ from methods.bayesian_bits import Phase
 from methods.bayesian_bits.network import GatedNetwork, survey
 from methods.clip_q import Theta, attach
 from methods.core.fit.project import project_sparse
-from methods.core.fit.prune import keep_count
+from methods.core.fit.prune import MaskHooks, apply_masks, keep_count, keep_local
+from methods.core.fit.quantize import FakeQuantize, QuantizationAware
+from methods.core.fit.weight_quantizers import LearnedStep
 from methods.core.graph.build import weight_layers
 from methods.core.train.distill import Distillation
 from methods.core.train.finetune import Hooks, Recipe, training_step
 from methods.core.train.recipe import Distill
 from methods.core.train.task import Task
+from methods.pipeline.dressed import Dressed
+from methods.rptq import Config as RptqConfig
+from methods.rptq import Quantizer
+from methods.rptq_train.rated import RateAware
 
 from .networks import build, find
 from .speed import CHANNELS, CLASSES, SIZE, Timing, check_positive, in_turn
 
 PLAIN = "plain step"
 DENSITY, BITS, DATA_RATIO = 0.1, 4, 0.0125  # of every method; the time of a step hardly depends on them
+RPTQ_C = 0.08
 RECIPE = Recipe(epochs=1, lr=1e-3)
 
 Prepared = tuple[nn.Module, Hooks]
@@ -87,6 +94,35 @@ def plain(model: nn.Module, inputs: Tensor) -> Prepared:
     return model, Hooks()
 
 
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    return keep_local({name: layer.weight for name, layer in weight_layers(model).items()},
+                      dict.fromkeys(weight_layers(model), DENSITY))
+
+
+def masked(model: nn.Module, inputs: Tensor) -> Prepared:
+    masks = masks_of(model)
+    apply_masks(model, masks)
+    return model, MaskHooks(masks)
+
+
+def quantized(model: nn.Module, inputs: Tensor) -> Prepared:
+    hooks = QuantizationAware(model, {name: FakeQuantize(BITS, mask) for name, mask in masks_of(model).items()})
+    return model, hooks.__enter__()
+
+
+def learned_steps(model: nn.Module, inputs: Tensor) -> Prepared:
+    dressed = Dressed(model, list(weight_layers(model)))
+    dressed.set_masks(masks_of(model))
+    dressed.quantize({name: LearnedStep(BITS) for name in dressed.coats})
+    return model, dressed
+
+
+def rate_aware(model: nn.Module, inputs: Tensor) -> Prepared:
+    few = RptqConfig(sensitivity_inputs=4, calibration_inputs=4)
+    start = Quantizer(copy.deepcopy(model).eval(), inputs.contiguous(), few, torch.Generator().manual_seed(0))
+    return model, RateAware(model, start.steps(RPTQ_C), goal=1.0, falling=0, contexts=False).__enter__()
+
+
 def clip_q(model: nn.Module, inputs: Tensor) -> Prepared:
     attach(model, {name: Theta(1 - DENSITY, BITS) for name in weight_layers(model)}, "A")
     return model, Hooks()
@@ -111,7 +147,8 @@ def bayesian_bits(model: nn.Module, inputs: Tensor, **changes) -> Prepared:
 
 
 METHODS: dict[str, Callable[[nn.Module, Tensor], Prepared]] = {
-    PLAIN: plain, "CLIP-Q": clip_q, "ADMM": admm, "ANNC": annc, "Bayesian Bits": bayesian_bits,
+    PLAIN: plain, "masks": masked, "QAT under masks": quantized, "LSQ under masks": learned_steps, "CLIP-Q": clip_q,
+    "RPTQ, trained": rate_aware, "ADMM": admm, "ANNC": annc, "Bayesian Bits": bayesian_bits,
     "Bayesian Bits, fast": lambda model, inputs: bayesian_bits(model, inputs, fast=True)}
 
 

@@ -1,5 +1,7 @@
 """The measurement of speed: what it runs and says, not how fast anything is."""
 
+import math
+
 import pytest
 import torch
 
@@ -70,7 +72,7 @@ def test_the_training_command(capsys):
 def test_a_step_is_that_of_its_method(name):
     """Each step trains: weights move, and the methods' own state acts on them."""
     model = build("resnet20", 10, 3)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     data = torch.randn(4, 3, 32, 32), torch.arange(4)
     task = Task(None, [], channels_last=True)
     prepared, hooks = speed_training.METHODS[name](task.placed(model), data[0])
@@ -79,9 +81,15 @@ def test_a_step_is_that_of_its_method(name):
                                                                                     "Bayesian Bits, fast")}[moved])
     gates = prepared.phi.detach().clone() if hasattr(prepared, "phi") else None
     speed_training.stepper(prepared, hooks, task, data)()
-    assert all(not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    after = {name.replace("parametrizations.weight.original", "weight"): p for name, p in model.named_parameters()}
+    assert set(before) <= set(after) and all(not torch.equal(before[name], after[name]) for name in before)
     assert gates is None or not torch.equal(gates, prepared.phi)
-    assert ("parametrizations" in dict(model.conv1.named_children())) == (name == "CLIP-Q")
+    through = {"CLIP-Q", "QAT under masks", "LSQ under masks", "RPTQ, trained"}
+    assert ("parametrizations" in dict(model.conv1.named_children())) == (name in through)
+    assert ("LSQ" in name) == any(key.endswith("scale") for key in after)
+    if "masks" in name:
+        kept, weights = int((model.conv1.weight != 0).sum()), model.conv1.weight.numel()
+        assert 0 < kept <= math.ceil(speed_training.DENSITY * weights)
 
 
 def test_mistakes(capsys):
