@@ -14,7 +14,7 @@ from methods.core.errors import CompressError, ConfigError
 from methods.core.file.storage import inspect, to_bytes
 from methods.core.fit.calibrate import calibrate
 from methods.core.fit.norms import reestimate_norms
-from methods.core.graph.build import apply, weight_layers
+from methods.core.graph.build import apply, float_bytes, weight_layers
 from methods.core.train.task import Batch, Task
 from methods.engine.layers import totals
 from methods.engine.opened import open_file
@@ -55,14 +55,13 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     chosen = {} if held_out is None else {"held_out_top1": top1_of(right_of([integer], held_out)[0])}
     hardware = opened.hardware(first[0][:COUNTED_INPUTS])
     dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
-    dense_bytes = 4 * sum(t.numel() for t in skeleton.state_dict().values() if t.is_floating_point())
     costs, dense_macs = opened.costs(), sum(opened.dense.macs.values())
     size = inspect(path)
     return {
         **{f"top1_{kind}": top1_of(answers) for kind, answers in right.items()}, **chosen,
         "right": {kind: pack(answers) for kind, answers in right.items()},
-        "bytes": size["bytes"], "bytes_split": size["split"], "float32_bytes": dense_bytes,
-        "size_ratio": size["bytes"] / dense_bytes,
+        "bytes": size["bytes"], "bytes_split": size["split"], "float32_bytes": float_bytes(skeleton),
+        "size_ratio": size["bytes"] / float_bytes(skeleton),
         "paper_mode_bytes": len(to_bytes(compressed, mode="paper", index_bits=index_bits)[0]),
         "accounting": account(compressed, dense, index_bits), "dense_weights": dense, "dense_macs": dense_macs,
         "cost": totals(costs, dense), "hardware": {"setting": hardware["setting"], **hardware["total"]},

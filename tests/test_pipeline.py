@@ -13,8 +13,8 @@ from methods.core.errors import BudgetError, CompressError
 from methods.core.file.storage import from_bytes, to_bytes
 from methods.core.fit.criteria import CRITERIA
 from methods.core.fit.quantize import fit_symmetric
-from methods.core.fit.size import compress_to_size, float_bytes
-from methods.core.graph.build import apply
+from methods.core.fit.size import compress_to_size
+from methods.core.graph.build import apply, float_bytes
 from methods.core.graph.coupled import Group
 from methods.core.graph.fold import norm_ratio, norms_after
 from methods.core.graph.shrink import shrink

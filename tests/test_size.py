@@ -16,8 +16,8 @@ from methods.core.file.storage import encode, to_bytes
 from methods.core.fit import size as sizes
 from methods.core.fit.prune import global_densities
 from methods.core.fit.quantize import fit_symmetric, quantize
-from methods.core.fit.size import Knob, compress_to_size, float_bytes, untrained, without_smallest
-from methods.core.graph.build import assemble
+from methods.core.fit.size import Knob, compress_to_size, untrained, without_smallest
+from methods.core.graph.build import assemble, float_bytes
 from methods.core.graph.weights import weight_layers
 from methods.core.train.finetune import Recipe
 from methods.core.train.run import NullRun

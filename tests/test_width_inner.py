@@ -7,7 +7,7 @@ from torch import nn
 from benchmarks.measure import with_ranges
 from methods import Budget, Recipe, Task, apply, clip_q, pipeline, rptq_train, width_search
 from methods.core.file.storage import to_bytes
-from methods.core.fit.size import float_bytes
+from methods.core.graph.build import float_bytes
 from methods.width_search import Config, Inner
 
 from .test_width_search import QUICK, compress, seeded

@@ -11,7 +11,7 @@ from benchmarks.settings import build, plain
 from methods import Budget, ConfigError, Recipe, Task, apply, find_method, pipeline, width_search
 from methods.core.errors import BudgetError
 from methods.core.file.storage import to_bytes
-from methods.core.fit.size import float_bytes
+from methods.core.graph.build import float_bytes
 from methods.core.graph.coupled import find_groups
 from methods.core.graph.graph import trace
 from methods.core.graph.narrow import Channels

@@ -11,8 +11,8 @@ from torch import nn
 from methods import find_method
 from methods.core.budget import Budget
 from methods.core.errors import CompressError
-from methods.core.file.storage import from_bytes, to_bytes
-from methods.core.graph.build import apply, own_copy
+from methods.core.file.storage import encode, from_bytes, load, to_bytes
+from methods.core.graph.build import apply, float_bytes, own_copy
 from methods.core.graph.wrapped import inside
 
 PQ = find_method("prune_then_quantize")
@@ -62,12 +62,20 @@ class Counting(nn.Sequential):
         self.restored = state
 
 
-def test_extra_state_stays_with_the_skeleton(tiny):
+def test_extra_state_stays_with_the_skeleton(tiny, tmp_path):
     model = Counting(*copy.deepcopy(list(tiny.model().children()))[:3], nn.Flatten(), nn.Linear(512, 4))
     out = compress(model, tiny.task())
     assert not any("extra" in name for name in out.state_dict())
     network = apply(from_bytes(to_bytes(out)[0]), model)
     assert network.get_extra_state() == model.get_extra_state()
+    encode(out, tmp_path / "own.jc")
+    assert tiny.same(load(tmp_path / "own.jc", model)[0].state_dict(), network[0].state_dict())
+
+
+def test_a_size_counts_every_tensor_once_and_tensors_alone():
+    layer, plain = nn.Linear(3, 3), nn.Linear(3, 3)
+    assert float_bytes(plain) == 4 * 12 == float_bytes(Counting(layer, nn.ReLU(), layer))
+    assert float_bytes(nn.BatchNorm2d(3)) == 4 * 12  # scale, shift, mean, variance; the count of batches is no float
 
 
 def lazy(model):

@@ -56,7 +56,7 @@ from ..core.fit.rates import LAM
 from ..core.fit.rounding import check_rounding, round_weight
 from ..core.fit.sensitivity import sensitivities
 from ..core.fit.sequential import quantize_in_order
-from ..core.graph.build import apply, assemble, own_copy, tensors_of, weight_layers
+from ..core.graph.build import apply, assemble, float_bytes, own_copy, weight_layers
 from ..core.graph.fold import fold_batchnorm
 from ..core.graph.graph import trace
 from ..core.settings import check_idle
@@ -127,8 +127,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         found = search_agreement(quantizer, quantizer.agreement_on(held_out_inputs(task, config.check_inputs)),
                                  config.points, run)
     else:
-        dense = 4 * sum(value.numel() for value in tensors_of(model).values() if value.is_floating_point())
-        found = search_size(quantizer, budget.size_ratio, dense, run)
+        found = search_size(quantizer, budget.size_ratio, float_bytes(model), run)
     return found.compressed
 
 

@@ -59,7 +59,7 @@ from ..core.file.storage import to_bytes
 from ..core.fit.calibrate import calibrate, check_calibration
 from ..core.fit.rates import round_to_rate
 from ..core.fit.sixteen_bit import nearest_16_bit
-from ..core.graph.build import apply, assemble, own_copy, tensors_of, weight_layers
+from ..core.graph.build import apply, assemble, float_bytes, own_copy, weight_layers
 from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after
 from ..core.graph.graph import trace
 from ..core.graph.shrink import shrink
@@ -139,11 +139,10 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     model = own_copy(model).cpu()
     trace(model)
     budget.per_layer("size_ratio", weight_layers(model))  # refuses a network without layers
-    dense = 4 * sum(value.numel() for value in tensors_of(model).values() if value.is_floating_point())
     start = Quantizer(model, task.calibration_inputs(config.sensitivity_inputs).cpu().contiguous(),
                       Untrained(sensitivity_inputs=config.sensitivity_inputs, bias_bits=config.bias_bits), generator)
     least = start.least_bytes()
-    limit = room(budget.size_ratio, dense, least)
+    limit = room(budget.size_ratio, float_bytes(model), least)
     c = config.c if config.c is not None else starting_c(start, 8 * (config.start * limit - least))
     if coded_bits(start, c) == 0:
         raise ConfigError(f"c = {c:g}: every code of this network is 0 at such steps; allowed are smaller values")

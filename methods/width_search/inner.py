@@ -10,8 +10,8 @@ from torch import nn
 from .. import data_of, find_method
 from ..core.artifact import ActivationQuantizer, CompressedModel
 from ..core.budget import OTHERS, Budget
-from ..core.fit.size import compress_to_size, file_bytes, float_bytes, untrained
-from ..core.graph.build import assemble
+from ..core.fit.size import compress_to_size, file_bytes, untrained
+from ..core.graph.build import assemble, float_bytes
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
 from .settings import Inner

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.budget import FLOAT_BITS
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.quantize import fit_symmetric, quantize
-from ..core.fit.size import float_bytes
+from ..core.graph.build import float_bytes
 from ..core.graph.coupled import Group
 from ..core.graph.graph import Graph
 from ..core.graph.narrow import Channels, narrowed

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..artifact import CompressedModel
 from ..errors import ConfigError
-from ..graph.build import apply
+from ..graph.build import apply, tensors_of
 from . import blocks, container, layouts
 from .describe import Sizes, damage_named, inspect, sizes_of
 from .rest import pack_rest, read_rest
@@ -52,7 +52,7 @@ def decode(path: str | os.PathLike, *, max_elements: int | None = None) -> Compr
 
 def load(path: str | os.PathLike, skeleton: nn.Module) -> nn.Module:
     """The network in a file: `apply(decode(path), skeleton)`; the file may hold no more than the skeleton can."""
-    parts = skeleton.state_dict().values()
+    parts = tensors_of(skeleton).values()
     room = sum(tensor.numel() for tensor in parts) + sum(len(t) for t in parts if t.ndim)  # a fold adds biases
     return apply(decode(path, max_elements=room), skeleton)
 

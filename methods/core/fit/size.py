@@ -31,6 +31,7 @@ from ..artifact import CompressedModel, CompressedTensor
 from ..budget import Budget
 from ..errors import BudgetError
 from ..file.storage import to_bytes
+from ..graph.build import float_bytes
 from ..train.run import NullRun, Run
 from ..train.task import Task
 
@@ -74,11 +75,6 @@ class Knob:
 def knob_of(method: ModuleType, config: Any) -> Knob | None:
     """`config.size_knob` of a method whose settings choose what it turns, else its SIZE_KNOB, if it has one."""
     return config.size_knob if hasattr(config, "size_knob") else getattr(method, "SIZE_KNOB", None)
-
-
-def float_bytes(model: nn.Module) -> int:
-    """Bytes of every float of a network in float32: what size ratios divide by."""
-    return 4 * sum(value.numel() for value in model.state_dict().values() if value.is_floating_point())
 
 
 def file_bytes(compressed: CompressedModel) -> int:

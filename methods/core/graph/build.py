@@ -44,6 +44,11 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
             if isinstance(value, Tensor) and not (again and name.startswith(again))}
 
 
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of every float of a network in float32, each tensor once: what size ratios divide by."""
+    return 4 * sum(value.numel() for value in tensors_of(model).values() if value.is_floating_point())
+
+
 def second_names(model: nn.Module) -> dict[str, nn.Module]:
     """{path: module} of the modules that are there under an earlier path already."""
     first = dict(model.named_modules())
