@@ -20,6 +20,7 @@ from benchmarks.report.claims import (
     in_words,
     put_to,
     read_claims,
+    told_of,
     verdict,
 )
 from methods.core.errors import ConfigError
@@ -92,12 +93,21 @@ def test_the_answer_of_a_claim(words, answer):
     assert verdict(found(*words)) == answer
 
 
+@pytest.mark.parametrize("words, said", [
+    ((YES, CANNOT_TELL, MISSING), "told in 1 of 2 pairs, 2 of 3 pairs have rows"),
+    ((NO, CANNOT_TELL), "told in 1 of 2 pairs"),
+    ((YES, NO), ""), ((CANNOT_TELL,), ""), ((MISSING, MISSING), ""),
+    ((CANNOT_TELL, MISSING), "1 of 2 pairs have rows")])
+def test_how_many_pairs_are_behind_an_answer(words, said):
+    assert told_of(found(*words)) == said
+
+
 def test_what_a_page_says_of_a_claim(tmp_path):
     path = tmp_path / "claims.toml"
     path.write_text("[[claim]]\ntext = 'x'\ntable = 't'\npairs = [['a', 'b'], ['a', 'c'], ['a', 'd']]")
     rows = [row("a", range(20), size=48), row("b", range(60)), row("d", range(60), seed=1)]
     (one,) = in_words({"t": rows}, path)
-    assert (one["verdict"], one["pairs"]) == (YES, "1 of 3 pairs")
+    assert (one["verdict"], one["pairs"]) == (YES, "1 of 3 pairs have rows")
     assert [line["verdict"] for line in one["lines"]] == [YES, MISSING, UNLIKE]
     assert [line["unequal"] for line in one["lines"]] == ["0.48", "", ""]
     (whole,) = in_words({"t": [*rows[:2], row("c", range(60)), row("d", range(60), size=47)]}, path)

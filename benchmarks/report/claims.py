@@ -146,15 +146,21 @@ def lines_of(claim: Claim, found: Sequence[Found]) -> list[dict[str, str]]:
     return lines
 
 
+def told_of(found: Sequence[Found]) -> str:
+    """How many pairs say something, and how many have rows; empty where that is all of them, or none."""
+    there = sum(one.verdict not in SILENT for one in found)
+    told = sum(one.verdict in (YES, NO) for one in found)
+    return ", ".join([f"told in {told} of {there} pairs"] * (0 < told < there)
+                     + [f"{there} of {len(found)} pairs have rows"] * (0 < there < len(found)))
+
+
 def in_words(rows_of: RowsOf, path: Path = PATH) -> list[dict[str, Any]]:
-    """Every claim for a page: {"text", "note", "table", "there" (it has rows), "verdict", "pairs" (how many have rows,
-    in words; empty where all have), "lines"}."""
+    """Every claim for a page: {"text", "note", "table", "there" (it has rows), "verdict", "pairs", "lines"}."""
     out = []
     for claim in read_claims(path):
         found = put_to(claim, rows_of)
-        there = sum(one.verdict not in SILENT for one in found)
         out.append({"text": claim.text, "note": claim.note, "table": claim.table,
                     "there": bool(rows_of.get(claim.table)), "verdict": verdict(found),
-                    "pairs": f"{there} of {len(found)} pairs" if 0 < there < len(found) else "",
+                    "pairs": told_of(found),
                     "lines": lines_of(claim, found)})
     return out
