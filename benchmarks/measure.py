@@ -56,12 +56,12 @@ def measure(path: Path, skeleton: nn.Module, test: Iterable[Batch], shape: tuple
     hardware = opened.hardware(first[0][:COUNTED_INPUTS])
     dense = sum(layer.weight.numel() for layer in weight_layers(skeleton).values())
     costs, dense_macs = opened.costs(), sum(opened.dense.macs.values())
-    size = inspect(path)
+    size, dense_bytes = inspect(path), float_bytes(skeleton)
     return {
         **{f"top1_{kind}": top1_of(answers) for kind, answers in right.items()}, **chosen,
         "right": {kind: pack(answers) for kind, answers in right.items()},
-        "bytes": size["bytes"], "bytes_split": size["split"], "float32_bytes": float_bytes(skeleton),
-        "size_ratio": size["bytes"] / float_bytes(skeleton),
+        "bytes": size["bytes"], "bytes_split": size["split"], "float32_bytes": dense_bytes,
+        "size_ratio": size["bytes"] / dense_bytes,
         "paper_mode_bytes": len(to_bytes(compressed, mode="paper", index_bits=index_bits)[0]),
         "accounting": account(compressed, dense, index_bits), "dense_weights": dense, "dense_macs": dense_macs,
         "cost": totals(costs, dense), "hardware": {"setting": hardware["setting"], **hardware["total"]},

@@ -77,7 +77,7 @@ def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
     panel.set(xscale="log", xlabel=f"{label} (log)", ylabel="points of top-1 lost, integer arithmetic")
     _limits(panel, rows)
     _ticks(panel, tick)
-    names = [(series(r) if series(r) else method_name(r["method"])) if len(methods) > 1 else r["name"] for r in rows]
+    names = [r["name"] if len(methods) == 1 else series(r) or method_name(r["method"]) for r in rows]
     figure.draw_without_rendering()
     _name_points(panel, [(cost(r), points_lost(r), name) for r, name in zip(rows, names, strict=True)])
     if len(methods) > 1:
