@@ -87,7 +87,8 @@ def test_unused_units_die_in_contexts():
 def test_the_steering_reaches_the_size_and_the_file_has_it(tiny, tmp_path, contexts, ratio):
     torch.manual_seed(1)
     model = Plain()
-    made = compress(tiny, ratio, model, contexts=contexts, c=None, falling=0.25, recipe=Recipe(epochs=60, lr=0.01))
+    made = compress(tiny, ratio, model, contexts=contexts, start=1.5, falling=0.25,
+                    recipe=Recipe(epochs=60, lr=0.01))
     limit = ratio * dense_bytes(model)
     assert (0.7 if contexts else 0.9) * limit <= len(to_bytes(made)[0]) <= limit  # units die
     if not contexts:

@@ -38,7 +38,11 @@ Departures from its specification, and choices that it leaves
   * Scales of channels are rounded to 16 bits where `bias_bits` = 16. One scale a layer would be less, but s_o would
     then have to follow gamma and sigma, and sigma follows s_o: tried, it never settles, and the batch norm's statistics
     are behind when the training ends.
-  * c = none starts at `start` times the budget. wanted falls geometrically.
+  * c = none starts at `start` times the budget, near it; wanted falls geometrically. From fine steps (1.5, the
+    specification's) lam has to rise far. Weights gather at the thresholds; where these move much, whole layers cross
+    them together and change what is rare and dear, and the network hardly recovers.
+  * The rate is low. A weight that crosses a threshold moves what is read by a whole s, however small its own step is:
+    noise of the gradients is enlarged, the more the higher the rate.
   * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
     weights gather at the thresholds, and a little less lam moves many codes at once. For the same reason a file that is
     too large loses single codes, by their distance, and lam stays.
@@ -89,9 +93,9 @@ class Config:
     sensitivity_inputs, calibration_inputs   for the steps, for ranges
     """
 
-    recipe: Recipe = Recipe(epochs=6, lr=0.02, weight_decay=0.0, distill=Distill(temperature=2.0, alpha=0.1))
+    recipe: Recipe = Recipe(epochs=6, lr=0.005, weight_decay=0.0, distill=Distill(temperature=2.0, alpha=0.1))
     c: float | None = None
-    start: float = 1.5
+    start: float = 1.1
     falling: float = 0.5
     settling: float = 0.1
     damping: float = 0.0
