@@ -41,8 +41,9 @@ Departures from its specification, and choices that it leaves
   * c = none starts at `start` times the budget, near it; wanted falls geometrically. From fine steps (1.5, the
     specification's) lam has to rise far. Weights gather at the thresholds; where these move much, whole layers cross
     them together and change what is rare and dear, and the network hardly recovers.
-  * The rate is low. A weight that crosses a threshold moves what is read by a whole s, however small its own step is:
-    noise of the gradients is enlarged, the more the higher the rate.
+  * The rate has to fit the network. A weight that crosses a threshold moves what is read by a whole s, however small
+    its own step is: noise of the gradients is enlarged, the more the higher the rate. From the coarse steps ResNet-18
+    gains up to 0.03 at least (paper_configs/rptq_train.toml); smaller networks want less, so that the default is low.
   * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
     weights gather at the thresholds, and a little less lam moves many codes at once. For the same reason a file that is
     too large loses single codes, by their distance, and lam stays.
