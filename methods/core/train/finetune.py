@@ -54,7 +54,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     task = task.suited_to(model)
     task.placed(model)
     objective = smoothed(task.loss, recipe.label_smoothing)
-    if recipe.distill is None or recipe.epochs == 0:
+    if recipe.distill is None or not recipe.distill.listens or recipe.epochs == 0:
         return _train(model, task, recipe, generator, as_hooks(hooks), objective, run)
     lesson = Distillation(model, task, recipe.distill)
     with lesson.watching(model):

@@ -76,7 +76,8 @@ class Link:
 class Distill:
     """How a training listens to a teacher: alpha hard loss + (1 - alpha) soft loss + sum of links (`distill.py`).
 
-    temperature, alpha  T, and the weight of the task's own loss; alpha = 1 leaves the links alone
+    temperature, alpha  T, and the weight of the task's own loss; alpha = 1 leaves the links alone, and without links
+                        the plain loss: the teacher is not asked
     soft                "kl": T^2 KL of softened class probabilities; "mse": of outputs, for networks without classes
     links               feature losses between layers
     """
@@ -93,6 +94,11 @@ class Distill:
         if self.soft not in ("kl", "mse"):
             raise ConfigError(f"soft = {self.soft!r}: allowed are kl, mse")
         object.__setattr__(self, "links", tuple(self.links))
+
+    @property
+    def listens(self) -> bool:
+        """Whether the teacher is in the loss at all."""
+        return self.alpha < 1 or bool(self.links)
 
 
 @dataclass(frozen=True)
