@@ -32,7 +32,7 @@ def row(name, wrong, seed=0, network="net", start="a", n=N, data="d", size=100):
     right = torch.ones(n, dtype=torch.bool)
     right[list(wrong)] = False
     return {"name": name, "network": network, "seed": seed, "checkpoint": {"digest": start}, "n_test": n, "data": data,
-            "right": {"integer": pack(right)}, "bytes": size}
+            "right": {"integer": pack(right)}, "bytes": size, "task": "digits"}
 
 
 def judged(rows, pairs=(("a", "b"),)):
@@ -93,6 +93,13 @@ def test_the_answer_of_a_claim(words, answer):
     assert verdict(found(*words)) == answer
 
 
+@pytest.mark.parametrize("words, answer", [
+    ((YES, YES), YES), ((YES, CANNOT_TELL), CANNOT_TELL), ((YES, MISSING), CANNOT_TELL), ((YES, NO), NO),
+    ((CANNOT_TELL, NO), NO), ((MISSING, MISSING), MISSING)])
+def test_what_is_best_is_better_than_each_of_the_others(words, answer):
+    assert verdict(found(*words), every=True) == answer
+
+
 @pytest.mark.parametrize("words, said", [
     ((YES, CANNOT_TELL, MISSING), "told in 1 of 2 pairs, 2 of 3 pairs have rows"),
     ((NO, CANNOT_TELL), "told in 1 of 2 pairs"),
@@ -110,6 +117,9 @@ def test_what_a_page_says_of_a_claim(tmp_path):
     assert (one["verdict"], one["pairs"]) == (YES, "1 of 3 pairs have rows")
     assert [line["verdict"] for line in one["lines"]] == [YES, MISSING, UNLIKE]
     assert [line["unequal"] for line in one["lines"]] == ["0.48", "", ""]
+    assert [line["on"] for line in one["lines"]] == ["digits, net, 1,000 inputs, 1 seed", "", ""]
+    path.write_text(path.read_text() + "\nall = true")
+    assert in_words({"t": rows}, path)[0]["verdict"] == CANNOT_TELL
     (whole,) = in_words({"t": [*rows[:2], row("c", range(60)), row("d", range(60), size=47)]}, path)
     assert whole["pairs"] == "" and whole["lines"][2]["unequal"] == ""
 
@@ -125,13 +135,13 @@ def test_the_shipped_claims_name_rows_that_their_tables_have():
 
 def test_the_readme_shows_answers_and_counts_the_rest():
     line = {"better": "a", "than": "b", "network": "n", "change": "+1.00", "interval": "", "bytes": "", "seeds": "1",
-            "unequal": ""}
+            "unequal": "", "on": "digits | net"}
     text = claim_lines([
         {"text": "First | claim", "verdict": YES, "pairs": "2 of 3 pairs",
          "lines": [{**line, "verdict": YES}, {**line, "verdict": CANNOT_TELL, "unequal": "0.48"},
                    {**line, "verdict": MISSING}]},
         {"text": "Second", "verdict": MISSING, "pairs": "", "lines": [{**line, "verdict": MISSING}]}])
-    assert "| First \\| claim | yes (2 of 3 pairs) | +1.00, (+1.00) at 0.48x bytes |" in text and "Second" not in text
+    assert "| First \\| claim | yes (2 of 3 pairs) | +1.00, (+1.00) at 0.48x bytes | digits \\| net |" in text and "Second" not in text
     assert "1 more claims await their rows." in text
 
 

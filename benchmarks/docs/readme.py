@@ -78,10 +78,11 @@ def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
-    """One line a claim: the answer, and the changes of its pairs, those that cannot be told from 0 in brackets, with
-    the ratio of the bytes where they are not equal. Claims whose rows are missing are counted.
+    """One line a claim: the answer, the changes of its pairs, those that cannot be told from 0 in brackets, with the
+    ratio of the bytes where they are not equal, and what they were measured on. Claims whose rows are missing are
+    counted.
     """
-    out = "| claim | answer | changes in points of top-1 |\n| --- | --- | --- |\n"
+    out = "| claim | answer | changes in points of top-1 | on |\n| --- | --- | --- | --- |\n"
     open_ones = [one for one in found if one["verdict"] in claims.SILENT]
     for one in (one for one in found if one not in open_ones):
         there = [line for line in one["lines"] if line["verdict"] not in claims.SILENT]
@@ -90,7 +91,8 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
         shown = [f"{change} at {line['unequal']}x bytes" if line["unequal"] else change
                  for change, line in zip(changes, there, strict=True)]
         answer = f"{one['verdict']} ({one['pairs']})" if one["pairs"] else one["verdict"]
-        out += f"| {in_markdown(one['text'])} | {answer} | {', '.join(shown)} |\n"
+        on = "; ".join(dict.fromkeys(line["on"] for line in there))
+        out += f"| {in_markdown(one['text'])} | {answer} | {', '.join(shown)} | {in_markdown(on)} |\n"
     return out + (f"\n{len(open_ones)} more claims await their rows.\n" if open_ones else "")
 
 

@@ -4,7 +4,8 @@ A claim names pairs of rows, measured on the same test inputs: the one that shou
 judged by the change in integer top-1 and its paired 95 % interval (`chance.paired`). Where both rows have the same
 seeds, or baselines, the change is the mean over these, and its error that of the mean: errors within and between them
 add in squares, the one between them by Student's t, since k seeds say little of their own spread. A claim holds where a
-pair is better and none is worse, fails where one is worse and none is better.
+pair is better and none is worse, fails where one is worse and none is better. One that says "best" (`all`) holds where
+every pair is better, and fails where one is worse.
 
 paper_configs/claims.toml lists them:
 
@@ -39,12 +40,14 @@ EQUAL = 0.05  # files whose bytes differ by more than this share are shown with 
 
 @dataclass(frozen=True)
 class Claim:
-    """text  what is claimed;  table  where the rows are;  pairs  (row that should be better, the other);  note"""
+    """text  what is claimed;  table  where the rows are;  pairs  (row that should be better, the other);  note
+    all  every pair has to be better"""
 
     text: str
     table: str
     pairs: tuple[tuple[str, str], ...]
     note: str = ""
+    all: bool = False
 
     def __post_init__(self):
         if not self.text or not self.pairs:
@@ -54,8 +57,8 @@ class Claim:
 @dataclass(frozen=True)
 class Found:
     """A pair of rows. change  in points of integer top-1, with its 95 % interval;  bytes  of both;  seeds  that both
-    have. All but the names are None where one of the rows is missing, all but the network, too, where the two
-    share neither baseline, seed nor test set."""
+    have;  task, n_test  what was tested on, and how many inputs. All but the names are None where one of the rows is
+    missing, all but the network, too, where the two share neither baseline, seed nor test set."""
 
     better: str
     than: str
@@ -65,6 +68,8 @@ class Found:
     high: float | None = None
     bytes: tuple[float, float] | None = None
     seeds: int = 0
+    task: str | None = None
+    n_test: int | None = None
 
     @property
     def verdict(self) -> str:
@@ -118,30 +123,35 @@ def _judged(better: str, than: str, network: str, mine: Mapping[tuple, Row], oth
         half = math.hypot(Z95 * math.sqrt(within), float(student.ppf(0.975, k - 1)) * spread / math.sqrt(k))
         low, high = change - half, change + half
     sizes = tuple(math.fsum(rows[key]["bytes"] for key in shared) / k for rows in (mine, others))
-    return Found(better, than, network, change, low, high, sizes, k)
+    first = mine[shared[0]]
+    return Found(better, than, network, change, low, high, sizes, k, first["task"], first["n_test"])
 
 
-def verdict(found: Sequence[Found]) -> str:
-    """Of a claim, over its pairs; those that are missing, or no pairs, say nothing unless all are."""
+def verdict(found: Sequence[Found], every: bool = False) -> str:
+    """Of a claim, over its pairs; those that are missing, or no pairs, say nothing unless all are. `every`: of one that
+    says so of all of them, and then a pair that is missing is one that is not told."""
     said = {one.verdict for one in found} - SILENT
     if not said:
         return MISSING
+    if every:
+        return NO if NO in said else YES if all(one.verdict == YES for one in found) else CANNOT_TELL
     return MIXED if {YES, NO} <= said else YES if YES in said else NO if NO in said else CANNOT_TELL
 
 
 def lines_of(claim: Claim, found: Sequence[Found]) -> list[dict[str, str]]:
     """What is shown of every pair, as text: bytes are those of the first over those of the second; "unequal" is that
-    ratio again, where it is no equal bytes."""
+    ratio again, where it is no equal bytes; "on" is what was tested on."""
     lines = []
     for one in found:
         shown = {"better": one.better, "than": one.than, "network": one.network or "", "verdict": one.verdict}
         if one.change is None:
-            shown |= {"change": "—", "interval": "", "bytes": "", "seeds": "", "unequal": ""}
+            shown |= {"change": "—", "interval": "", "bytes": "", "seeds": "", "unequal": "", "on": ""}
         else:
             ratio = one.bytes[0] / one.bytes[1]
             shown |= {"change": f"{one.change:+.2f}", "interval": f"{one.low:+.2f} to {one.high:+.2f}",
                       "bytes": f"{ratio:.2f}", "seeds": str(one.seeds),
-                      "unequal": "" if abs(ratio - 1) <= EQUAL else f"{ratio:.2f}"}
+                      "unequal": "" if abs(ratio - 1) <= EQUAL else f"{ratio:.2f}",
+                      "on": f"{one.task}, {one.network}, {one.n_test:,} inputs, {one.seeds} seed{'s' * (one.seeds > 1)}"}
         lines.append(shown)
     return lines
 
@@ -160,7 +170,7 @@ def in_words(rows_of: RowsOf, path: Path = PATH) -> list[dict[str, Any]]:
     for claim in read_claims(path):
         found = put_to(claim, rows_of)
         out.append({"text": claim.text, "note": claim.note, "table": claim.table,
-                    "there": bool(rows_of.get(claim.table)), "verdict": verdict(found),
+                    "there": bool(rows_of.get(claim.table)), "verdict": verdict(found, claim.all),
                     "pairs": told_of(found),
                     "lines": lines_of(claim, found)})
     return out
