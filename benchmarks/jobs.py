@@ -59,7 +59,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Table:
-    """A paper_configs file: a method, where its numbers come from, and its rows."""
+    """A paper_configs file: a method, where its numbers come from, and its rows.
+
+    others  names of rows whose printed numbers are another method's (what the paper compares itself with): reports show
+            them and do not count them for the method
+    """
 
     name: str
     method: str
@@ -68,20 +72,26 @@ class Table:
     compare: tuple[Job, ...]
     smoke: Mapping[str, Any]
     path: Path
+    others: tuple[str, ...] = ()
 
 
 def read_table(path: Path) -> Table:
     """A paper_configs file; ConfigError names a key or value that is not allowed."""
     content = read_toml(path)
-    unknown = sorted(set(content) - {"method", "title", "row", "compare", "smoke"})
+    unknown = sorted(set(content) - {"method", "title", "others", "row", "compare", "smoke"})
     if unknown or "method" not in content:
         fault = f"unknown key {unknown[0]!r}" if unknown else "no method"
-        raise ConfigError(f"{path.name}: {fault}; allowed are: method, title, smoke, [[compare]], [[row]]")
+        raise ConfigError(f"{path.name}: {fault}; allowed are: method, title, others, smoke, [[compare]], [[row]]")
     texts = [key for key in ("method", "title") if not isinstance(content.get(key, ""), str)]
     if texts or not isinstance(content.get("smoke", {}), Mapping):
         raise ConfigError(f"{path.name}: {(texts or ['smoke'])[0]} must be a {'text' if texts else 'table'}")
-    return Table(path.stem, content["method"], content.get("title", path.stem), _jobs(path, content, "row"),
-                 _jobs(path, content, "compare"), content.get("smoke", {}), path)
+    rows, others = _jobs(path, content, "row"), content.get("others", [])
+    strange = [name for name in others if name not in {job.name for job in rows}]
+    if not isinstance(others, list) or strange:
+        raise ConfigError(f"{path.name}: others = {shortened(others)}: needed are names of its rows"
+                          + (f", and {strange[0]!r} is none" if strange else ""))
+    return Table(path.stem, content["method"], content.get("title", path.stem), rows,
+                 _jobs(path, content, "compare"), content.get("smoke", {}), path, tuple(others))
 
 
 def _jobs(path: Path, content: Mapping[str, Any], key: str) -> tuple[Job, ...]:

@@ -13,4 +13,4 @@ def row(name, method="m", top1=90.0, size=1000, **more):
             "accounting": {"bits": {}, "ratios": {"data_only": 12.5, "prune_quantize_huffman": 9.0}},
             "layers": {"conv1": dict(LAYER), "fc": {**LAYER, "index_bits": 5, "levels": 15}}, "paper_mode_bytes": 900,
             "difficulty": {"data": "train", "knobs": 3, "lines": 60, "cpu_seconds": 1.25}, "notes": {},
-            "checkpoint": {"digest": "d", "source": "s"}, **more}
+            "checkpoint": {"digest": "d", "source": "s"}, "budget": {}, **more}

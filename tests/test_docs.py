@@ -5,6 +5,7 @@ import io
 import json
 import random
 import re
+from collections import Counter
 from html.parser import HTMLParser
 
 import pytest
@@ -198,6 +199,20 @@ def test_the_site_has_a_page_a_paper_and_a_table(tmp_path):
         build_site(rows_of, tmp_path / "index.html", headline="", api=False, say=said_.append)
 
 
+def test_numbers_of_others_and_numbers_that_are_asked_for_do_not_count(tmp_path):
+    """"Prune 30% l2" has the paper's numbers of plain pruning; a density that the budget gives is no result."""
+    printed = {"top1_float": 80.0, "bytes": 10, "cost.density": 0.5}
+    rows = [full("Prune 30% l2", "udfc", paper=printed),
+            full("UDFC 30% l2", "udfc", paper=printed, budget={"density": 0.5, "bits": None})]
+    (line,) = [one for one in build_site({"udfc_table2": rows}, tmp_path, headline="", api=False, say=lambda line: None)
+               if one["method"] == "udfc"]
+    assert line["printed"] == 2 and line["tables"] == {"udfc_table2": 2}
+    assert {kind: dict(found) for kind, found in line["counts"].items()} == {
+        "accuracy": {"reached": 1}, "counted": {"not reached": 1}}
+    shown = checked(tmp_path / "udfc.html")
+    assert shown.count("kept weights, share") >= 2  # the page shows them all the same
+
+
 def test_rows_count_for_the_method_that_made_them(tmp_path):
     """udfc_table2 is UDFC's, but a row of neuron merging in it stands on that method's page, with its verdict."""
     merged = full("nm", "neuron_merging", paper={"top1_float": 80.0})
@@ -205,7 +220,8 @@ def test_rows_count_for_the_method_that_made_them(tmp_path):
                "compare_x": [full("c", "neuron_merging"), full("d", "udfc"), full("e", "udfc")]}
     lines = {one["method"]: one for one in build_site(rows_of, tmp_path, headline="", api=False, say=lambda line: None)}
     assert lines["neuron_merging"]["tables"] == {"udfc_table2": 1, "compare_x": 1}
-    assert dict(lines["neuron_merging"]["counts"]) == {"reached": 1} and lines["neuron_merging"]["printed"] == 1
+    counts = {kind: dict(found) for kind, found in lines["neuron_merging"]["counts"].items()}
+    assert counts == {"accuracy": {"reached": 1}, "counted": {}} and lines["neuron_merging"]["printed"] == 1
     assert lines["udfc"]["tables"] == {"udfc_table2": 1, "compare_x": 2} and lines["udfc"]["printed"] == 2
     assert lines["dfq"]["rows"] == 0 and "No rows yet" in checked(tmp_path / "dfq.html")
     text = checked(tmp_path / "neuron_merging.html")
@@ -316,13 +332,13 @@ def test_readme_blocks_are_filled_again_and_again(tmp_path):
                "commit": "0123456789", "setup": {"recipe": {"epochs": 7}}}
     summary = {"name": "UDFC", "citation": "X|Y", "link": None, "code": "methods/udfc.py", "data": "no data",
                "rows": 2, "tables": {"one": 2}, "printed": 3,
-               "counts": {"reached": 2, "not reached": 1, "cannot tell": 0, "missing": 0}}
+               "counts": {"accuracy": Counter({"reached": 2, "not reached": 1}), "counted": Counter({"missing": 1})}}
     text = ("x\n<!-- headline: one -->\nold\n<!-- end -->\n<!-- papers: all -->\n<!-- end -->\n"
             "<!-- baselines: shipped -->\n<!-- end -->\n")
     once = readme.filled(text, rows_of, [summary], [trained])
     assert readme.filled(once, rows_of, [summary], [trained]) == once and "old" not in once
     assert "| a |" in once and "| points lost |" in once and r"X\|Y" in once
-    assert "| 2 in [one](results/rows/one) | 2, 1, 0 |" in once
+    assert "| 2 in [one](results/rows/one) | 2, 1, 0 | 0, 1, 0 |" in once
     assert "\n| t | n | 91.24 | 92.00 | 7 | 3 | 0123456 |\n" in once
     with pytest.raises(CompressError, match="'one'"):
         readme.filled(text, {}, [summary], [trained])

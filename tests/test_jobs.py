@@ -47,7 +47,7 @@ def test_a_table(written):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "table.toml: no method; allowed are: method, title, smoke"),
+    ("", "table.toml: no method; allowed are: method, title, others, smoke"),
     ('method = "x"\nrows = 3', "table.toml: unknown key 'rows'"),
     ("method = 3", "table.toml: method must be a text"),
     (HEAD + "smoke = 3", "table.toml: smoke must be a table"),
@@ -56,6 +56,7 @@ def test_a_table(written):
     (HEAD + "[[row]]\nname = 'a'\ntask = 'digits'", "table.toml row 1 lacks the keys network"),
     (HEAD + ROW + ROW.replace('"a"', '"b"') + "lr = 3", "unknown key table.toml row 2: 'lr'; allowed are: name"),
     (HEAD + ROW + "seed = 'x'", "table.toml row 1: seed = 'x': needed is a whole number"),
+    ("others = ['b']\n" + HEAD + ROW, r"table.toml: others = \['b'\]: needed are names of its rows, and 'b' is none"),
     (HEAD + ROW + ROW, r"table.toml: the names under \[\[row\]\] must differ in letters or digits, but there is 'a'"),
     (HEAD + ROW + ROW.replace('"a"', '"A?"'), "must differ in letters or digits"),
     (HEAD + ROW.replace('"a"', '"!"'), "must differ in letters or digits, but there is '!'"),

@@ -14,7 +14,8 @@ from .made_rows import row as made
 
 
 def row(**values):
-    return {"n_test": 10_000, "paper": {}, "layers": {}, "top1_float": 90.0, "top1_integer": 90.0, **values}
+    return {"n_test": 10_000, "budget": {}, "paper": {}, "layers": {}, "top1_float": 90.0, "top1_integer": 90.0,
+            **values}
 
 
 @pytest.mark.parametrize("ours, text", [
@@ -116,3 +117,15 @@ def test_seeds_of_a_row_are_one_line():
                                               ("bytes", "990 ± 1", "1002 ± 2.6 (3 seeds)", "+12")]
     # 1.96 x hypot(1 / sqrt 3, sqrt(0.91 x 0.09 / 10,000)) = 1.26 points; of the bytes 1.96 hypot(2.6 / sqrt 3, 1) = 3.6
     assert [one.verdict for one in verdicts(paper)] == ["cannot tell", "not reached"]
+
+
+@pytest.mark.parametrize("metric, budget, kind", [
+    ("top1_float", {}, "accuracy"), ("error_integer", {"density": 0.1}, "accuracy"), ("bytes", {}, "counted"),
+    ("cost.density", {"density": 0.1}, "given"), ("ip1 density", {"density": {"ip1": 0.1}}, "given"),
+    ("cost.density", {"density": None, "bits": 4}, "counted"), ("cost.kept_weights", {"density": 0.1}, "given"),
+    ("ip1 bits", {"bits": 4}, "given"), ("accounting.ratios.data_only", {"data_ratio": 0.1}, "given"),
+    ("accounting.ratios.data_only", {"density": 0.1, "bits": 4}, "given"),
+    ("accounting.ratios.data_only", {"density": 0.1, "bits": None}, "counted"),
+    ("accounting.ratios.with_index", {"density": 0.1, "bits": 4, "data_ratio": 0.1}, "counted")])
+def test_what_a_budget_gives_is_no_result(metric, budget, kind):
+    assert judged(metric, 1.0, 1.0, row(budget=budget)).kind == kind

@@ -14,6 +14,7 @@ from methods.core.file.container import write_file
 
 from ..report import claims
 from ..report.table import in_markdown, told_apart
+from ..report.verdicts import ACCURACY, CANNOT_TELL, COUNTED, MISSING, NOT_REACHED, REACHED
 from .figures import as_png, front_plot
 from .tables import Table, markdown, table_of
 from .words import Row
@@ -64,12 +65,12 @@ def headline(rows: Sequence[Row], name: str) -> str:
 
 def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
     """One line a paper: what it is, what it needs, where its rows are, what came of the numbers printed for them."""
-    out = ("| method | paper | data | rows | printed numbers: reached, not reached, cannot tell |\n"
-           "| --- | --- | --- | --- | --- |\n")
+    out = ("| method | paper | data | rows | accuracies: reached, not, cannot tell | counted numbers |\n"
+           "| --- | --- | --- | --- | --- | --- |\n")
     for one in papers:
-        counts = one["counts"]
-        found = (f"{counts['reached']}, {counts['not reached'] + counts['missing']}, {counts['cannot tell']}"
-                 if one["printed"] else "none for our rows" if one["rows"] else "")
+        kinds = [(counts[REACHED], counts[NOT_REACHED] + counts[MISSING], counts[CANNOT_TELL])
+                 for counts in (one["counts"][kind] for kind in (ACCURACY, COUNTED))]
+        found = " | ".join(", ".join(map(str, kind)) if any(kind) else "—" for kind in kinds)
         rows = ", ".join(f"{n} in [{name}](results/rows/{name})" for name, n in one["tables"].items())
         cited = f"[{in_markdown(one['citation'])}]({one['link']})" if one["link"] else in_markdown(one["citation"])
         out += f"| [{in_markdown(one['name'])}]({one['code']}) | {cited} | {one['data']} | "

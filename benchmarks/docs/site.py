@@ -19,6 +19,7 @@ from methods.core.file.container import write_file
 from ..jobs import Table, all_tables
 from ..report import claims
 from ..report.table import comparable, told_apart
+from ..report.verdicts import ACCURACY, COUNTED, GIVEN
 from .content import command_in, front, rows_by, story, table_part
 from .papers import Paper, papers
 from .tables import comma_separated, latex, markdown, table_of
@@ -109,7 +110,7 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
 
 def part_of(entry: Table, rows: Sequence[Row]) -> dict:
     """A table that a configuration makes."""
-    return table_part(rows, entry.name, entry.title, command_in(entry.path), story(entry.path))
+    return table_part(rows, entry.name, entry.title, command_in(entry.path), story(entry.path), entry.others)
 
 
 def paper_page(site: Site, one: Paper, configs: Sequence[Table], parts: Mapping[str, Mapping[str, Any]]) -> dict:
@@ -123,11 +124,12 @@ def paper_page(site: Site, one: Paper, configs: Sequence[Table], parts: Mapping[
 
 
 def summary(one: Paper, parts: Mapping[str, Mapping[str, Any]]) -> dict:
-    """A paper's line on the index: {table: rows of its method}, and what came of the numbers printed for them."""
-    counts = sum((part["counts"] for part in parts.values()), Counter())
+    """A paper's line on the index: {table: rows of its method}, and what came of the numbers printed for them, by kind;
+    numbers of other methods, and those that the budget gives, are not counted."""
+    lines = [line for part in parts.values() for line in part["verdicts"] if line["own"] and line["kind"] != GIVEN]
+    counts = {kind: Counter(line["verdict"] for line in lines if line["kind"] == kind) for kind in (ACCURACY, COUNTED)}
     found = {name: part["methods"][one.method] for name, part in parts.items() if part["methods"][one.method]}
-    return {**vars(one), "counts": counts, "printed": sum(counts.values()), "tables": found,
-            "rows": sum(found.values())}
+    return {**vars(one), "counts": counts, "printed": len(lines), "tables": found, "rows": sum(found.values())}
 
 
 def headline_of(rows: Sequence[Row], name: str) -> dict:

@@ -147,11 +147,11 @@ def lines_of(claim: Claim, found: Sequence[Found]) -> list[dict[str, str]]:
         if one.change is None:
             shown |= {"change": "—", "interval": "", "bytes": "", "seeds": "", "unequal": "", "on": ""}
         else:
-            ratio = one.bytes[0] / one.bytes[1]
+            ratio, plural = one.bytes[0] / one.bytes[1], "s" if one.seeds > 1 else ""
             shown |= {"change": f"{one.change:+.2f}", "interval": f"{one.low:+.2f} to {one.high:+.2f}",
                       "bytes": f"{ratio:.2f}", "seeds": str(one.seeds),
                       "unequal": "" if abs(ratio - 1) <= EQUAL else f"{ratio:.2f}",
-                      "on": f"{one.task}, {one.network}, {one.n_test:,} inputs, {one.seeds} seed{'s' * (one.seeds > 1)}"}
+                      "on": f"{one.task}, {one.network}, {one.n_test:,} inputs, {one.seeds} seed{plural}"}
         lines.append(shown)
     return lines
 

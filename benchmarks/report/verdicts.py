@@ -3,8 +3,9 @@
 An accuracy (or error) is a mean over n test inputs: it is reached where ours is at least as good, not reached where
 ours falls short by more than 1.96 standard errors of ours, and between the two nobody can tell. Every other number
 (bytes, ratios, densities, bit operations) is counted, not sampled: it is reached where ours is at least as good to the
-digits that are printed. Where several seeds were run, ours is their mean, and its error that of the mean as well; a
-deviation that the paper prints is one more error. Errors add in squares.
+digits that are printed. What the row's budget asks for (`given`) is reached by construction: it says that the setting
+is the paper's, and is no result. Where several seeds were run, ours is their mean, and its error that of the mean as
+well; a deviation that the paper prints is one more error. Errors add in squares.
 """
 
 import math
@@ -19,6 +20,7 @@ from .seeds import spread_of
 
 Row = Mapping[str, Any]
 REACHED, NOT_REACHED, CANNOT_TELL, MISSING = "reached", "not reached", "cannot tell", "missing"
+ACCURACY, COUNTED, GIVEN = "accuracy", "counted", "given"
 ACCURACIES = ("top1_", "error_")
 SMALLER_IS_BETTER = ("error_", "bytes", "density", "bits", "bops", "rate_", "kept", "weights", "macs", "cycles",
                      "energy")
@@ -27,13 +29,15 @@ LARGER_IS_BETTER = ("top1_", "ratios", "saved")
 
 @dataclass(frozen=True)
 class Verdict:
-    """One printed number of a row beside ours; `gain` is how much better ours is, in the number's own unit."""
+    """One printed number of a row beside ours; `gain` is how much better ours is, in the number's own unit; `kind` is
+    accuracy, counted or given."""
 
     metric: str
     printed: float
     ours: float | None
     gain: float | None
     verdict: str
+    kind: str
 
 
 def verdicts(row: Row) -> list[Verdict]:
@@ -43,8 +47,9 @@ def verdicts(row: Row) -> list[Verdict]:
 
 def judged(metric: str, printed: float, ours: float | None, row: Row) -> Verdict:
     """The verdict on one number; `row` tells how many inputs an accuracy is a mean over."""
+    kind = kind_of(metric, row["budget"])
     if ours is None:
-        return Verdict(metric, printed, None, None, MISSING)
+        return Verdict(metric, printed, None, None, MISSING, kind)
     gain = round(direction(metric) * (ours - printed), 9)
     name = metric.split(".")[-1]
     slack = 0.0 if name.startswith(ACCURACIES) else half_unit(printed)
@@ -53,7 +58,22 @@ def judged(metric: str, printed: float, ours: float | None, row: Row) -> Verdict
     if name.startswith(ACCURACIES):
         errors.append(standard_error(100 - ours if name.startswith("error_") else ours, row["n_test"]))
     text = REACHED if gain >= -slack else NOT_REACHED if gain < -max(slack, Z95 * math.hypot(*errors)) else CANNOT_TELL
-    return Verdict(metric, printed, ours, gain, text)
+    return Verdict(metric, printed, ours, gain, text, kind)
+
+
+def kind_of(metric: str, budget: Mapping[str, Any]) -> str:
+    """Accuracy; given, where the budget alone says the number; else counted.
+
+    >>> kind_of("layers.ip1 density", {"density": 0.1}), kind_of("accounting.ratios.with_index", {"density": 0.1})
+    ('given', 'counted')
+    """
+    name = metric.split(" ")[-1].split(".")[-1]
+    if name.startswith(ACCURACIES):
+        return ACCURACY
+    asked = {field for field, value in budget.items() if value is not None}
+    needs = {"density": [{"density"}], "kept_weights": [{"density"}], "bits": [{"bits"}], "mean_bits": [{"bits"}],
+             "data_only": [{"data_ratio"}, {"density", "bits"}]}
+    return GIVEN if any(fields <= asked for fields in needs.get(name, [])) else COUNTED
 
 
 def direction(metric: str) -> int:
