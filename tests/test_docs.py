@@ -56,6 +56,15 @@ def test_a_plot_has_each_row_at_its_loss_with_its_interval():
     assert bottom > top  # less lost is higher
 
 
+def test_points_far_below_are_arrows_at_the_edge_and_no_lines_in_the_legend():
+    rows = [full(str(i), "dfq", top1=95 - i / 10, size=1000 + i) for i in range(5)] + [full("far", "udfc", top1=50)]
+    figure = figures.front_plot(rows, "bytes")
+    panel, (legend,) = figure.axes[0], figure.legends
+    assert panel.get_ylim()[0] < 10 and [text.get_text() for text in legend.get_texts()].count("UDFC") == 0
+    assert "DFQ" in [text.get_text() for text in legend.get_texts()]
+    assert [text.get_text() for text in panel.texts if ":" in text.get_text()] == ["UDFC: 45.5"]
+
+
 def test_a_line_joins_rows_that_differ_in_size_alone():
     names = ("one way, 20x", "one way, low rate, 20x", "one way, 40x", "one way, low rate, 40x", "5 bits, odd")
     rows = [full(name, "udfc", top1=90 - i, size=1000 + i) for i, name in enumerate(names)]
@@ -118,6 +127,17 @@ def test_tables_parse_back_in_every_form(name):
 def test_a_formula_in_a_name_is_text_in_a_spreadsheet():
     ours = list(csv.reader(io.StringIO(comma_separated(table_of([full("=1+1")], "t", "t")))))[2]
     assert ours[0] == "'=1+1"
+
+
+def test_intervals_turn_round_and_seen_images_are_marked():
+    """A change of -0.5 to 0.1 points is a loss of -0.1 to 0.5; a network at 99.9 % on images has seen them."""
+    paired = {"integer": {"change": -0.2, "low": -0.5, "high": 0.1}}
+    rows = [full("a", against_baseline=paired, held_out_top1=95.0, baseline_held_out_top1=96.0),
+            full("b", held_out_top1=97.0, baseline_held_out_top1=99.9)]
+    table = table_of(rows, "t", "t")
+    cells = [dict(zip([c.header for c in table.columns], line.cells, strict=True)) for line in table.lines[1:]]
+    assert [one["95 % interval"].text for one in cells] == ["-0.10 to 0.50", "—"]
+    assert [one["held-out"].text for one in cells] == ["95.00", "97.00 (seen)"]
 
 
 def test_points_lost_and_columns_that_nobody_fills():

@@ -56,11 +56,14 @@ def series(row: Row) -> str:
 
 def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
     """Points lost (upwards is better) against a cost on a logarithmic axis: a curve for each `series` of a method,
-    names on the points, 95 % intervals, and the front that no row beats in both. `rows` start from one baseline."""
+    names on the points, 95 % intervals, and the front that no row beats in both. Points far below the others are
+    arrows at the lower edge. `rows` start from one baseline."""
     label, cost, tick = AXES[axis]
     figure = Figure(figsize=(9.0, 5.0) if wide else (6.4, 4.8), layout="constrained")
     panel = figure.add_subplot()
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    bottom = _bottom(rows)
+    shown = {row["method"] for row in rows if points_lost(row) <= bottom}
     for method in methods:
         colour, marker = look(method, methods)
         own = [row for row in rows if row["method"] == method]
@@ -69,29 +72,46 @@ def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
             panel.errorbar([cost(r) for r in mine], [points_lost(r) for r in mine], [interval(r) for r in mine],
                            color=colour, marker=marker, ms=6, lw=0.8, elinewidth=0.8, alpha=0.9,
                            ls=LINES[i % len(LINES)] if kind or len(mine) < 6 else "none",
-                           label=method_name(method) if i == 0 else "_nolegend_")
+                           label=method_name(method) if i == 0 and method in shown else "_nolegend_")
     front = pareto_front([(cost(r), -points_lost(r)) for r in rows])
     panel.plot([x for x, _ in front], [-y for _, y in front], color="0.6", lw=4, alpha=0.35, zorder=0,
                drawstyle="steps-post", label="front: no smaller one loses less")
     panel.axhline(0, color="0.4", lw=1, ls="--")
     panel.set(xscale="log", xlabel=f"{label} (log)", ylabel="points of top-1 lost, integer arithmetic")
-    _limits(panel, rows)
+    best = min(*map(points_lost, rows), 0)
+    panel.set_ylim(bottom + 0.08 * (bottom - best) + 0.1, best - 0.25)
+    panel.grid(alpha=0.25)
     _ticks(panel, tick)
     names = [r["name"] if len(methods) == 1 else series(r) or method_name(r["method"]) for r in rows]
+    named = [(cost(r), points_lost(r), name) for r, name in zip(rows, names, strict=True)]
     figure.draw_without_rendering()
-    _name_points(panel, [(cost(r), points_lost(r), name) for r, name in zip(rows, names, strict=True)])
+    _name_points(panel, [one for one in named if one[1] <= bottom])
+    _point_below(panel, [one for one in named if one[1] > bottom])
     if len(methods) > 1:
         figure.legend(loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
 
 
-def _limits(panel: Axes, rows: Sequence[Row]) -> None:
-    """Lost points grow downwards; a far outlier does not squeeze the others."""
+def _bottom(rows: Sequence[Row]) -> float:
+    """The most lost points that a plot shows in their place: a far outlier does not squeeze the others."""
     lost = sorted(points_lost(r) for r in rows)
     middle = lost[len(lost) // 2]
-    bottom = max(min(lost[-1], max(4 * middle, lost[0] + 4.0)), lost[0] + 0.5)
-    panel.set_ylim(bottom + 0.08 * (bottom - min(lost[0], 0)) + 0.1, min(lost[0], 0) - 0.25)
-    panel.grid(alpha=0.25)
+    return max(min(lost[-1], max(4 * middle, lost[0] + 4.0)), lost[0] + 0.5)
+
+
+def _point_below(panel: Axes, named: list[tuple[float, float, str]]) -> None:
+    """An arrow at the lower edge for each point below it, with its name and what it lost; one above another where
+    they meet."""
+    edge, taken, box = panel.get_ylim()[0], [], panel.get_window_extent()
+    for x, y, name in sorted(named):
+        text, middle = f"{name}: {y:.1f}", panel.transData.transform((x, edge))[0]
+        half = 2.5 * len(text) + 4
+        left = min(max(middle - half, box.x0 + 2), box.x1 - 2 - 2 * half)  # inside the frame
+        level = sum(left < end and start < left + 2 * half for start, end in taken)
+        panel.annotate(text, (x, edge), xytext=(0.72 * (left - middle), 12 + 10 * level), textcoords="offset points",
+                       fontsize=7, arrowprops={"arrowstyle": "->", "lw": 0.8, "color": "0.4", "relpos": (
+                           (middle - left) / (2 * half), 0)}, annotation_clip=False)
+        taken.append((left, left + 2 * half))
 
 
 def _ticks(panel: Axes, tick: Callable[[float], str]) -> None:

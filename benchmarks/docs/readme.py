@@ -20,7 +20,7 @@ from .tables import Table, markdown, table_of
 from .words import Row
 
 BLOCK = re.compile(r"(<!-- (headline|papers|claims|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HEADLINE = ("row", "points lost", "top-1, float", "top-1, integer", "file", "smaller", "BOPs, zeros skipped", "energy",
+HEADLINE = ("row", "points lost", "95 % interval", "top-1, integer", "file", "smaller", "BOPs, zeros skipped", "energy",
             "cycles", "data", "CPU s")
 RowsOf = Mapping[str, Sequence[Row]]
 
@@ -56,8 +56,8 @@ def filled(text: str, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
 
 
 def headline(rows: Sequence[Row], name: str) -> str:
-    """A GitHub table of the columns in HEADLINE, each row under the baseline it starts from."""
-    whole = table_of(rows, name, name)
+    """A GitHub table of the columns in HEADLINE, each row under the baseline it starts from, the largest file first."""
+    whole = table_of(sorted(rows, key=lambda row: -row["bytes"]), name, name)
     kept = [i for i, column in enumerate(whole.columns) if column.header in HEADLINE]
     lines = [type(line)(line.kind, [line.cells[i] for i in kept]) for line in whole.lines]
     return markdown(Table(whole.caption, whole.stem, [whole.columns[i] for i in kept], lines))

@@ -11,6 +11,8 @@ from ..report.seeds import spread_of
 from ..report.table import cpu_seconds, in_markdown, listed
 from .words import DATA, Row, count, method_name, plain, points, points_lost, size, times
 
+SEEN = 3.0  # points by which a network is better on held-out images than on test images only if it was trained on them
+
 
 @dataclass(frozen=True)
 class Column:
@@ -49,6 +51,21 @@ def _lost(row: Row) -> float | None:
     return None if row["top1_integer"] is None else points_lost(row)
 
 
+def _interval(row: Row) -> str | None:
+    """Of one seed: the mean over several would have another one."""
+    if "against_baseline" not in row or "seeds" in row:
+        return None
+    change = row["against_baseline"]["integer"]
+    return f"{-change['high']:.2f} to {-change['low']:.2f}"
+
+
+def _held_out(row: Row) -> float | str | None:
+    """Marked where the network that the row starts from has seen these images: it knows them far better than others."""
+    value, given = row.get("held_out_top1"), row.get("baseline_held_out_top1")
+    seen = value is not None and given is not None and given - row["baseline_top1"] > SEEN
+    return f"{points(value)} (seen)" if seen else value
+
+
 def _printed(row: Row) -> str | None:
     found = [f"{value:g}" for metric, value, _ in compared(row) if metric.startswith(("top1", "error"))] if (
         row.get("paper")) else []
@@ -59,10 +76,12 @@ COLUMNS = (
     Column("row", lambda r: r["name"], str, "name of the row in its configuration", True),
     Column("method", lambda r: r["method"], method_name, "the method that made it", True),
     Column("points lost", _lost, points, "top-1 of the float32 baseline minus top-1 in integer arithmetic"),
+    Column("95 % interval", _interval, str, "of points lost, paired on the same test inputs"),
     Column("top-1, integer", lambda r: r["top1_integer"], points,
            "test accuracy in percent in integer arithmetic; activations have 8 bits unless the method chose others"),
     Column("top-1, float", lambda r: r["top1_float"], points, "test accuracy in percent, decoded weights in float"),
-    Column("held-out", lambda r: r.get("held_out_top1"), points, "accuracy on the held-out images that choices see"),
+    Column("held-out", _held_out, lambda v: v if isinstance(v, str) else points(v),
+           "accuracy on the held-out images that choices see; (seen): the given network was trained on them"),
     Column("printed", _printed, str, "the paper's accuracy or error, where it prints one"),
     Column("file", lambda r: r["bytes"], size, "bytes on disk, everything included; KB = 1000 B"),
     Column("smaller", lambda r: r["float32_bytes"] / r["bytes"], times, "float32 bytes of the network / bytes"),
