@@ -31,10 +31,9 @@ Departures   The paper was not at hand: what it says is known from its abstract,
     No sharing of theta within blocks; first and last layer alike.
   * probe: whether the paper fine-tunes inside eps is not known. Without (probe = 0) every theta looks far worse than it
     is after fine-tuning, small layers most, which then stay dense; with it, eps is what a theta costs once the other
-    weights have answered. lambda is then an exchange rate of errors that last. Without probes the search lost to one
-    rate for all layers on LeNet-300 at every lambda that was tried. With probes the two have not been compared at equal
-    bytes, and small layers still come out denser (ip3 at 49 %): what one can save (0.4 % of the bits) is less than the
-    noise of an error that is counted on a thousand images.
+    weights have answered. lambda is then an exchange rate of errors that last. The search and one rate for all layers
+    have not been compared at equal bytes; small layers still come out denser (ip3 of LeNet-300 at 50 %): what one can
+    save (0.4 % of the bits) is less than the noise of an error that is counted on a thousand images.
   * s_i: a relative position of `index_bits` and a b-bit code per entry, fillers included, and 2^b values; no Huffman
     code. The paper stores a sparse code; the width of its positions is not known.
   * Not known: lambda, bounds (p in 0..0.98 by 0.01, b in 2..8), start (Sobol), kernel (Matern-5/2, on values cut at
