@@ -24,7 +24,7 @@ from .execute import Place
 from .jobs import Job, Table, all_tables, file_name, prepare, read_table
 from .networks import network_names
 from .report import against_paper, table
-from .rows import RESULTS, ROOT, Row, read_rows, slug, tables
+from .rows import RESULTS, ROOT, Row, jobs_done, read_rows, slug, tables
 from .runs import Screen, clean_up
 from .settings import from_assignments, merge, plain
 from .specs import (
@@ -48,8 +48,7 @@ def prepared(options: Namespace, screen: Screen) -> Session:
     """A session whose results folder can be written and holds no leftovers."""
     device_of(options.device)
     check_results(options.results)
-    done = {row["job"] for folder in tables(options.results) for row in read_rows(folder, lambda line: None)}
-    clean_up(options.results, done - {None}, screen)
+    clean_up(options.results, jobs_done(options.results), screen)
     return Session(screen)
 
 

@@ -33,7 +33,7 @@ from .networks import find, label, source_digest
 from .provenance import joined, origin, surroundings
 from .rows import SCHEMA, Row, finished, stem, write_row
 from .runs import DiskRun, Screen, run_key
-from .settings import build, count_knobs, merge, plain
+from .settings import build, count_knobs, merge, plain, same_settings
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,10 @@ def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, 
     """Compress, encode, decode, measure, write the row and return it; None where `place.measure` leaves it out.
 
     Where `place.resume` is set and the row of this very job is there already with its file, that row is returned; and
-    so it is where another process was at work on this job, and has finished it. A file that waits is measured.
+    so it is where another process was at work on this job, and has finished it. A file that waits is measured, and what
+    was cut off goes on. A row or a state of other settings, from before a default changed, is none of this job.
     """
-    method, _, _ = prepare(job)
+    method, _, config = prepare(job)
     network = skeleton(dataset, job.network)
     check_layers(job, list(weight_layers(network)))
     setup = setup_of(job, dataset)
@@ -85,11 +86,13 @@ def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, 
         place.screen.say(f"{job.name}: another process is at work on it: waiting for its row")
 
     with locked(place.states / f"{key}.lock", waiting) as waited:
-        resume, done = place.resume or waited, finished(folder, name_of(job, start.baseline), key)
-        if done is not None and resume and is_of(place.results / "models" / done["file"], done):
+        resume = place.resume or waited
+        run = DiskRun(place.states / f"{key}.{run_key(plain(config))[:8]}", job.name, place.screen, resume=resume)
+        done = None if run.folder.exists() else finished(folder, name_of(job, start.baseline), key)
+        if (done is not None and resume and same_settings(config, done["config"])
+                and is_of(place.results / "models" / done["file"], done)):
             place.screen.say(f"{job.name}: its row is in {folder} already, from commit {done.get('commit')}")
             return done.changed(paper=plain(job.paper), note=job.note, order=order)
-        run = DiskRun(place.states / key, job.name, place.screen, resume=resume)
         found = made.find(run.folder)
         if found is None:
             found = make(job, network, dataset, setup, start.baseline, place, run)

@@ -36,17 +36,23 @@ def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[b
             os.close(descriptor)
 
 
-def is_free(path: Path) -> bool:
-    """Whether no process holds the lock `path`."""
+@contextlib.contextmanager
+def tried(path: Path) -> Iterator[bool]:
+    """Hold the lock `path` inside the block if it is free, without waiting; yields whether it is held. What is done
+    inside, nobody else does at the same time: asking whether a lock is free says nothing of the next moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = _is(path, descriptor)
+        except BlockingIOError:
+            held = False
+        try:
+            yield held
+        finally:
+            if held:
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 

@@ -4,6 +4,7 @@ A row is found by what it is (name, network, seed, checkpoint), so that no two r
 machine or many can write at once. A row that takes the place of another job's moves that one to TABLE/superseded.
 """
 
+import hashlib
 import json
 import os
 import unicodedata
@@ -135,7 +136,7 @@ def visible(text: str) -> str:
 def write_row(folder: Path, row: Row) -> Path:
     """The row as folder/STEM.json, in one step; CompressError where that fails, and then nothing has changed.
 
-    What is there of another job, or cannot be read, goes to folder/superseded first.
+    What is there of another job or of other settings, or cannot be read, goes to folder/superseded first.
     """
     path = folder / f"{row.stem}.json"
     try:
@@ -154,14 +155,18 @@ def write_row(folder: Path, row: Row) -> Path:
 
 
 def _set_aside(path: Path, data: bytes, row: Row) -> None:
-    """Keep the row at `path` under another name, if it is of another job than `row`."""
+    """Keep the row at `path` under another name, if it is of another job than `row`, or of other settings: a default
+    may have changed in between."""
     try:
-        job = read_row(path)["job"]
+        old = read_row(path)
+        name = str(old["job"])[:DIGITS]
+        if old["job"] == row["job"]:
+            if old.get("config") == row.get("config"):  # the oldest have none
+                return
+            name += f"-{hashlib.sha256(data).hexdigest()[:DIGITS]}"
     except CompressError:
-        job = "unreadable"
-    if job == row["job"]:
-        return
-    aside = path.parent / SUPERSEDED / f"{path.stem}-{str(job)[:DIGITS]}.json"
+        name = "unreadable"
+    aside = path.parent / SUPERSEDED / f"{path.stem}-{name}.json"
     aside.parent.mkdir(exist_ok=True)
     write_file(aside, data)
 
@@ -203,6 +208,19 @@ def finished(folder: Path, name: str, key: str) -> Row | None:
     except CompressError:
         return None
     return row if row is not None and row["job"] == key else None
+
+
+def jobs_done(results: Path) -> dict[str, float]:
+    """{key of a job: when its row was written, in seconds of the clock}, of all rows that can be read."""
+    done: dict[str, float] = {}
+    for path in (path for folder in tables(results) for path in folder.glob("[!.]*.json")):
+        try:
+            job = read_row(path)["job"]
+        except CompressError:
+            continue
+        if job is not None:
+            done[job] = max(done.get(job, 0.0), path.stat().st_mtime)
+    return done
 
 
 def tables(results: Path) -> list[Path]:

@@ -8,7 +8,7 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from methods.core.errors import CompressError
 from methods.core.file.container import write_file
 
-from .locks import is_free
+from .locks import tried
 from .provenance import Origin, origin
 from .rows import visible
 
@@ -149,24 +149,32 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CompressError(f"the saved state {path} is of another version") from None
 
 
-def clean_up(results: Path, jobs_done: Collection[str], screen: Screen) -> None:
-    """Remove what cut-off processes left: parts of files, states of rows that are there, and states long forgotten."""
+def clean_up(results: Path, jobs_done: Mapping[str, float], screen: Screen) -> None:
+    """Remove what cut-off processes left: parts of files, states of rows that are there, and states long forgotten.
+
+    jobs_done  {key of a job: time at which its row was written}: younger states are of a computation after it
+    A folder of states is called KEY or KEY.SETTINGS, its lock KEY.lock.
+    """
     now = time.time()
     for path in results.rglob(".*.tmp"):
         if now - path.stat().st_mtime > STALE_PART:
             path.unlink(missing_ok=True)
     for path in (results / "runs").glob("*.lock"):
-        if is_free(path):
-            path.unlink(missing_ok=True)
+        with tried(path):
+            pass  # a free one goes
     for folder in (path for path in (results / "runs").glob("*") if path.is_dir() and path.name != "baselines"):
-        if not is_free(folder.with_suffix(".lock")):
-            continue
-        files = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
-        old = now - max(files, default=folder.stat().st_mtime) > STALE_STATE
-        if old:
-            screen.say(f"removed: {folder}, not continued for {STALE_STATE // DAY} days")
-        if old or folder.name in jobs_done:
-            shutil.rmtree(folder, ignore_errors=True)
+        with tried(folder.with_suffix(".lock")) as held:
+            if held:
+                _clean(folder, now, jobs_done.get(folder.name.partition(".")[0], 0.0), screen)
+
+
+def _clean(folder: Path, now: float, done: float, screen: Screen) -> None:
+    files = [file.stat().st_mtime for file in folder.rglob("*") if file.is_file()]
+    last = max(files, default=folder.stat().st_mtime)
+    if now - last > STALE_STATE:
+        screen.say(f"removed: {folder}, not continued for {STALE_STATE // DAY} days")
+    if now - last > STALE_STATE or last <= done:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def run_key(facts: Mapping[str, Any]) -> str:

@@ -100,6 +100,24 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def same_settings(config: Any, known: Mapping[str, Any]) -> bool:
+    """Whether `known`, a config as a row has it, is as `config` wherever that has an effect. What `known` does not have
+    is younger than it.
+
+    >>> from methods.core.train.recipe import Recipe
+    >>> old = {"epochs": 3, "lr": 0.1, "momentum": 0.5}
+    >>> same_settings(Recipe(3, 0.1, momentum=0.5), old), same_settings(Recipe(3, 0.1), old)
+    (True, False)
+    """
+    for name in with_effect(config):
+        value, then = plain(functools.reduce(getattr, name.split("."), config)), known
+        for part in name.split("."):
+            then = then.get(part, value) if isinstance(then, Mapping) else then
+        if then != value:
+            return False
+    return True
+
+
 def count_knobs(value: Any) -> int:
     """Settings a user can turn: fields of a dataclass, nested ones spelled out; a {layer: value} counts each.
 

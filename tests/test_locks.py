@@ -2,7 +2,7 @@
 
 import multiprocessing
 
-from benchmarks.locks import is_free, locked
+from benchmarks.locks import locked, tried
 
 
 def hold(path, started, release, order):
@@ -18,7 +18,9 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
         started, release, order, waited = context.Event(), context.Event(), context.Queue(), []
         process = context.Process(target=hold, args=(path, started, release, order))
         process.start()
-        assert started.wait(30) and not is_free(path)
+        assert started.wait(30)
+        with tried(path) as held:
+            assert not held
 
         def waiting(seen=waited, end=release, kill=killed, held_by=process):
             seen.append(1)
@@ -29,6 +31,11 @@ def test_a_lock_is_held_by_one_process_and_ends_with_it(tmp_path):
             if not killed:
                 assert order.get(timeout=30) == "first"
         process.join()
-        assert not path.exists() and is_free(path)
+        assert not path.exists()
+        with tried(path) as held:
+            assert held and path.exists()
+            with tried(path) as again:
+                assert not again
+        assert not path.exists()
         with locked(path) as had_to_wait:
             assert not had_to_wait

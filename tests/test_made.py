@@ -1,5 +1,6 @@
 """Files that wait for their measuring: made once, found by the run that resumes, made anew where they are damaged."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from benchmarks.data import open_dataset
 from benchmarks.execute import Place, Start, run_job
 from benchmarks.jobs import Job
 from benchmarks.networks import build
-from benchmarks.runs import Screen
+from benchmarks.rows import jobs_done
+from benchmarks.runs import Screen, clean_up
 
 ONE = Job("one", "prune_then_quantize", "digits", "resnet18w2", {"density": 0.5, "bits": 8})
 TRAINED = replace(ONE, name="trained", config={"retrain": {"epochs": 1, "lr": 0.05}})
@@ -84,3 +86,37 @@ def test_the_code_of_both_parts_counts(run, monkeypatch):
     monkeypatch.setattr(execute, "origin", lambda: ("b" * 40, False))
     row = run(resume=True)
     assert row["dirty"] is True and row["mixed"] is True and row["commit"] == "b" * 40
+
+
+def test_a_file_made_anew_beside_an_old_row_is_measured_and_not_thrown_away(run, tmp_path):
+    """A row of this very job is there; its file is made again, here or elsewhere: the row is to be of that."""
+    run()
+    (row,) = (tmp_path / "rows" / "own").glob("*.json")
+    before = row.stat().st_mtime_ns
+    run(measure=False)
+    clean_up(tmp_path, jobs_done(tmp_path), Screen(bars=False))
+    run(resume=True)
+    assert len(run.makings) == 2 and row.stat().st_mtime_ns > before and not list((tmp_path / "runs").glob("*"))
+    run(resume=True)
+    assert len(run.makings) == 2
+
+
+def test_a_row_of_other_settings_is_not_this_jobs(run, tmp_path):
+    """The row is from when a default was another one: the job says nothing of it, so that its key is the same."""
+    run()
+    (path,) = (tmp_path / "rows" / "own").glob("*.json")
+    values = json.loads(path.read_text())
+    assert values["config"]["scope"] == "local"
+    path.write_text(json.dumps(values | {"config": values["config"] | {"scope": "global"}}))
+    row = run(resume=True)
+    assert len(run.makings) == 2 and row["config"]["scope"] == "local"
+    (old,) = (tmp_path / "rows" / "own" / "superseded").glob("*.json")
+    assert json.loads(old.read_text())["config"]["scope"] == "global"
+
+
+def test_a_state_of_other_settings_is_not_continued(run, tmp_path, monkeypatch):
+    run(measure=False)
+    whole = execute.prepare
+    monkeypatch.setattr(execute, "prepare", lambda job: (*whole(job)[:2], replace(whole(job)[2], scope="global")))
+    row = run(resume=True)
+    assert len(run.makings) == 2 and row["config"]["scope"] == "global"

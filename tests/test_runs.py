@@ -205,8 +205,8 @@ def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
 
 def test_leftovers_are_removed(tmp_path, monkeypatch):
     """Parts of files and states of finished rows go; what is young, locked or not ours stays."""
-    states = tmp_path / "runs"
-    for name in ("done", "cut", "old", "locked"):
+    states, now = tmp_path / "runs", runs.time.time()
+    for name in ("done", "done.settings", "again", "cut", "old", "locked"):
         disk(states / name).save({})
         (states / f"{name}.lock").write_text("")
     for path in (tmp_path / ".part.tmp", states / ".young.tmp", tmp_path / "own.tmp"):
@@ -216,8 +216,8 @@ def test_leftovers_are_removed(tmp_path, monkeypatch):
     os.utime(tmp_path / "own.tmp", (month, month))
     os.utime(states / "old" / "run" / "state.pt", (month, month))
     with locked(states / "locked.lock"):
-        runs.clean_up(tmp_path, {"done", "locked"}, Silent())
-        assert {path.name for path in states.iterdir()} == {"cut", "locked", "locked.lock", ".young.tmp"}
+        runs.clean_up(tmp_path, {"done": now + 60, "again": now - 60, "locked": now + 60}, Silent())
+        assert {path.name for path in states.iterdir()} == {"again", "cut", "locked", "locked.lock", ".young.tmp"}
     assert (tmp_path / "own.tmp").exists() and not (tmp_path / ".part.tmp").exists()
     assert len(Silent.said) == 1 and "old, not continued for 30 days" in Silent.said[0]
 
