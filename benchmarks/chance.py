@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.stats import binom
+from scipy.stats import t as student
 from torch import Tensor
 
 Z95 = 1.959964  # standard normal: 95 % lie within
@@ -65,6 +66,24 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (over n - 1)."""
     mean = math.fsum(values) / len(values)
     return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else 0.0
+
+
+def over_seeds(found: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """(change, low, high) of the mean over seeds, given those of each: errors within and between them add in squares,
+    the one between them by Student's t, since k seeds say little of their own spread. Test inputs are the same for all:
+    more seeds do not make the error within smaller."""
+    k = len(found)
+    if k == 1:
+        return found[0]
+    change, spread = mean_and_deviation([change for change, _, _ in found])
+    within = math.fsum(((high - low) / 2) ** 2 for _, low, high in found) / k
+    half = math.hypot(math.sqrt(within), t_of(k) * spread / math.sqrt(k))
+    return change, change - half, change + half
+
+
+def t_of(seeds: int) -> float:
+    """95 % of Student's t lie within, where a deviation was taken from so many seeds; 0 for one, which has none."""
+    return float(student.ppf(0.975, seeds - 1)) if seeds > 1 else 0.0
 
 
 def pack(right: Tensor) -> str:

@@ -6,7 +6,6 @@ network gave the numbers of its int64 reference; else it is the reason in one li
 """
 
 import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from methods import Budget, CompressError, CompressWarning, Recipe, apply, find_method
 from methods.core.artifact import CompressedModel
 from methods.core.errors import ConfigError
+from methods.core.file.container import write_file
 from methods.core.graph.build import NORMS
 from methods.core.graph.weights import float_share
 from methods.core.train.task import Task
@@ -27,6 +27,7 @@ from methods.engine.reference import ReferenceRun
 from methods.pipeline.settings import Prune, Quantize
 
 from ._torchvision import import_datasets
+from .locks import locked
 
 CLASSES, BATCH = 10, 2
 PLAIN = {"aux_logits": False, "init_weights": False}
@@ -159,11 +160,10 @@ def run_networks(path: Path, networks: Iterable[str], methods: Iterable[str], sa
         for method in missing:
             said(f"{network} {method}")
             cell = try_one(*subject, method)
-            table.setdefault(network, {})[method] = cell
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".tmp")
-            beside.write_text(json.dumps(table, indent=1) + "\n")
-            os.replace(beside, path)
+            with locked(path.with_suffix(".lock")):  # another process may have written cells of its own
+                table = read_table(path)
+                table.setdefault(network, {})[method] = cell
+                write_file(path, (json.dumps(table, indent=1) + "\n").encode())
     return table
 
 

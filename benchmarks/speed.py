@@ -83,11 +83,17 @@ class Report:
     profiles: dict[str, Profile]
 
 
+def input_of(network: str) -> tuple[int, int]:
+    """Channels and pixels of a side of what a network of the harness takes; those of CIFAR-10 where it takes any."""
+    known = find(network)
+    return (CHANNELS if known.channels is None else known.channels, SIZE if known.size is None else known.size)
+
+
 def measure_speed(network: str, files: Sequence[Path], batch: int, rounds: int, threads: int) -> Report:
     """Of files of this network of the harness, or of its own forms; sets the number of threads of this process."""
     check_positive({"batch": batch, "rounds": rounds, "threads": threads})
     torch.set_num_threads(threads)
-    channels, size = find(network).channels or CHANNELS, find(network).size or SIZE
+    channels, size = input_of(network)
     model = trained_or_new(network, channels)
     x = torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(0))
     chosen = {path.stem: decode(path) for path in files} if files else forms(model, x[:CALIBRATION])

@@ -36,8 +36,8 @@ from methods.rptq import Config as RptqConfig
 from methods.rptq import Quantizer
 from methods.rptq_train.rated import RateAware
 
-from .networks import build, find
-from .speed import CHANNELS, CLASSES, SIZE, Timing, check_positive, in_turn
+from .networks import build
+from .speed import CLASSES, Timing, check_positive, in_turn, input_of
 
 PLAIN = "plain step"
 DENSITY, BITS, DATA_RATIO = 0.1, 4, 0.0125  # of every method; the time of a step hardly depends on them
@@ -61,7 +61,7 @@ def measure_training(network: str, batch: int, rounds: int, threads: int) -> Tra
     """Of a network of the harness in bfloat16 autocast and channels_last; sets this process's number of threads."""
     check_positive({"train-batch": batch, "rounds": rounds, "threads": threads})
     torch.set_num_threads(threads)
-    channels, size = find(network).channels or CHANNELS, find(network).size or SIZE
+    channels, size = input_of(network)
     model = build(network, CLASSES, channels)
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(batch, channels, size, size, generator=generator), torch.arange(batch) % CLASSES

@@ -19,6 +19,7 @@ from benchmarks.docs.tables import COLUMNS, comma_separated, latex, markdown, ta
 from benchmarks.docs.words import METHODS, count, look, metric, plain, size, times
 from benchmarks.foreign import in_words
 from benchmarks.jobs import CONFIGS, all_tables
+from benchmarks.report.seeds import over_seeds
 from benchmarks.rows import RESULTS
 from methods import method_names
 from methods.core.errors import CompressError, ConfigError
@@ -77,7 +78,13 @@ def test_a_line_joins_rows_that_differ_in_size_alone():
 
 
 def test_the_paired_interval_is_taken_where_there_is_one():
-    assert figures.interval(full("a", against_baseline={"integer": {"low": -0.5, "high": 0.1}})) == pytest.approx(0.3)
+    def one(change, half):
+        return full("a", against_baseline={"integer": {"change": change, "low": change - half, "high": change + half}})
+
+    assert figures.interval(one(-0.2, 0.3)) == pytest.approx(0.3)
+    seeds = [{**one(change, 0.3), "seed": seed} for seed, change in enumerate((-1.0, 0.0, 1.0))]
+    (mean,) = over_seeds(seeds)  # a deviation of 1 over three seeds: Student's t with 2 degrees of freedom is 4.302653
+    assert figures.interval(mean) == pytest.approx((0.3**2 + (4.302653 / 3**0.5) ** 2) ** 0.5)
 
 
 def test_methods_never_look_alike():

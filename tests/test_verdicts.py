@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from benchmarks.chance import mean_and_deviation, pack, paired, standard_error, unpack
+from benchmarks.metrics import OF_A_LAYER, OF_A_ROW
 from benchmarks.report import against_paper, table
 from benchmarks.report.seeds import over_seeds
-from benchmarks.report.verdicts import judged, overall, verdicts
+from benchmarks.report.verdicts import direction, judged, overall, verdicts
+from methods.core.errors import ConfigError
 
 from .made_rows import row as made
 
@@ -129,3 +131,27 @@ def test_seeds_of_a_row_are_one_line():
     ("accounting.ratios.with_index", {"density": 0.1, "bits": 4, "data_ratio": 0.1}, "counted")])
 def test_what_a_budget_gives_is_no_result(metric, budget, kind):
     assert judged(metric, 1.0, 1.0, row(budget=budget)).kind == kind
+
+
+@pytest.mark.parametrize("metric", [*OF_A_ROW, *(f"conv1 {name}" for name in OF_A_LAYER)])
+def test_every_number_that_may_be_printed_has_a_better_side(metric):
+    assert direction(metric) in (1, -1)
+
+
+@pytest.mark.parametrize("metric, side", [
+    ("size_ratio", -1), ("accounting.ratios.with_index", 1), ("hardware.macs_per_byte", 1), ("cost.macs", -1),
+    ("conv1 fillers", -1), ("held_out_top1", 1), ("error_integer", -1), ("hardware.energy_ratio", -1),
+    ("accounting.bits.data_only", -1), ("hardware.utilisation", 1)])
+def test_which_side_is_better(metric, side):
+    assert direction(metric) == side
+    with pytest.raises(ConfigError, match="whether more of it or less is better"):
+        direction("hardware.something")
+
+
+def test_few_seeds_say_little_of_their_spread():
+    """Printed 95; ours 94 over three seeds with a deviation of 0.5: 4.302653 * 0.5 / sqrt(3) = 1.24 points at least."""
+    rows = [made("a", top1=top1, seed=seed, n_test=10**9, paper={"top1_integer": 95.0})
+            for seed, top1 in enumerate((93.5, 94.0, 94.5))]
+    (mean,) = over_seeds(rows)
+    assert [one.verdict for one in verdicts(mean)] == ["cannot tell"]
+    assert [one.verdict for one in verdicts({**mean, "paper": {"top1_integer": 95.3}})] == ["not reached"]

@@ -9,9 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from ..chance import Z95
+from ..report.seeds import paired_interval
 from .words import Row, count, look, method_name, points_lost, size
 
-Z95 = 1.959964
 AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = {  # label, cost of a row, of a tick
     "bytes": ("size of the file", lambda r: r["bytes"], size),
     "bops": ("bit operations, pruned weights skipped", lambda r: r["cost"]["sparse_bops"], count),
@@ -25,9 +26,9 @@ PARTS = {"codes": "#0072B2", "positions": "#E69F00", "codebooks": "#009E73", "re
 
 def interval(row: Row) -> float:
     """Half of the 95 % interval of points lost, from the size of the test set; of the paired change where it is."""
-    paired = row.get("against_baseline")
+    paired = paired_interval(row)
     if paired is not None:
-        return (paired["integer"]["high"] - paired["integer"]["low"]) / 2
+        return (paired[1] - paired[0]) / 2
     share = row["top1_integer"] / 100
     return 100 * Z95 * (share * (1 - share) / row.get("n_test", 10_000)) ** 0.5
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..report.against_paper import compared
-from ..report.seeds import spread_of
+from ..report.seeds import paired_interval, spread_of
 from ..report.table import cpu_seconds, in_markdown, listed
 from .words import DATA, Row, count, method_name, plain, points, points_lost, size, times
 
@@ -52,11 +52,8 @@ def _lost(row: Row) -> float | None:
 
 
 def _interval(row: Row) -> str | None:
-    """Of one seed: the mean over several would have another one."""
-    if "against_baseline" not in row or "seeds" in row:
-        return None
-    change = row["against_baseline"]["integer"]
-    return f"{-change['high']:.2f} to {-change['low']:.2f}"
+    found = paired_interval(row)
+    return None if found is None else f"{-found[1]:.2f} to {-found[0]:.2f}"
 
 
 def _held_out(row: Row) -> float | str | None:

@@ -2,10 +2,9 @@
 
 A claim names pairs of rows, measured on the same test inputs: the one that should be better, and the other. A pair is
 judged by the change in integer top-1 and its paired 95 % interval (`chance.paired`). Where both rows have the same
-seeds, or baselines, the change is the mean over these, and its error that of the mean: errors within and between them
-add in squares, the one between them by Student's t, since k seeds say little of their own spread. A claim holds where a
-pair is better and none is worse, fails where one is worse and none is better. One that says "best" (`all`) holds where
-every pair is better, and fails where one is worse.
+seeds, or baselines, the change is the mean over these, and its error that of the mean (`chance.over_seeds`). A claim
+holds where a pair is better and none is worse, fails where one is worse and none is better. One that says "best"
+(`all`) holds where every pair is better, and fails where one is worse.
 
 paper_configs/claims.toml lists them:
 
@@ -21,11 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
-
 from methods.core.errors import ConfigError
 
-from ..chance import Z95, mean_and_deviation, paired, unpack
+from ..chance import over_seeds, paired, unpack
 from ..jobs import CONFIGS
 from ..settings import build, read_toml
 
@@ -114,14 +111,8 @@ def _judged(better: str, than: str, network: str, mine: Mapping[tuple, Row], oth
         return Found(better, than, network)
     pairs = [paired(*(unpack(row["right"]["integer"], row["n_test"]) for row in (others[key], mine[key])))
              for key in shared]
+    change, low, high = over_seeds([(pair.change, pair.low, pair.high) for pair in pairs])
     k = len(pairs)
-    if k == 1:
-        change, low, high = pairs[0].change, pairs[0].low, pairs[0].high
-    else:
-        change, spread = mean_and_deviation([pair.change for pair in pairs])
-        within = math.fsum(((pair.high - pair.low) / 2 / Z95) ** 2 for pair in pairs) / k  # test inputs are the same
-        half = math.hypot(Z95 * math.sqrt(within), float(student.ppf(0.975, k - 1)) * spread / math.sqrt(k))
-        low, high = change - half, change + half
     sizes = tuple(math.fsum(rows[key]["bytes"] for key in shared) / k for rows in (mine, others))
     first = mine[shared[0]]
     return Found(better, than, network, change, low, high, sizes, k, first["task"], first["n_test"])

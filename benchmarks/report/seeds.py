@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..chance import mean_and_deviation
+from ..chance import over_seeds as mean_change
 
 Row = Mapping[str, Any]
 
@@ -24,6 +25,16 @@ def _mean(values: Sequence[Any]) -> Any:
     if isinstance(first, bool) or not all(isinstance(value, (int, float)) for value in values):
         return first
     return first if all(value == first for value in values) else math.fsum(values) / len(values)
+
+
+def paired_interval(row: Row) -> tuple[float, float] | None:
+    """The 95 % interval of the change against the baseline in integer arithmetic, over the seeds of a row if there are
+    several; None for the oldest rows, which were not paired."""
+    rows = row.get("seeds", [row])
+    if any("against_baseline" not in one for one in rows):
+        return None
+    found = [one["against_baseline"]["integer"] for one in rows]
+    return mean_change([(one["change"], one["low"], one["high"]) for one in found])[1:]
 
 
 def spread_of(row: Row, look: Callable[[Row], float | None]) -> tuple[float, int]:

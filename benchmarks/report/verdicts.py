@@ -5,7 +5,7 @@ ours falls short by more than 1.96 standard errors of ours, and between the two 
 (bytes, ratios, densities, bit operations) is counted, not sampled: it is reached where ours is at least as good to the
 digits that are printed. What the row's budget asks for (`given`) is reached by construction: it says that the setting
 is the paper's, and is no result. Where several seeds were run, ours is their mean, and its error that of the mean as
-well; a deviation that the paper prints is one more error. Errors add in squares.
+well, by Student's t; a deviation that the paper prints is one more error. Errors add in squares.
 """
 
 import math
@@ -14,17 +14,19 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from ..chance import Z95, standard_error
+from methods.core.errors import ConfigError
+
+from ..chance import Z95, standard_error, t_of
 from .against_paper import compared, deviations, lookup
 from .seeds import spread_of
 
 Row = Mapping[str, Any]
 REACHED, NOT_REACHED, CANNOT_TELL, MISSING = "reached", "not reached", "cannot tell", "missing"
 ACCURACY, COUNTED, GIVEN = "accuracy", "counted", "given"
-ACCURACIES = ("top1_", "error_")
-SMALLER_IS_BETTER = ("error_", "bytes", "density", "bits", "bops", "rate_", "kept", "weights", "macs", "cycles",
-                     "energy")
-LARGER_IS_BETTER = ("top1_", "ratios", "saved")
+ACCURACIES = ("top1_", "error_", "baseline_top1", "held_out_top1")
+LARGER_IS_BETTER = ("top1", "ratios", "macs_per_byte", "utilisation")  # looked for first
+SMALLER_IS_BETTER = ("error_", "bytes", "size_ratio", "density", "bits", "bops", "rate_", "kept", "weights", "macs",
+                     "cycles", "energy", "levels", "fillers")
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,10 @@ def judged(metric: str, printed: float, ours: float | None, row: Row) -> Verdict
     name = metric.split(".")[-1]
     slack = 0.0 if name.startswith(ACCURACIES) else half_unit(printed)
     spread, seeds = spread_of(row, lambda one: lookup(one, metric))
-    errors = [spread / math.sqrt(seeds), deviations(row).get(metric, 0.0)]
+    errors = [t_of(seeds) * spread / math.sqrt(seeds), Z95 * deviations(row).get(metric, 0.0)]
     if name.startswith(ACCURACIES):
-        errors.append(standard_error(100 - ours if name.startswith("error_") else ours, row["n_test"]))
-    text = REACHED if gain >= -slack else NOT_REACHED if gain < -max(slack, Z95 * math.hypot(*errors)) else CANNOT_TELL
+        errors.append(Z95 * standard_error(100 - ours if name.startswith("error_") else ours, row["n_test"]))
+    text = REACHED if gain >= -slack else NOT_REACHED if gain < -max(slack, math.hypot(*errors)) else CANNOT_TELL
     return Verdict(metric, printed, ours, gain, text, kind)
 
 
@@ -77,11 +79,12 @@ def kind_of(metric: str, budget: Mapping[str, Any]) -> str:
 
 
 def direction(metric: str) -> int:
-    """1 where larger is better, -1 where smaller is."""
+    """1 where larger is better, -1 where smaller is; ConfigError where neither is known."""
     path = metric.split(" ")[-1]  # of a layer's number the layer comes first
-    if any(part in path for part in LARGER_IS_BETTER):
-        return 1
-    return -1 if any(part in path for part in SMALLER_IS_BETTER) else 1
+    for parts, sign in ((LARGER_IS_BETTER, 1), (SMALLER_IS_BETTER, -1)):
+        if any(part in path for part in parts):
+            return sign
+    raise ConfigError(f"{metric}: whether more of it or less is better is not known")
 
 
 def half_unit(printed: float) -> float:
