@@ -201,6 +201,9 @@ def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
     third = disk(tmp_path, clock=Clock())
     assert third.stage("a").load() == third.stage("b").load() == {}
     assert third.clock.seconds() == (42, 53)
+    fourth = disk(tmp_path, clock=Clock())
+    assert fourth.stage("b").load() == fourth.stage("a").load() == {}  # the older state comes last
+    assert fourth.clock.seconds() == (42, 53)
 
 
 def test_leftovers_are_removed(tmp_path, monkeypatch):
