@@ -20,8 +20,8 @@ from .tables import Table, markdown, table_of
 from .words import Row
 
 BLOCK = re.compile(r"(<!-- (headline|papers|claims|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HEADLINE = ("row", "points lost", "95 % interval", "top-1, integer", "top-1, float", "file", "smaller", "BOPs, zeros skipped", "energy",
-            "cycles", "data", "CPU s")
+HEADLINE = ("row", "points lost", "95 % interval", "top-1, integer", "top-1, float", "file", "smaller",
+            "BOPs, zeros skipped", "energy", "cycles", "data", "CPU s")
 RowsOf = Mapping[str, Sequence[Row]]
 
 
