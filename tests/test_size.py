@@ -9,14 +9,14 @@ import torch
 from benchmarks.jobs import all_tables
 from benchmarks.measure import with_ranges
 from benchmarks.settings import build
-from methods import Budget, find_method, method_names, pipeline
+from methods import Budget, compress_to_size, find_method, method_names, pipeline
 from methods.core.artifact import Affine, Codebook, CompressedTensor
 from methods.core.errors import BudgetError
 from methods.core.file.storage import encode, to_bytes
 from methods.core.fit import size as sizes
 from methods.core.fit.prune import global_densities
 from methods.core.fit.quantize import fit_symmetric, quantize
-from methods.core.fit.size import Knob, compress_to_size, untrained, without_smallest
+from methods.core.fit.size import Knob, untrained, without_smallest
 from methods.core.graph.build import assemble, float_bytes
 from methods.core.graph.weights import weight_layers
 from methods.core.train.finetune import Recipe
@@ -93,7 +93,7 @@ def test_a_pipeline_turns_what_its_settings_have(settings, budget, knob, tiny):
 
 def test_a_pipeline_without_a_knob_says_what_it_takes(tiny):
     config = pipeline.Config(order=("quantize",), quantize=pipeline.Quantize("float16"))
-    with pytest.raises(BudgetError, match="size_ratio"):
+    with pytest.raises(BudgetError, match="size_ratio = 0.2: with these settings pipeline has nothing to turn"):
         compress_to_size(pipeline, tiny.model(), tiny.task(), Budget(size_ratio=0.2), config, torch.Generator())
     assert pipeline.Config(**BLOCKS).size_knob.name == "bits"
 
