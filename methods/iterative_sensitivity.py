@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from .core.artifact import CompressedModel
 from .core.budget import Budget
-from .core.errors import BudgetError, ConfigError
+from .core.errors import BudgetError, ConfigError, GraphError
 from .core.fit.calibrate import calibrate, check_calibration
 from .core.fit.quantize import fit_symmetric, quantize
 from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.fold import fold_batchnorm
 from .core.graph.graph import Graph, Node, trace
+from .core.method import check_call
 from .core.train.run import NullRun, Run
 from .core.train.task import First, Task
 
@@ -68,6 +69,7 @@ class Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: none; the limit is config.bops_percent. BudgetError where 2 bits everywhere are above it."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("iterative_sensitivity")
     model = own_copy(model)

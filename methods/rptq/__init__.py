@@ -59,6 +59,7 @@ from ..core.fit.sequential import quantize_in_order
 from ..core.graph.build import apply, assemble, float_bytes, own_copy, weight_layers
 from ..core.graph.fold import fold_batchnorm
 from ..core.graph.graph import trace
+from ..core.method import check_call
 from ..core.settings import check_idle
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
@@ -115,6 +116,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     >>> 0.97 < len(to_bytes(small)[0]) / (0.15 * 4 * 2212) <= 1
     True
     """
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("rptq", optional=("size_ratio",))
     model = own_copy(model)

@@ -29,9 +29,12 @@ from torch import nn
 
 from ..artifact import CompressedModel, CompressedTensor
 from ..budget import Budget
-from ..errors import BudgetError
+from ..errors import BudgetError, ConfigError
 from ..file.storage import to_bytes
 from ..graph.build import float_bytes
+from ..graph.wrapped import check_network
+from ..method import check_budget, check_generator
+from ..train.loaders import describe
 from ..train.run import NullRun, Run
 from ..train.task import Task
 
@@ -112,6 +115,12 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
     >>> file_bytes(small) <= 0.12 * float_bytes(network), small.notes["size"]["knob"]
     (True, 'density')
     """
+    if not hasattr(method, "compress"):
+        raise ConfigError(f"method = {describe(method)}: compress_to_size takes the module of a method, such as "
+                          "find_method('rptq')")
+    check_network(model)
+    check_budget(budget, "compress_to_size")
+    check_generator(generator, "compress_to_size")
     run, knob = NullRun() if run is None else run, knob_of(method, config)
     if budget.size_ratio is not None and knob is None and hasattr(config, "size_knob"):
         name = method.__name__.rpartition(".")[2]
