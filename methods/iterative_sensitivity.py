@@ -104,6 +104,9 @@ class Rounded(nn.Module):
         self.exact = {name: layer.weight.detach().cpu().clone() for name, layer in weight_layers(folded).items()}
         self.first = {node.name for node in graph.layers() if _reads_input(graph, node)}
         self.macs = _macs(graph, inputs[:1])
+        if not self.macs:
+            raise GraphError(f"{graph.why_opaque()}iterative_sensitivity finds no conv and no linear layer whose "
+                             "operations it could count")
         self.bits: Tensors = {}
         self.graph = Graph([replace(node, run=self._rounding(node)) for node in graph], graph.output)
 

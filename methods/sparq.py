@@ -155,9 +155,9 @@ def quantized_layers(graph: Graph, inputs: Tensor) -> tuple[list[str], dict[str,
     chosen = [node.name for node in nodes[1:-1] if node.name not in left]
     if not chosen:
         why = [f"{name}: {reason}" for name, reason in left.items()]
-        raise GraphError(f"sparq has no layer to act on: it leaves the first and the last of {len(nodes)} as they are, "
-                         f"and its windows cannot take the others ({', '.join(why[:3]) if why else 'there are none'})"
-                         f"{graph.why_opaque()}")
+        raise GraphError(f"{graph.why_opaque()}sparq has no layer to act on: it leaves the first and the last of "
+                         f"{len(nodes)} as they are, and its windows cannot take the others "
+                         f"({', '.join(why[:3]) if why else 'there are none'})")
     return chosen, left
 
 
