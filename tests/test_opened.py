@@ -137,3 +137,10 @@ def test_swapped_arguments_are_named(call, message, net, path):
     with pytest.raises(ConfigError, match=message) as caught:
         call(net, decode(path), path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_the_other_copy_of_the_package_is_taken(net, path):
+    """The harness runs `methods`, a method from elsewhere imports `jointcompress.methods`."""
+    made = decode(path)
+    other = type("CompressedModel", (), {"__getattr__": lambda self, name: getattr(made, name)})()
+    assert torch.equal(apply(other, net)[0].weight, apply(made, net)[0].weight)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import CompressError, ConfigError
 from .quantizers import DTYPE_BYTES, MAX_BITS, ActivationQuantizer, Topology, Window
+from .settings import is_a
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}  # of what stays as it is, in `rest`
 PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
@@ -244,6 +245,6 @@ class CompressedModel:
 
 def check_compressed(given: object, call: str) -> None:
     """ConfigError where `given` is no compressed model, the first argument of `call`."""
-    if not isinstance(given, CompressedModel):
+    if not is_a(given, CompressedModel):
         raise ConfigError(f"{call} was given a {type(given).__name__} first: it takes a CompressedModel, as compress "
                           "returns it and decode(path) reads it")

@@ -10,6 +10,7 @@ from .artifact import CompressedModel
 from .budget import Budget
 from .errors import BudgetError, ConfigError
 from .graph.wrapped import check_network
+from .settings import is_a
 from .train.loaders import describe
 from .train.run import Run
 from .train.task import Task
@@ -42,7 +43,8 @@ def check_call(module: str, model: Any, task: Any, budget: Any, config: Any, gen
     ConfigError, or BudgetError for the budget, in one line for an argument of another type, and for no task where the
     settings need one (`DATA`, or `config.data`).
 
-    >>> check_call("methods.dfq", nn.Linear(2, 2), None, {"bits": 8}, None, None)
+    >>> from .. import dfq
+    >>> check_call(dfq.__name__, nn.Linear(2, 2), None, {"bits": 8}, None, None)
     Traceback (most recent call last):
         ...
     methods.core.errors.BudgetError: budget = a dict of bits: dfq takes a Budget, such as Budget(bits=8)
@@ -57,13 +59,13 @@ def check_call(module: str, model: Any, task: Any, budget: Any, config: Any, gen
     maker = MAKERS.get(data, "Task.from_loader(train, held_out)")
     if task is None and data != "none":
         raise ConfigError(f"task = None: with these settings {name} needs a task, such as {maker}")
-    if task is not None and not isinstance(task, Task):
+    if task is not None and not is_a(task, Task):
         raise ConfigError(f"task = {describe(task)}: {name} takes a Task, such as {maker}")
 
 
 def check_budget(budget: Any, name: str) -> None:
     """BudgetError for another type; `name` is of what takes it."""
-    if not isinstance(budget, Budget):
+    if not is_a(budget, Budget):
         raise BudgetError(f"budget = {describe(budget)}: {name} takes a Budget, such as Budget(bits=8)")
 
 
