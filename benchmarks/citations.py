@@ -1,13 +1,17 @@
-"""What to cite: the BibTeX entries of paper_configs/references.bib, one for each method."""
+"""What to cite: the BibTeX entries of paper_configs/references.bib, one for each method of a paper; else this project,
+as CITATION.cff names it."""
 
+import importlib.metadata
 import re
 from pathlib import Path
 
+from methods import GROUP, __version__, method_names
 from methods.core.errors import ConfigError
 
 from .rows import ROOT
 
 REFERENCES = ROOT / "paper_configs" / "references.bib"
+CITATION = ROOT / "CITATION.cff"
 ENTRY = re.compile(r"^@\w+\{(\w+),\n.*?^\}\n", re.MULTILINE | re.DOTALL)
 FIELD = re.compile(r"^\s*(\w+) = \{(.*)\},?$", re.MULTILINE)
 OWN = "jointcompress"
@@ -18,9 +22,25 @@ def entries(path: Path = REFERENCES) -> dict[str, str]:
     return {match[1]: match[0] for match in ENTRY.finditer(path.read_text(encoding="utf-8"))}
 
 
+def own_entries(path: Path = CITATION) -> dict[str, str]:
+    """{method without a paper of its own: a BibTeX entry of this project, whose note names the method}."""
+    text = path.read_text(encoding="utf-8")
+    title, author, released = (re.search(rf'^[ -]*{key}: "?(.*?)"?$', text, re.MULTILINE)[1]
+                               for key in ("title", "name", "date-released"))
+    brought = {point.name for point in importlib.metadata.entry_points(group=GROUP)}
+    names = [name for name in method_names() if name not in entries() and name not in brought]
+    fields = {"title": title, "author": f"{{{author}}}", "year": released[:4], "version": __version__}
+    return {name: _software(name, {**fields, "note": "The method " + name.replace("_", r"\_")}) for name in names}
+
+
+def _software(key: str, fields: dict[str, str]) -> str:
+    lines = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+    return f"@software{{{key},\n{lines}\n}}\n"
+
+
 def bibtex(methods: list[str]) -> str:
     """The entries of `methods`, or of all; ConfigError, listing the names, for one that has none."""
-    known = entries()
+    known = entries() | own_entries()
     unknown = [name for name in methods if name not in known]
     if unknown:
         raise ConfigError(f"no reference for {unknown[0]!r}; there are: {', '.join(known)}")

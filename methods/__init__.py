@@ -5,6 +5,12 @@
     encode(compressed, "net.jc"); network = apply(decode("net.jc"), skeleton)
     opened = open_file("net.jc", skeleton, (3, 32, 32)); opened(x)  # in integers; also costs, verify, to_onnx
 
+Every method takes a size of the file, though most have another budget: `compress_to_size` turns the one knob that the
+method names (density, bits, ...) until the file fits. With the other fields that the method needs:
+
+    compressed = compress_to_size(deep_compression, model, task, Budget(size_ratio=0.05, bits=5),
+                                  deep_compression.Config(), torch.Generator().manual_seed(0))
+
 Every method module has DATA ("train", "held_out", "calibration" or "none": see `Task.seen_as`), a frozen `Config`, and
 `compress`. A `Config` with a property `data` says itself what its settings need (`data_of`).
 

@@ -28,6 +28,7 @@ from .core.fit.size import Knob, compress_to_size
 from .core.graph.build import apply, assemble, frozen_layers, own_copy, weight_layers
 from .core.graph.shrink import shrink
 from .core.graph.weights import float_layers
+from .core.method import check_call
 from .core.train.finetune import Hooks, Recipe, train
 from .core.train.metric import Metric
 from .core.train.recipe import Distill, Link
@@ -40,7 +41,7 @@ __all__ = NAMES = [
     "ActivationQuantizer", "Affine", "Budget", "BudgetError", "Codebook", "CompressError", "CompressWarning",
     "CompressedModel", "CompressedTensor", "ConfigError", "Distill", "FormatError", "GraphError", "Hooks", "Knob",
     "Levels", "Link", "MaskHooks", "Metric", "NullRun", "Opened", "Recipe", "Run", "Task", "Topology",
-    "TrainingDiverged", "Window", "apply", "apply_masks", "assemble", "calibrate", "compress_to_size",
+    "TrainingDiverged", "Window", "apply", "apply_masks", "assemble", "calibrate", "check_call", "compress_to_size",
     "decode", "encode", "float_layers", "frozen_layers", "global_densities", "inspect", "keep_global", "keep_largest",
     "keep_local", "load", "open_file", "own_copy", "ready", "shrink", "sixteen_bit",
     "train", "weight_layers",

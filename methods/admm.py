@@ -57,6 +57,7 @@ from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.graph import trace
 from .core.graph.live import give_back
 from .core.graph.weights import layer_of
+from .core.method import check_call
 from .core.settings import check_idle
 from .core.train.finetune import Hooks, Recipe, train
 from .core.train.run import NullRun, Run
@@ -131,6 +132,7 @@ def quick(config: Config) -> Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: density and, unless weights are to stay float32, bits; each a number or {layer: number}."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("admm", "density", optional=("bits",))
     given, model = model, task.placed(own_copy(model))

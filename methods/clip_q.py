@@ -62,6 +62,7 @@ from .core.fit.bayes import SEARCHES, minimize
 from .core.fit.size import Knob, untrained
 from .core.graph.build import assemble, own_copy
 from .core.graph.weights import layer_of, place_of, weight_layers
+from .core.method import check_call
 from .core.settings import check_idle
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
@@ -132,6 +133,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
              *, run: Run | None = None) -> CompressedModel:
     """Budget: density and bits (2..16), numbers or {layer: number}. search = "uniform" needs both; the other searches
     take at most one, and choose what is left out."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     model = own_copy(model)
     spaces = open_choices(model, budget, config.search)

@@ -45,6 +45,7 @@ from .core.fit.prune import MaskHooks, apply_masks, keep_count, keep_largest
 from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy
 from .core.graph.weights import layer_of, place_of, weight_layers
+from .core.method import check_call
 from .core.settings import check_idle
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
@@ -78,6 +79,7 @@ class Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: density and bits (2..16), each a number or {layer: number}."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("deep_compression", "density", "bits")
     model = own_copy(model)

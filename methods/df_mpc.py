@@ -40,6 +40,7 @@ from .core.fit.odd_levels import quantize_odd
 from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, fit_scales, read_filters, require_pairs, scale_outputs
+from .core.method import check_call
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -79,6 +80,7 @@ class Config:
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: bits of the high-bit layers, a number or {layer: number}; the low-bit ones take Config.low_bits."""
+    check_call(__name__, model, task, budget, config, generator)
     budget.require("df_mpc", "bits")
     given = own_copy(model).cpu()
     model = copy.deepcopy(given)

@@ -54,6 +54,7 @@ from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, find_pairs
 from .core.graph.fold import fold_batchnorm, fold_codes
 from .core.graph.graph import Graph, trace
+from .core.method import check_call
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -99,6 +100,7 @@ class Config:
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: bits, a number or {layer: number}."""
+    check_call(__name__, model, task, budget, config, generator)
     budget.require("dfq", "bits")
     model = own_copy(model)
     bits = {name: int(b) for name, b in budget.every_layer("bits", weight_layers(model), "dfq").items()}

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 
 from .core.artifact import CompressedModel
 from .core.budget import Budget
-from .core.errors import BudgetError, ConfigError
+from .core.errors import BudgetError, ConfigError, GraphError
 from .core.fit.calibrate import calibrate, check_calibration
 from .core.fit.quantize import fit_symmetric, quantize
 from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.fold import fold_batchnorm
 from .core.graph.graph import Graph, Node, trace
+from .core.method import check_call
 from .core.train.run import NullRun, Run
 from .core.train.task import First, Task
 
@@ -68,6 +69,7 @@ class Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: none; the limit is config.bops_percent. BudgetError where 2 bits everywhere are above it."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("iterative_sensitivity")
     model = own_copy(model)
@@ -102,6 +104,9 @@ class Rounded(nn.Module):
         self.exact = {name: layer.weight.detach().cpu().clone() for name, layer in weight_layers(folded).items()}
         self.first = {node.name for node in graph.layers() if _reads_input(graph, node)}
         self.macs = _macs(graph, inputs[:1])
+        if not self.macs:
+            raise GraphError(f"{graph.why_opaque()}iterative_sensitivity finds no conv and no linear layer whose "
+                             "operations it could count")
         self.bits: Tensors = {}
         self.graph = Graph([replace(node, run=self._rounding(node)) for node in graph], graph.output)
 

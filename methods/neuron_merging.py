@@ -55,6 +55,7 @@ from .core.graph.channels import (
     merge_channels,
     require_pairs,
 )
+from .core.method import check_call
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -111,6 +112,7 @@ class Norms:
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: channel_density, a number or {layer: number} for each prunable layer."""
+    check_call(__name__, model, task, budget, config, generator)
     budget.require("neuron_merging", "channel_density")
     model = own_copy(model).cpu()
     small = copy.deepcopy(model)

@@ -38,6 +38,7 @@ from .core.graph.build import apply, assemble, own_copy, weight_layers
 from .core.graph.fold import fold_codes
 from .core.graph.graph import trace
 from .core.graph.weights import layer_of
+from .core.method import check_call
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
@@ -90,6 +91,7 @@ class Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: density and bits, each a number or {layer: number} (global scope takes one density)."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("prune_then_quantize", "density", "bits")
     model = own_copy(model)

@@ -30,6 +30,7 @@ from .core.fit.size import Knob
 from .core.graph.build import apply, assemble, own_copy
 from .core.graph.fold import fold_batchnorm, fold_codes
 from .core.graph.weights import layer_of, weight_layers
+from .core.method import check_call
 from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
@@ -62,6 +63,7 @@ class Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: density and bits, each a number or {layer: number}."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("quantize_then_prune", "density", "bits")
     model = own_copy(model)

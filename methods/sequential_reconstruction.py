@@ -49,6 +49,7 @@ from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import Filters, Pair, changed_widths, require_pairs
 from .core.graph.graph import Graph, Node, trace
+from .core.method import check_call
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
 
@@ -92,6 +93,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
              *, run: Run | None = None) -> CompressedModel:
     """Budget: channel_density (of the prunable convolutions) and bits, each a number or {layer: number}, or one of
     the two: without bits the weights stay float32."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("sequential_reconstruction", optional=("channel_density", "bits"))
     if budget.channel_density is None and budget.bits is None:

@@ -55,6 +55,7 @@ from .core.fit.windows import OPTIONS, find_window, keep_24, windowed_sum
 from .core.graph.build import NORMS, apply, assemble, own_copy, weight_layers
 from .core.graph.graph import Graph, trace
 from .core.graph.weights import layer_of
+from .core.method import check_call
 from .core.settings import check_idle
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
@@ -109,6 +110,7 @@ class Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: optionally bits of the weights, 2..8, a number (8) or {layer: number}."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("sparq", optional=("bits",))
     model = task.placed(own_copy(model)).eval()
@@ -153,9 +155,9 @@ def quantized_layers(graph: Graph, inputs: Tensor) -> tuple[list[str], dict[str,
     chosen = [node.name for node in nodes[1:-1] if node.name not in left]
     if not chosen:
         why = [f"{name}: {reason}" for name, reason in left.items()]
-        raise GraphError(f"sparq has no layer to act on: it leaves the first and the last of {len(nodes)} as they are, "
-                         f"and its windows cannot take the others ({', '.join(why[:3]) if why else 'there are none'})"
-                         f"{graph.why_opaque()}")
+        raise GraphError(f"{graph.why_opaque()}sparq has no layer to act on: it leaves the first and the last of "
+                         f"{len(nodes)} as they are, and its windows cannot take the others "
+                         f"({', '.join(why[:3]) if why else 'there are none'})")
     return chosen, left
 
 

@@ -64,6 +64,7 @@ from .core.graph.channels import (
     require_pairs,
     scale_outputs,
 )
+from .core.method import check_call
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -114,6 +115,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
              *, run: Run | None = None) -> CompressedModel:
     """Budget: channel_density (of the prunable convolutions) and bits, each a number or {layer: number}, or one of
     the two: without bits the weights stay float32."""
+    check_call(__name__, model, task, budget, config, generator)
     budget.require("udfc", optional=("channel_density", "bits"))
     if budget.channel_density is None and budget.bits is None:
         raise BudgetError("udfc needs the budget field 'channel_density' or 'bits'")

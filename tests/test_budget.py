@@ -57,6 +57,17 @@ def test_a_method_refuses_what_it_cannot_honour_and_asks_for_what_it_needs():
         budget.require("m", "density", "bits", "size_ratio")
 
 
+@pytest.mark.parametrize("needed, optional", [(("density", "bits"), ()), ((), ("bits",)), ((), ())])
+def test_a_size_that_a_method_does_not_take_names_the_way_in(needed, optional):
+    """Before any field that is lacking, which that way would choose."""
+    with pytest.raises(BudgetError) as caught:
+        Budget(size_ratio=0.1).require("m", *needed, optional=optional)
+    said = str(caught.value)
+    assert "'size_ratio' (compress_to_size(m, model, task, budget, config, generator) can)" in said
+    assert said.endswith(f"it takes: {', '.join(needed + optional) or 'none'}") and "\n" not in said
+    Budget(size_ratio=0.1).require("m", optional=("size_ratio",))
+
+
 def test_per_layer():
     assert Budget(density=0.5).per_layer("density", LAYERS) == {"conv1": 0.5, "fc": 0.5}
     assert Budget().per_layer("bits", LAYERS) == {"conv1": None, "fc": None}

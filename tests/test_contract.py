@@ -11,6 +11,7 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from benchmarks.jobs import all_tables
 from benchmarks.measure import with_ranges
@@ -228,6 +229,27 @@ def test_every_training_can_be_distilled(case, compressed, tiny):
     with pytest.raises(tiny.Interrupted):
         case.compress(config=config, run=tiny.Run(states, len(counted.calls) // 2))
     assert to_bytes(case.compress(config=config, run=tiny.Run(states)))[0] == to_bytes(out)[0]
+
+
+WRONG = {"model": "a network", "task": DataLoader([0]), "budget": {"bits": 8}, "config": None, "generator": 0}
+
+
+@pytest.mark.parametrize("argument", WRONG)
+def test_an_argument_of_another_type_is_refused_in_one_line(case, argument):
+    given = {"model": case.tiny.model(), "task": case.task(), "budget": case.budget, "config": case.config,
+             "generator": torch.Generator(), argument: WRONG[argument]}
+    named = "a str was given where a network" if argument == "model" else rf"{argument} = a \w+( of bits)?: \w+ takes "
+    with pytest.raises(CompressError, match=named) as caught:
+        case.method.compress(*given.values())
+    assert "\n" not in str(caught.value)
+
+
+def test_no_task_is_refused_where_one_is_needed(case):
+    if data_of(case.method, case.config) == "none":
+        case.method.compress(case.tiny.model(), None, case.budget, case.config, torch.Generator())
+        return
+    with pytest.raises(CompressError, match="task = None: with these settings .* needs a task, such as Task.from_"):
+        case.method.compress(case.tiny.model(), None, case.budget, case.config, torch.Generator())
 
 
 @pytest.mark.parametrize("where", ["conv2.weight", "bn1.running_var"])

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from methods.core.errors import GraphError
+from methods import Budget, Task, find_method
+from methods.core.errors import CompressError, GraphError
 from methods.core.graph.graph import trace
 
 
@@ -163,6 +164,37 @@ def test_a_module_that_cannot_be_traced_is_one_barrier_and_named():
     assert "1: Odd, symbolically traced" in graph.why_opaque() and "\n" not in graph.why_opaque()
     alone = trace(odd)
     assert [node.op for node in alone] == ["input", "barrier"] and "the network: Odd" in alone.why_opaque()
+    assert graph.why_opaque().endswith("; apart from that, ") and alone.why_opaque().endswith("; so ")
+    assert trace(conv()).why_opaque() == ""
+
+
+class Branching(nn.Module):
+    """What torch.fx cannot follow as a whole: a condition on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.norm, self.b, self.f = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.norm(self.a(x)).relu()
+        if h.sum() > 0:
+            h = 2 * h
+        return self.f(self.b(h).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("name, budget, settings", [
+    ("udfc", {"channel_density": 0.5}, {}), ("neuron_merging", {"channel_density": 0.5}, {}),
+    ("df_mpc", {"bits": 6}, {}), ("sequential_reconstruction", {"channel_density": 0.5}, {}),
+    ("udfc", {"bits": 4}, {"batchnorm": "noise"}), ("sparq", {}, {}), ("iterative_sensitivity", {}, {}),
+    ("bayesian_bits", {}, {}), ("width_search", {"mac_ratio": 0.5, "bits": 8}, {"recipe": None})])
+def test_the_true_reason_leads_where_a_network_cannot_be_followed(name, budget, settings):
+    method, batches = find_method(name), [(torch.rand(8, 3, 8, 8), torch.arange(8) % 4)] * 2
+    with pytest.raises(CompressError) as caught:
+        method.compress(Branching(), Task.from_loader(batches, batches), Budget(**budget), method.Config(**settings),
+                        torch.Generator())
+    said = str(caught.value)
+    assert said.startswith("torch.fx cannot look into the network: Branching, symbolically traced variables")
+    assert "; so " in said and "\n" not in said
 
 
 def test_outputs_of_any_structure():

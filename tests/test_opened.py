@@ -5,12 +5,12 @@ import torch
 from torch import nn
 
 from benchmarks.measure import measure
-from methods.core.errors import FormatError
-from methods.core.file.storage import decode, encode
+from methods.core.errors import CompressError, ConfigError, FormatError
+from methods.core.file.storage import decode, encode, load
 from methods.core.fit.calibrate import calibrate
 from methods.core.fit.quantize import fit_symmetric, quantize
 from methods.core.graph import graph as graphs
-from methods.core.graph.build import apply, assemble, weight_layers
+from methods.core.graph.build import apply, assemble, own_copy, weight_layers
 from methods.engine import exact, opened
 from methods.engine.costs import hardware_costs, shapes
 from methods.engine.exact import IntegerNetwork
@@ -78,3 +78,69 @@ def test_a_damaged_file_is_refused(net, path):
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(FormatError):
         open_file(path, net)
+
+
+# --- what is given by mistake ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape, message", [
+    ("a", "shape = 'a': needed is that of one input, without the batch"), (None, "shape = None: needed"),
+    (3, "shape = 3: needed"), ((3, 0, 8), "needed is"), ((3.0, 8, 8), "needed is"), ((True, 8, 8), "needed is"),
+    ((1, 8, 8), r"shape = \(1, 8, 8\): 0 reads inputs of the shape \(3, height, width\), without the batch"),
+    ((16, 3, 8, 8), r"shape = \(16, 3, 8, 8\): 0 reads"), ((3,), "0 reads")])
+def test_a_shape_that_is_none_or_does_not_fit_is_refused_when_the_file_is_opened(shape, message, net, path):
+    with pytest.raises(ConfigError, match=message) as caught:
+        open_file(path, net, shape)
+    assert "\n" not in str(caught.value)
+
+
+def test_shapes_that_fit_are_taken(net, path):
+    for shape in ((), (3, 8, 8), [3, 8, 8], torch.Size((3, 5, 9))):
+        assert open_file(path, net, shape).shape == shape
+    linear = nn.Sequential(nn.Linear(6, 2), nn.ReLU())
+    opened.check_first(graphs.trace(linear), (4, 6))
+    with pytest.raises(ConfigError, match=r"shape = \(4, 5\): 0 reads inputs of the shape \(..., 6\)"):
+        opened.check_first(graphs.trace(linear), (4, 5))
+    opened.check_first(graphs.trace(nn.Sequential(nn.Flatten(), nn.Linear(6, 2))), (1, 2, 3))  # not read as it is
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda x: x[:, :1], r"Sequential cannot take inputs float32 \[16, 1, 8, 8\]: .*to have 3 channels, but got 1"),
+    (lambda x: x[0], "0 reads inputs of 3 dimensions"), (lambda x: x.numpy(), "inputs = a ndarray: needed"),
+    (lambda x: None, "inputs = a NoneType: needed is a tensor")])
+def test_inputs_that_do_not_fit_are_refused_in_one_line(wrong, message, net, path, x):
+    with pytest.raises(CompressError, match=message) as caught:
+        open_file(path, net, SHAPE)(wrong(x))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_that_is_not_the_inputs_is_not_laid_on_them(net, path, x):
+    found = open_file(path, net, SHAPE)
+    found.fast.steps["0"] = lambda inputs: [][1]
+    with pytest.raises(IndexError):
+        found(x)
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda net, made, path: apply(net, made), "apply.compressed, network. was given a Sequential first"),
+    (lambda net, made, path: apply(made, path), "a PosixPath was given where a network"),
+    (lambda net, made, path: encode(net, path), "encode.compressed, path. was given a Sequential first"),
+    (lambda net, made, path: encode(path, made), "encode.compressed, path. was given a PosixPath first"),
+    (lambda net, made, path: encode(made, net), "a Sequential was given where the path of a file"),
+    (lambda net, made, path: decode(net), "a Sequential was given where the path of a file"),
+    (lambda net, made, path: load(net, path), "a PosixPath was given where a network"),
+    (lambda net, made, path: open_file(net, path), "a PosixPath was given where a network"),
+    (lambda net, made, path: open_file(path, made), "a CompressedModel was given where a network"),
+    (lambda net, made, path: opened.Opened(net, made), "Opened.compressed, network. was given a Sequential first"),
+    (lambda net, made, path: own_copy(made), "a CompressedModel was given where a network")])
+def test_swapped_arguments_are_named(call, message, net, path):
+    with pytest.raises(ConfigError, match=message) as caught:
+        call(net, decode(path), path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_of_the_other_copy_of_the_package_is_taken(net, path):
+    """The harness runs `methods`, a method from elsewhere imports `jointcompress.methods`."""
+    made = decode(path)
+    other = type("CompressedModel", (), {"__getattr__": lambda self, name: getattr(made, name)})()
+    assert torch.equal(apply(other, net)[0].weight, apply(made, net)[0].weight)

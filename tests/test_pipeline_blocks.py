@@ -233,7 +233,7 @@ def test_what_does_not_fit_is_refused_in_one_line(tiny, model):
     assert "\n" not in str(caught.value)
     with pytest.raises(BudgetError, match="cannot honour the budget field 'density'; it takes: bits"):
         made(tiny, model, {"blocks": 1}, budget=Budget(bits=8, density=0.5))
-    with pytest.raises(ConfigError, match="they need a task"):
+    with pytest.raises(ConfigError, match="with these settings pipeline needs a task"):
         pipeline.compress(model, None, Budget(bits=8), build(pipeline.Config, {"prune": {
             "granularity": "block", "criterion": "loss", "blocks": 1}}), torch.Generator())
     with pytest.raises(ConfigError, match="a block is there or not"):

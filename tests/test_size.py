@@ -9,14 +9,14 @@ import torch
 from benchmarks.jobs import all_tables
 from benchmarks.measure import with_ranges
 from benchmarks.settings import build
-from methods import Budget, find_method, method_names, pipeline
+from methods import Budget, Task, compress_to_size, find_method, method_names, pipeline
 from methods.core.artifact import Affine, Codebook, CompressedTensor
-from methods.core.errors import BudgetError
+from methods.core.errors import BudgetError, CompressError
 from methods.core.file.storage import encode, to_bytes
 from methods.core.fit import size as sizes
 from methods.core.fit.prune import global_densities
 from methods.core.fit.quantize import fit_symmetric, quantize
-from methods.core.fit.size import Knob, compress_to_size, untrained, without_smallest
+from methods.core.fit.size import Knob, untrained, without_smallest
 from methods.core.graph.build import assemble, float_bytes
 from methods.core.graph.weights import weight_layers
 from methods.core.train.finetune import Recipe
@@ -44,9 +44,11 @@ def task_of(method, tiny):
 
 def test_every_method_takes_a_size():
     """By a knob, or by itself."""
+    task = Task.from_loader([], [])
     for name in set(method_names()) - set(KNOBS):
+        method = find_method(name)
         with pytest.raises(BudgetError, match="it takes: .*size_ratio"):
-            find_method(name).compress(torch.nn.Linear(2, 2), None, Budget(data_ratio=0.5), None, None)
+            method.compress(torch.nn.Linear(2, 2), task, Budget(data_ratio=0.5), method.Config(), torch.Generator())
 
 
 @pytest.mark.parametrize("name", KNOBS)
@@ -93,9 +95,21 @@ def test_a_pipeline_turns_what_its_settings_have(settings, budget, knob, tiny):
 
 def test_a_pipeline_without_a_knob_says_what_it_takes(tiny):
     config = pipeline.Config(order=("quantize",), quantize=pipeline.Quantize("float16"))
-    with pytest.raises(BudgetError, match="size_ratio"):
+    with pytest.raises(BudgetError, match="size_ratio = 0.2: with these settings pipeline has nothing to turn"):
         compress_to_size(pipeline, tiny.model(), tiny.task(), Budget(size_ratio=0.2), config, torch.Generator())
     assert pipeline.Config(**BLOCKS).size_knob.name == "bits"
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"method": "rptq"}, "method = a str: compress_to_size takes the module"), ({"model": None}, "where a network"),
+    ({"budget": {"size_ratio": 0.2}}, "budget = a dict of size_ratio: compress_to_size takes a Budget"),
+    ({"generator": 0}, "generator = a int: compress_to_size takes a torch.Generator")])
+def test_an_argument_of_another_type_is_refused_in_one_line(wrong, message, tiny):
+    given = {"method": pipeline, "model": tiny.model(), "task": tiny.task(), "budget": Budget(size_ratio=0.2, bits=8),
+             "config": pipeline.Config(), "generator": torch.Generator(), **wrong}
+    with pytest.raises(CompressError, match=message) as caught:
+        compress_to_size(**given)
+    assert "\n" not in str(caught.value)
 
 
 # --- the rule, on a method whose sizes are known -----------------------------------------------------------
@@ -211,7 +225,8 @@ def test_ends_of_the_range(tiny):
                                           r"about [\d,]{3,5} bytes: allowed are numbers of about 0\.\d+ or more$"):
         sized(made, tiny, Config(), ratio=0.05)
     with pytest.raises(BudgetError, match="size_ratio chooses density: give one of the two"):
-        compress_to_size(made.module, tiny.model(), None, Budget(size_ratio=0.3, density=0.1), Config(), None)
+        compress_to_size(made.module, tiny.model(), None, Budget(size_ratio=0.3, density=0.1), Config(),
+                         torch.Generator())
     assert not any(trained for trained, density in made.calls if density < 0.5)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from methods import find_method
 from methods import prune_then_quantize as pq
 from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
@@ -118,3 +119,52 @@ class TestNarrowStridedConvs:
               torch.Generator().manual_seed(0))
         moved = (model[0].weight.detach().double() - before) / -0.1
         assert torch.allclose(moved, weight.grad, rtol=1e-3, atol=1e-6)
+
+
+class TestInputsAlone:
+    """`Task.from_inputs`: what calibrates works on it, and gives what it gives with labels; the rest refuses it."""
+
+    @staticmethod
+    def calibrated(name, task, tiny):
+        method = find_method(name)
+        settings = {"rptq": {}, "sparq": {"calibration_inputs": 48}, "dfq": {"batchnorm": "data"}}[name]
+        budget = {"rptq": {"size_ratio": 0.2}, "sparq": {}, "dfq": {"bits": 8}}[name]
+        return to_bytes(method.compress(tiny.model(), task, Budget(**budget), method.Config(**settings),
+                                        torch.Generator().manual_seed(0)))[0]
+
+    @pytest.mark.parametrize("name", ["rptq", "sparq", "dfq"])
+    def test_methods_that_calibrate_run_as_with_labels(self, name, tiny):
+        batches = list(tiny.Batches(96, 1).epoch(None))
+        labelled = Task.from_loader(batches, batches).seen_as("calibration")
+        unread = Task.from_inputs([(inputs, object(), "label") for inputs, _ in batches])
+        wanted = self.calibrated(name, labelled, tiny)
+        assert self.calibrated(name, unread, tiny) == wanted
+        assert self.calibrated(name, Task.from_inputs([inputs for inputs, _ in batches]), tiny) == wanted
+
+    def test_one_tensor_arrays_and_loaders_give_the_same_inputs(self, tiny):
+        x = tiny.Batches(96, 1).inputs
+        given = (x, [x[:50], x[50:]], [x.double().numpy()], [[x]], DataLoader(x, batch_size=7),
+                 DataLoader(TensorDataset(x), batch_size=96))
+        for inputs in given:
+            task = Task.from_inputs(inputs)
+            assert task.train is None and torch.equal(task.calibration_inputs(60), x[:60])
+            assert [targets for _, targets in task.held_out.epoch(None)] == [None] * len(task.held_out)
+        other = Task.from_inputs(x, x[:5])
+        assert torch.equal(next(iter(other.held_out.epoch(None)))[0], x[:5]) and len(other.calibration_inputs(96)) == 96
+        assert len(Task.from_inputs(iter([x, x, x]), [x], steps=2).calibration_inputs(1000)) == 192
+
+    @pytest.mark.parametrize("batch", [{"image": torch.zeros(2, 3)}, (), "ab", (None, torch.zeros(2)), 3.0])
+    def test_a_batch_without_a_tensor_is_refused(self, batch):
+        with pytest.raises(ConfigError, match="must be a tensor, or a tuple whose first part is one, not a ") as caught:
+            Task.from_inputs([batch]).calibration_inputs(1)
+        assert "\n" not in str(caught.value)
+
+    def test_what_needs_labels_refuses_them(self, tiny):
+        task, generator = Task.from_inputs(tiny.Batches(96, 1).inputs), torch.Generator().manual_seed(0)
+        with pytest.raises(ConfigError, match="holds no training batches, and training needs them: Task.from_loader"):
+            pq.compress(tiny.model(), task, Budget(density=0.5, bits=4), pq.Config(retrain=Recipe(1, 0.01)), generator)
+        method = find_method("iterative_sensitivity")
+        with pytest.raises(ConfigError, match="the loss needs targets, and this task has none: Task.from_loader"):
+            method.compress(tiny.model(), task, Budget(), method.Config(calibration_inputs=24), generator)
+        with pytest.raises(CompressError, match="there is no metric"):
+            task.score(tiny.model())

@@ -63,6 +63,7 @@ from ..core.graph.build import assemble, own_copy
 from ..core.graph.graph import trace
 from ..core.graph.live import give_back
 from ..core.graph.weights import Layer, layer_of, place_of, weight_layers
+from ..core.method import check_call
 from ..core.settings import check_idle
 from ..core.train.finetune import Hooks, Recipe, check_trained, train
 from ..core.train.run import NullRun, Run
@@ -134,6 +135,7 @@ def quick(config: Config) -> Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: data_ratio, (bits of the kept codes) / (32 x number of conv and linear weights)."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("annc", "data_ratio")
     given, model = model, own_copy(model)

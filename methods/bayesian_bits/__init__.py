@@ -56,6 +56,7 @@ from ..core.errors import ConfigError
 from ..core.fit.calibrate import calibrate, check_calibration
 from ..core.fit.size import Knob
 from ..core.graph.build import apply, assemble, own_copy
+from ..core.method import check_call
 from ..core.settings import check_idle
 from ..core.train.finetune import Hooks, Recipe, train
 from ..core.train.run import NullRun, Run
@@ -159,6 +160,7 @@ def quick(config: Config) -> Config:
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
     """Budget: none; Config.mu decides how small the result gets."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("bayesian_bits")
     skeleton = own_copy(model).cpu()

@@ -81,7 +81,7 @@ def survey(model: nn.Module, inputs: Tensor, *, prune: bool = True, residual: bo
 
     graph.run(inputs, see)
     if not macs:
-        raise CompressError(f"the network has no convolution and no linear layer to quantize{graph.why_opaque()}")
+        raise CompressError(f"{graph.why_opaque()}the network has no convolution and no linear layer to quantize")
     sources = {edge: source_of(graph, name, pooled) for node in graph
                for edge, name in zip(node.edges(), node.inputs, strict=False)}
     largest, last, fixed = max(macs.values()), list(macs)[-1], (None, None) if bits is None else bits

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .errors import CompressError
+from .errors import CompressError, ConfigError
 from .quantizers import DTYPE_BYTES, MAX_BITS, ActivationQuantizer, Topology, Window
+from .settings import is_a
 
 DTYPES = {name: getattr(torch, name) for name in DTYPE_BYTES}  # of what stays as it is, in `rest`
 PACKED = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of a MultiheadAttention
@@ -240,3 +241,10 @@ class CompressedModel:
     def state_dict(self) -> dict[str, Tensor]:
         """Every parameter and buffer that evaluation needs, decoded to float."""
         return {**{tensor_name(layer): t.decode() for layer, t in self.weights.items()}, **self.rest}
+
+
+def check_compressed(given: object, call: str) -> None:
+    """ConfigError where `given` is no compressed model, the first argument of `call`."""
+    if not is_a(given, CompressedModel):
+        raise ConfigError(f"{call} was given a {type(given).__name__} first: it takes a CompressedModel, as compress "
+                          "returns it and decode(path) reads it")

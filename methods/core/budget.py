@@ -59,8 +59,14 @@ class Budget:
                 raise BudgetError(f"budget {where} = {value!r}: allowed is {allowed}")
 
     def require(self, method: str, *needed: str, optional: tuple[str, ...] = ()) -> None:
-        """Refuse a budget that lacks a field in `needed` or sets one in neither `needed` nor `optional`."""
+        """Refuse a budget that lacks a field in `needed` or sets one in neither `needed` nor `optional`.
+
+        A size_ratio that is not taken comes first, with the way in that every method has.
+        """
         taken = ", ".join(needed + optional) if needed + optional else "none"
+        if self.size_ratio is not None and "size_ratio" not in needed + optional:
+            raise BudgetError(f"{method} cannot honour the budget field 'size_ratio' (compress_to_size({method}, "
+                              f"model, task, budget, config, generator) can); it takes: {taken}")
         for field in fields(self):
             given = getattr(self, field.name) is not None
             if given and field.name not in needed + optional:

@@ -9,6 +9,12 @@ from typing import Any
 from .errors import ConfigError
 
 
+def is_a(value: Any, kind: type) -> bool:
+    """Whether `value` is of the class `kind`, by name: in a clone with the package installed there are two of each, of
+    `methods` and of `jointcompress.methods`, and a method from elsewhere may bring the other."""
+    return any(base.__name__ == kind.__name__ for base in type(value).__mro__)
+
+
 def check_idle(config: Any) -> None:
     """ConfigError where `config` has another value than the default for a setting that does nothing in it."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}

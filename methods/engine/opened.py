@@ -3,14 +3,18 @@
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.artifact import CompressedModel
+from ..core.artifact import CompressedModel, check_compressed
+from ..core.errors import ConfigError
 from ..core.file.storage import decode
 from ..core.graph.build import apply
 from ..core.graph.graph import Graph, trace
+from ..core.graph.wrapped import check_network
+from ..core.train.loaders import describe, first_line
 from ..core.train.task import Batch
 from .costs import hardware_costs
 from .costs.shapes import Traced
@@ -37,7 +41,10 @@ class Opened:
 
     def __init__(self, compressed: CompressedModel, skeleton: nn.Module, shape: tuple[int, ...] = (), *,
                  float_policy: tuple[str, ...] = ()):
+        check_compressed(compressed, "Opened(compressed, network)")
+        check_network(skeleton)
         self.compressed, self.skeleton, self.shape, self.float_policy = compressed, skeleton, shape, float_policy
+        check_sizes(shape)
 
     @cached_property
     def module(self) -> nn.Module:
@@ -92,14 +99,56 @@ class Opened:
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        """Real outputs of the integer network for real inputs."""
-        return self.fast(x)
+        """Real outputs of the integer network for real inputs [N, ...]; ConfigError for what it cannot take."""
+        if not isinstance(x, Tensor):
+            raise ConfigError(f"inputs = {describe(x)}: needed is a tensor [N, ...]")
+        network = self.fast
+        try:
+            return network(x)
+        except (RuntimeError, IndexError) as error:
+            raise ConfigError(f"{type(self.skeleton).__name__} cannot take inputs {describe(x)}: "
+                              f"{self._why_not(x, error)}") from error
+
+    def _why_not(self, x: Tensor, error: Exception) -> str:
+        """What the float network says of `x`, in the words of its layers; where it takes `x`, the error as it is."""
+        try:
+            self.module(x)
+        except Exception as found:  # noqa: BLE001 - a network raises what it likes
+            return first_line(found)
+        raise error
 
 
 def open_file(path: str | Path, skeleton: nn.Module, shape: tuple[int, ...] = (), *,
               float_policy: tuple[str, ...] = ()) -> Opened:
     """The compressed file at `path`, for the network it was made from.
 
-    Raises FormatError for a damaged file; CompressError, on first use, where the two do not fit.
+    Raises FormatError for a damaged file; ConfigError for a shape that is none, or that the network's first layer
+    cannot read; CompressError, on first use (with a shape: now), where file and network do not fit.
     """
-    return Opened(decode(path), skeleton, shape, float_policy=float_policy)
+    check_network(skeleton)
+    found = Opened(decode(path), skeleton, shape, float_policy=float_policy)
+    if shape:
+        check_first(found.graph, shape)
+    return found
+
+
+def check_sizes(shape: Any) -> None:
+    """ConfigError where `shape` is no tuple (or list) of whole numbers above 0."""
+    sizes = shape if isinstance(shape, (tuple, list)) else [None]
+    if not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+        raise ConfigError(f"shape = {shape!r}: needed is that of one input, without the batch, such as (3, 32, 32)")
+
+
+def check_first(graph: Graph, shape: tuple[int, ...]) -> None:
+    """ConfigError where a layer that reads the input itself needs another shape."""
+    for node in graph.layers():
+        if graph.nodes[node.inputs[0]].op != "input":
+            continue
+        if node.op == "linear":
+            fits, needed = shape[-1] == node.module.in_features, f"(..., {node.module.in_features})"
+        else:
+            fits = len(shape) == 3 and shape[0] == node.module.in_channels
+            needed = f"({node.module.in_channels}, height, width)"
+        if not fits:
+            raise ConfigError(f"shape = {tuple(shape)}: {node.name} reads inputs of the shape {needed}, without the "
+                              "batch")

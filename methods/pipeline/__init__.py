@@ -47,6 +47,7 @@ from ..core.fit.weight_quantizers import find_quantizer
 from ..core.graph.build import apply, assemble, own_copy
 from ..core.graph.fold import fold_codes
 from ..core.graph.graph import trace
+from ..core.method import check_call
 from ..core.train.finetune import train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
@@ -70,6 +71,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
              *, run: Run | None = None) -> CompressedModel:
     """Budget: bits (but for float16), density for weights or channel_density for channels, if they are pruned; how many
     blocks go is config.prune.blocks."""
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     pruned = "prune" in config.order
     fields = {"weight": ["density"], "channel": ["channel_density"], "block": []}[config.prune.granularity]

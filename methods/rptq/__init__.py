@@ -59,6 +59,7 @@ from ..core.fit.sequential import quantize_in_order
 from ..core.graph.build import apply, assemble, float_bytes, own_copy, weight_layers
 from ..core.graph.fold import fold_batchnorm
 from ..core.graph.graph import trace
+from ..core.method import check_call
 from ..core.settings import check_idle
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
@@ -110,12 +111,12 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     """Budget: optionally size_ratio, of the whole file to the float32 parameters and statistics.
 
     >>> network = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
-    >>> inputs, no_labels = torch.rand(40, 1, 8, 8), torch.zeros(40)
-    >>> task = Task.from_loader([(inputs, no_labels)], [(inputs, no_labels)])
+    >>> task = Task.from_inputs(torch.rand(40, 1, 8, 8))
     >>> small = compress(network, task, Budget(size_ratio=0.15), Config(), torch.Generator().manual_seed(0))
     >>> 0.97 < len(to_bytes(small)[0]) / (0.15 * 4 * 2212) <= 1
     True
     """
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("rptq", optional=("size_ratio",))
     model = own_copy(model)

@@ -69,6 +69,7 @@ from ..core.graph.build import apply, assemble, float_bytes, own_copy, weight_la
 from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after
 from ..core.graph.graph import trace
 from ..core.graph.shrink import shrink
+from ..core.method import check_call
 from ..core.settings import check_idle
 from ..core.train.finetune import train
 from ..core.train.recipe import Distill, Recipe
@@ -140,6 +141,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     >>> len(to_bytes(small)[0]) <= 0.12 * 4 * 2212
     True
     """
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("rptq_train", "size_ratio")
     model = own_copy(model).cpu()

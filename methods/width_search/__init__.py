@@ -35,6 +35,7 @@ from ..core.errors import BudgetError, ConfigError
 from ..core.fit.norms import reestimate_norms
 from ..core.graph.build import NORMS, own_copy
 from ..core.graph.graph import trace
+from ..core.method import check_call
 from ..core.train.finetune import check_trainable, train
 from ..core.train.loaders import first_batch
 from ..core.train.run import NullRun, Run
@@ -66,6 +67,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     >>> small.notes["width"]
     {'0': 16}
     """
+    check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     check_budget(budget, config)
     model = own_copy(model)
@@ -95,10 +97,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
                       f"{sizes.bytes(point):,.0f} bytes")
 
 
-def prepared(model: nn.Module, task: Task | None, config: Config) -> Task:
+def prepared(model: nn.Module, task: Task, config: Config) -> Task:
     """The task with the given network as the teacher, what it lacks or cannot do being refused."""
-    if task is None:
-        raise ConfigError("width_search judges networks on held-out data: it needs a task, and there is none")
     if config.criterion == "taylor":
         check_trainable(task)
     if first_batch(task.held_out) is None:

@@ -55,8 +55,8 @@ def find_open(model: nn.Module, graph: Graph, coded: dict[str, int]) -> tuple[Ch
         raise BudgetError(f"every width of the network is one of {', '.join(alone)}, or read there: {OWN} needs "
                           "another one, it cannot leave all of these alone")
     if not found:
-        raise CompressError("the network has no layer of which channels could go: they are its outputs, or are read by "
-                            f"an operation that needs them all{graph.why_opaque()}")
+        raise CompressError(f"{graph.why_opaque()}the network has no layer of which channels could go: they are its "
+                            "outputs, or are read by an operation that needs them all")
     return channels, found
 
 

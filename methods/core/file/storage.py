@@ -15,9 +15,10 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ..artifact import CompressedModel
+from ..artifact import CompressedModel, check_compressed
 from ..errors import ConfigError
 from ..graph.build import apply, tensors_of
+from ..graph.wrapped import check_network
 from . import blocks, container, layouts
 from .describe import Sizes, damage_named, inspect, sizes_of
 from .rest import pack_rest, read_rest
@@ -36,6 +37,8 @@ def encode(compressed: CompressedModel, path: str | os.PathLike, *, mode: str = 
                 each layer. Mode "best" tries 2..8 besides.
     Raises ConfigError for other arguments, CompressError where the file cannot be written.
     """
+    check_compressed(compressed, "encode(compressed, path)")
+    _check_path(path)
     data, sizes = to_bytes(compressed, mode=mode, index_bits=index_bits)
     container.write_file(path, data)
     return sizes
@@ -47,11 +50,13 @@ def decode(path: str | os.PathLike, *, max_elements: int | None = None) -> Compr
     max_elements  numbers that the file may hold, checked before any memory is taken; default 2^24, or 2^10 for each
                   byte of the file if that is more
     """
+    _check_path(path)
     return from_bytes(container.read_file(path), str(path), max_elements=max_elements)
 
 
 def load(path: str | os.PathLike, skeleton: nn.Module) -> nn.Module:
     """The network in a file: `apply(decode(path), skeleton)`; the file may hold no more than the skeleton can."""
+    check_network(skeleton)
     parts = tensors_of(skeleton).values()
     room = sum(tensor.numel() for tensor in parts) + sum(len(t) for t in parts if t.ndim)  # a fold adds biases
     return apply(decode(path, max_elements=room), skeleton)
@@ -90,6 +95,12 @@ def _parse(data: bytes, limit: int | None) -> CompressedModel:
     activations, windows = container.read_activations(reader, found)
     return CompressedModel(weights, read_rest(reader, header), activations, windows, container.topology(header),
                            "harness" if header["h"] else "method")
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"a {type(path).__name__} was given where the path of a file belongs: allowed is a str or a "
+                          "Path")
 
 
 def _index_widths(index_bits: int | str | Mapping[str, int], layers: list[str]) -> dict[str, list[int]]:

@@ -125,7 +125,7 @@ def statistics_on(model: nn.Module, inputs: Tensor) -> dict[str, Statistics]:
 
     graph = trace(model)
     if not any(node.op == "bn" for node in graph):
-        raise CompressError(f"no batch norm is found in {type(model).__name__}{graph.why_opaque()}")
+        raise CompressError(f"{graph.why_opaque()}no batch norm is found in {type(model).__name__}")
     Graph([replace(node, run=watched(node)) if node.op == "bn" else node for node in graph], graph.output).run(inputs)
     return found
 

@@ -74,8 +74,8 @@ def distill_images(model: nn.Module, count: int, steps: int, shape: tuple[int, i
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     graph, terms = trace(model), []
     if not any(node.op == "bn" for node in graph):
-        raise CompressError(f"{type(model).__name__} has no batch norm: there is nothing to distil images from"
-                            f"{graph.why_opaque()}")
+        raise CompressError(f"{graph.why_opaque()}{type(model).__name__} has no batch norm: there is nothing to distil "
+                            "images from")
     images = noise_images(count, shape, generator).clamp_(*PIXELS)
     images = images.to(memory_format=torch.channels_last).requires_grad_()
     optimizer = torch.optim.Adam([images], lr)

@@ -29,9 +29,12 @@ from torch import nn
 
 from ..artifact import CompressedModel, CompressedTensor
 from ..budget import Budget
-from ..errors import BudgetError
+from ..errors import BudgetError, ConfigError
 from ..file.storage import to_bytes
 from ..graph.build import float_bytes
+from ..graph.wrapped import check_network
+from ..method import check_budget, check_generator
+from ..train.loaders import describe
 from ..train.run import NullRun, Run
 from ..train.task import Task
 
@@ -101,9 +104,28 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
             the result before that
     spread  from a density of all weights to those of the layers, such as `global_densities` of the network's; None: the
             same in each
-    A method without a knob gets the budget as it is: it honours size_ratio itself, or refuses it.
+    A method without a knob gets the budget as it is: it honours size_ratio itself, or refuses it. BudgetError where
+    the settings of a method leave it none.
+
+    >>> from ... import quantize_then_prune as method
+    >>> network, batch = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4)), torch.rand(8, 64)
+    >>> task = Task.from_loader([(batch, torch.arange(8) % 4)], [])
+    >>> small = compress_to_size(method, network, task, Budget(size_ratio=0.12, bits=4), method.Config(),
+    ...                          torch.Generator().manual_seed(0))
+    >>> file_bytes(small) <= 0.12 * float_bytes(network), small.notes["size"]["knob"]
+    (True, 'density')
     """
+    if not hasattr(method, "compress"):
+        raise ConfigError(f"method = {describe(method)}: compress_to_size takes the module of a method, such as "
+                          "find_method('rptq')")
+    check_network(model)
+    check_budget(budget, "compress_to_size")
+    check_generator(generator, "compress_to_size")
     run, knob = NullRun() if run is None else run, knob_of(method, config)
+    if budget.size_ratio is not None and knob is None and hasattr(config, "size_knob"):
+        name = method.__name__.rpartition(".")[2]
+        raise BudgetError(f"size_ratio = {budget.size_ratio:g}: with these settings {name} has nothing to turn for it; "
+                          "leave it out")
     if budget.size_ratio is None or knob is None:
         return method.compress(model, task, budget, config, generator, run=run)
     if getattr(budget, knob.name, None) is not None:

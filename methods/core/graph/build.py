@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ..artifact import DTYPES, CompressedModel, CompressedTensor, Topology, tensor_name
+from ..artifact import DTYPES, CompressedModel, CompressedTensor, Topology, check_compressed, tensor_name
 from ..errors import CompressError
 from .residual import is_block
 from .weights import float_layers, warn_of_float, weight_layers
@@ -97,8 +97,9 @@ def assemble(model: nn.Module, weights: Mapping[str, CompressedTensor], **fields
 def apply(compressed: CompressedModel, skeleton: nn.Module) -> nn.Module:
     """A copy of `skeleton` in eval mode with the decoded weights and the compressed model's topology.
 
-    Raises CompressError where names or shapes of the two do not fit.
+    Raises CompressError where names or shapes of the two do not fit, or they are no compressed model and no network.
     """
+    check_compressed(compressed, "apply(compressed, network)")
     model = copy_inside(skeleton).cpu()
     remove_blocks(model, compressed.topology.removed)
     _fold(model, compressed.topology)

@@ -66,9 +66,9 @@ def require_pairs(model: nn.Module, method: str, kinds: tuple[type[nn.Module], .
     """`find_pairs`, or CompressError if there is none."""
     pairs = find_pairs(model, kinds)
     if not pairs:
-        raise CompressError(f"{method} finds no prunable pair in {type(model).__name__}: it needs a "
-                            f"{' or '.join(kind.__name__ for kind in kinds)} without groups that only one conv or "
-                            "linear reads, with nothing but batch norm, ReLU, pools and flatten between")
+        raise CompressError(f"{trace(model).why_opaque()}{method} finds no prunable pair in {type(model).__name__}: "
+                            f"it needs a {' or '.join(kind.__name__ for kind in kinds)} without groups that only one "
+                            "conv or linear reads, with nothing but batch norm, ReLU, pools and flatten between")
     return pairs
 
 

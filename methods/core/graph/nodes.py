@@ -148,6 +148,9 @@ class Graph:
         return found
 
     def why_opaque(self) -> str:
-        """What torch.fx could not look into, in words that follow an error message; "" where there is nothing."""
+        """What torch.fx could not look into, in words that lead an error message on; "" where there is nothing."""
+        if not self.opaque:
+            return ""
         parts = [f"{path or 'the network'}: {reason}" for path, reason in self.opaque.items()]
-        return f" (torch.fx cannot look into {'; '.join(parts[:3])}{' …' if len(parts) > 3 else ''})" if parts else ""
+        link = "so" if "" in self.opaque else "apart from that,"
+        return f"torch.fx cannot look into {'; '.join(parts[:3])}{' …' if len(parts) > 3 else ''}; {link} "

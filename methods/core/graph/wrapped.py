@@ -1,11 +1,12 @@
 """The network inside what people wrap around it, and copies of it."""
 
 import copy
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..errors import CompressError
+from ..errors import CompressError, ConfigError
 
 COMPILED, PARALLEL = "_orig_mod", "module"
 
@@ -21,11 +22,18 @@ def inside(model: nn.Module) -> nn.Module:
             return model
 
 
+def check_network(model: Any) -> None:
+    """ConfigError for what is no network."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"a {type(model).__name__} was given where a network, a torch.nn.Module, belongs")
+
+
 def copy_inside(model: nn.Module) -> nn.Module:
     """A deep copy of the network inside `model`, wrapped parts of it taken out of their wrappers too.
 
     CompressError in one line where there are no values yet (lazy modules, the meta device), or no copy can be made.
     """
+    check_network(model)
     found = inside(model)
     for name, tensor in [*found.named_parameters(), *found.named_buffers()]:
         if is_lazy(tensor):

@@ -32,7 +32,8 @@ Objective = Callable[[Any, Any, Any], Tensor]  # (outputs, targets, inputs) -> s
 def check_trainable(task: Task) -> None:
     """ConfigError where there is nothing to train on."""
     if task.train is None:
-        raise ConfigError("this task holds no training batches; only a method with DATA = 'train' can train")
+        raise ConfigError("this task holds no training batches, and training needs them: "
+                          "Task.from_loader(train, held_out)")
     if len(task.train) == 0:
         raise ConfigError("there is nothing to train on: the training set holds no batch")
 

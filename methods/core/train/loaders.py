@@ -51,6 +51,23 @@ class LoaderBatches:
             yield read_batch(batch, self.unpack)
 
 
+class InputBatches(LoaderBatches):
+    """A user's loader of inputs without labels as `Batches`: its targets are None, for none are read."""
+
+    def epoch(self, generator):
+        for _, batch in zip(range(self.steps), self.loader, strict=False):
+            yield read_inputs(batch), None
+
+
+def read_inputs(batch: Any) -> Any:
+    """The inputs of a loader's batch: a tensor or an array, or the first part of a tuple or a list; as float32."""
+    inputs = _tensors(batch[0] if isinstance(batch, (tuple, list)) and batch else batch)
+    if not isinstance(inputs, Tensor):
+        raise ConfigError("a batch of inputs must be a tensor, or a tuple whose first part is one, not "
+                          f"{describe(batch)}")
+    return _float32(inputs)
+
+
 def read_batch(batch: Any, unpack: Unpack | None = None) -> Batch:
     """(inputs, targets) of a loader's batch: arrays as tensors, floats as float32, integers of targets as int64."""
     given = batch

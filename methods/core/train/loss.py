@@ -73,11 +73,14 @@ def smoothed(loss: Loss, smoothing: float) -> Callable[[Any, Any, Any], Tensor]:
 
 
 def try_loss(loss: Callable[[Any, Any, Any], Tensor], outputs: Any, targets: Any, inputs: Any) -> Tensor:
-    """The loss of a first batch; ConfigError in one line where it fails."""
+    """The loss of a batch; ConfigError in one line where it fails."""
     try:
         return loss(outputs, targets, inputs)
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - the user's function raises what it likes
+        if targets is None:
+            raise ConfigError("the loss needs targets, and this task has none: Task.from_loader takes batches (inputs, "
+                              "targets)") from error
         raise ConfigError(f"the loss cannot take outputs {describe(outputs)} and targets {describe(targets)}: "
                           f"{first_line(error)}") from error

@@ -4,6 +4,7 @@ No task holds a test set.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from .loaders import (
     Batch,
     Batches,
     First,
+    InputBatches,
     LoaderBatches,
     Unlabelled,
     Unpack,
@@ -25,7 +27,7 @@ from .loaders import (
     map_tensors,
     read_batch,
 )
-from .loss import Loss
+from .loss import Loss, try_loss
 from .metric import TOP1, Metric, evaluate, top1
 
 BLOCK = 16  # channels that oneDNN's kernels take together
@@ -77,6 +79,24 @@ class Task:
         plain = None if calibration is None else LoaderBatches(calibration, unpack, steps)
         return cls(LoaderBatches(train, unpack, steps), LoaderBatches(held_out, unpack, steps), calibration=plain,
                    **fields)
+
+    @classmethod
+    def from_inputs(cls, inputs: Iterable | Tensor, held_out: Iterable | Tensor | None = None, *,
+                    steps: int | None = None, **fields) -> "Task":
+        """A task without labels, for methods that calibrate: DATA = "calibration", or "none".
+
+        inputs    a tensor [N, ...], or a loader of tensors [n, ...] or of tuples whose first part is one; what else is
+                  in a tuple is not read
+        held_out  other inputs, for choices that need no labels; None: the same
+        steps     batches of one pass over a loader without a length
+        ConfigError where a batch has no tensor; methods that train or choose by labels refuse the task.
+
+        >>> Task.from_inputs(torch.rand(40, 3, 8, 8)).calibration_inputs(30).shape
+        torch.Size([30, 3, 8, 8])
+        """
+        plain, other = (InputBatches([given] if isinstance(given, Tensor) else given, steps=steps)
+                        for given in (inputs, inputs if held_out is None else held_out))
+        return cls(None, other, calibration=plain, **fields)
 
     def seen_as(self, data: str) -> "Task | None":
         """What a method of a kind of data is to see; ConfigError for a kind that there is not.
@@ -148,7 +168,7 @@ class Task:
         """What choices minimise: the top-1 error in [0, 1], another metric such that lower is better, or the loss."""
         with fixed_order():
             metric, score = evaluate(model, map(self.placed_batch, self.held_out.epoch(None)), self.metric_of,
-                                     self.loss)
+                                     functools.partial(try_loss, self.loss))
         return score if metric is None else metric.error(score)
 
 
