@@ -70,8 +70,8 @@ def test_the_file_is_steered_to_98_per_cent_so_that_no_code_has_to_go(tiny, hook
 
 @pytest.mark.parametrize("bits", [8, 3])
 def test_what_is_weighed_has_the_bytes_of_what_is_stored(tiny, hooked, bits):
-    """With ranges, though these are found after the training. A file far below its limit, so that it keeps its codes;
-    prices stay from the last look on."""
+    """With ranges, though these are found after the training; real zero points are mostly 0, and take two bytes less. A
+    file far below its limit, so that it keeps its codes; prices stay from the last look on."""
     made = compress(tiny, 0.6, c=0.2, activation_bits=bits)
     stored = len(to_bytes(made)[0])
     assert made.activations and abs(hooked[0].told[-1] - stored) <= 3 * len(made.activations)
