@@ -66,6 +66,20 @@ def test_bayes_finds_the_minimum_of_a_quadratic():
     assert np.mean(regrets["bayes"]) < np.mean(regrets["random"])
 
 
+@pytest.mark.parametrize("broken", [0.7, 1.0])
+def test_errors_that_are_infinite_are_no_hindrance(broken):
+    """Networks that a setting destroys: more than half of the first ones, so that their median is infinite, too."""
+    values = (GRID[:, 0] - 0.3) ** 2 + (GRID[:, 1] - 0.5) ** 2
+    values[GRID[:, 0] > 1 - broken] = np.inf if broken < 1 else np.nan
+    values[0] = np.inf
+    best, seen = bayes.minimize(GRID, lambda i: float(values[i]), 14, 8, 0)
+    index = [i for i, _ in seen]
+    assert len(set(index)) == 14 and not np.isfinite(values[index[:8]]).sum() >= 4
+    if broken < 1:
+        assert values[best] == values[index].min() < 0.01
+    assert bayes.capped(np.array([3.0, np.inf, 1.0, np.inf, 2.0, np.nan])).tolist() == [2, 2, 1, 2, 2, 2]
+
+
 def test_the_next_point_has_the_greatest_expected_improvement_on_values_cut_at_their_median():
     """By the formula, on a process through the cut values; neither the least mean nor uncut values lead there."""
     values, seed = np.sin(7 * GRID[:, 0]) + 3 * (GRID[:, 1] - 0.6) ** 2 + 40.0 * (GRID[:, 0] > 0.8), 5

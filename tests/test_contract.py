@@ -260,6 +260,16 @@ def test_nan_is_refused(case, tiny, where):
         case.compress(model=model)
 
 
+def test_inputs_that_are_not_finite_are_refused_in_one_line(case, monkeypatch):
+    task = case.task()
+    if task is not None:
+        (task.calibration if task.train is None else task.train).inputs[5, 1, 2, 3] = math.nan
+        monkeypatch.setattr(case, "task", lambda: task)
+        with pytest.raises(CompressError) as caught:
+            case.compress()
+        assert "\n" not in str(caught.value)
+
+
 def test_a_network_without_layers_is_refused_in_one_line(case):
     with pytest.raises(CompressError) as caught:
         case.compress(model=nn.Sequential(nn.ReLU()))

@@ -166,6 +166,21 @@ def test_the_objective_of_descent_never_rises():
             < entropy_bits(torch.unique(gptq(weight, hessian, 0.5), return_counts=True)[1]))
 
 
+def test_descent_on_independent_inputs_is_brute_force():
+    """A diagonal Hessian of unequal entries: every code alone is the best of the four that are looked at."""
+    weight, diagonal = 2 * torch.randn(30, 12, generator=seeded(4)), torch.linspace(0.05, 8, 12)
+    start, lam = weight.round(), 0.6
+    counts = [float((start == q).sum()) + 0.05 for q in range(int(start.min()) - 2, int(start.max()) + 3)]
+    bits = {q: math.log2(sum(counts) / count) for q, count in enumerate(counts, int(start.min()) - 2)}
+    found = descend(start, weight, torch.diag(diagonal), 1.0, lam, sweeps=1)
+    for r, i in itertools.product(range(30), range(12)):
+        w, now = float(weight[r, i]), int(start[r, i])
+        options = {now, now - int(math.copysign(1, now)) if now else 0, 0}
+        cost = {q: float(diagonal[i]) * (q - w) ** 2 + lam * float(diagonal.mean()) * bits[q] for q in options}
+        assert cost[int(found[r, i])] <= min(cost.values()) + 1e-4
+    assert bool((found != start).any()) and bool((found[:, -1] == start[:, -1]).any())
+
+
 def test_a_common_code_is_kept_though_it_is_not_between_the_weight_and_zero():
     weight = torch.full((1000, 1), 5.0)
     weight[7] = 4.4  # 4 is nearer and occurs nowhere: its bits would cost more than the error of 5
@@ -291,5 +306,8 @@ def test_mistakes():
         round_weight("up", torch.ones(2, 2), Moments(nn.Linear(2, 2), seeded()), 1.0, -1, 1)
     with pytest.raises(CompressError, match="no Hessian"):
         Moments(nn.Linear(2, 2), seeded()).hessian()
+    for value in (math.nan, math.inf):
+        with pytest.raises(CompressError, match="^the inputs of a layer are not finite, or too large"):
+            gptq(torch.ones(1, 2), torch.tensor([[1.0, 0.5], [0.5, value]]), 1.0)
     with pytest.raises(CompressError, match="Conv1d"):
         windows(nn.Conv1d(2, 2, 1), torch.ones(1, 2, 3), 4, seeded())

@@ -14,7 +14,7 @@ from methods.core.errors import BudgetError, CompressError, ConfigError
 from methods.core.file.storage import to_bytes
 from methods.core.fit.rates import entropy_bits
 from methods.core.graph.build import apply
-from methods.rptq.search import Trial, search_size
+from methods.rptq.search import Bracket, Trial, search_size
 
 SHORT = rptq.Config(sensitivity_inputs=16, calibration_inputs=48, check_inputs=48, points=20.0)
 
@@ -95,6 +95,45 @@ def test_the_search_survives_bytes_that_jump():
         steps = Steps()
         found = search_size(steps, limit / 4000 + 1e-9, 4000, Quiet())
         assert min(0.97 * limit, limit - 49) <= found.bytes <= limit and steps.seen <= 16
+
+
+def test_a_small_file_of_finer_codes_is_no_end_of_the_bracket():
+    """Bytes are not monotone: c = 1 fits and c = 2 does not, so that what is looked for lies above 2, and c = 1 would
+    be the wrong end of the bracket."""
+    def size(c):
+        return 90 if c < 2 else int(240 / c)
+
+    class Steps:
+        coarsest, finest = 100.0, 1e-4
+
+    seen = Bracket(Steps(), -1.0, 100)
+    for c in (1.0, 2.0):
+        seen.add(Trial(c, None, size(c)))
+    assert seen.best.c == 1 and seen.above.c == 2 and seen.below is None and not seen.done()
+    for _ in range(8):
+        if not seen.done():
+            assert seen.next() > 2
+            seen.add(Trial(seen.next(), None, size(seen.next())))
+    assert 97 <= seen.best.bytes <= 100
+
+
+def test_a_layer_of_zeros_is_not_the_finest(tiny):
+    """Its peak is 0, and a budget for the finest codes of the others is met in a few passes."""
+    model, other = tiny.model(), tiny.model()
+    with torch.no_grad():
+        model.conv2.weight.zero_()
+        other.conv2.weight.mul_(1e-3)
+    inputs = calibration_only(tiny).calibration_inputs(16)
+    zeros, small = (rptq.Quantizer(one, inputs, SHORT, torch.Generator().manual_seed(0)) for one in (model, other))
+    others = [name for name in zeros.weights if name != "conv2"]
+    peaks = {name: float(zeros.weights[name].abs().max()) for name in others}
+    assert zeros.finest == pytest.approx(min(peaks[name] / zeros.units[name] for name in others) / 32767)
+    assert small.finest < zeros.finest
+    run = tiny.Run()
+    made = rptq.compress(model, calibration_only(tiny), Budget(size_ratio=1.0), SHORT,
+                         torch.Generator().manual_seed(0), run=run)
+    assert len(run.calls) <= 3 and made.weights["conv2"].kept == 0
+    assert max(tensor.bits for tensor in made.weights.values()) == 16
 
 
 def test_agreement_decides_where_there_is_no_budget(tiny):

@@ -216,3 +216,12 @@ def test_it_sees_no_more_than_its_settings_need(tiny, method, config, data):
     whole, less = (compress(method, model, task, 0.5, 4, calibration_inputs=24, **config)
                    for task in (tiny.task(), tiny.task().seen_as(data)))
     assert to_bytes(whole)[0] == to_bytes(less)[0]
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "descent"])
+def test_inputs_that_are_not_finite_are_refused(tiny, rounding):
+    """One NaN among the inputs: no rounding may look for codes in what follows from it."""
+    task = tiny.task()
+    task.train.inputs[5, 1, 2, 3] = float("nan")
+    with pytest.raises(CompressError, match="not finite.*look at the calibration inputs$"):
+        compress(pq, tiny.model(), task, 0.5, 4, rounding=rounding)

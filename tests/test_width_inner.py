@@ -1,5 +1,7 @@
 """Width search: what the inner method makes of the network that was found, as one of the whole network."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -58,3 +60,16 @@ def test_beside_the_size_of_the_file_the_weights_handed_on_are_limited(tiny):
     out = compress(tiny, {"size_ratio": 0.4}, model, inner=Inner("rptq_train", config, size_ratio=0.12), multiple=1)
     left = sum(4 * (tensor.codes.numel() + len(tensor.codes)) for tensor in out.weights.values())
     assert 0.3 * whole < left <= 0.4 * whole and len(to_bytes(out)[0]) <= 0.12 * whole
+
+
+def test_results_that_are_too_large_twice_are_expected_as_the_last_one_was():
+    """1,000 bytes are expected at 10 and there are 1,200; then 900 at 5, now 1.2 times as many, and there are 1,188."""
+    sizes = object.__new__(width_search.Sizes)
+    sizes.costs, sizes.start, sizes.slope = SimpleNamespace(code_bytes=lambda point: point[0]), 800.0, 20.0
+    sizes.most, sizes.correction, sizes.stored = 1100, 1.0, lambda made: made
+    assert [sizes.bytes((n,)) for n in (10, 5)] == [1000, 900]
+    assert not sizes.keep((10,), 1200)
+    assert [sizes.bytes((n,)) for n in (10, 5)] == pytest.approx([1200, 1080])
+    assert not sizes.keep((5,), 1188)
+    assert [sizes.bytes((n,)) for n in (10, 5)] == pytest.approx([1320, 1188])
+    assert sizes.keep((5,), 1000) and sizes.bytes((5,)) == pytest.approx(1188)  # one that fits changes nothing

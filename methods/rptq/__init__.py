@@ -56,6 +56,7 @@ from ..core.fit.rates import LAM
 from ..core.fit.rounding import check_rounding, round_weight
 from ..core.fit.sensitivity import sensitivities
 from ..core.fit.sequential import quantize_in_order
+from ..core.fit.size import any_ranges
 from ..core.graph.build import apply, assemble, float_bytes, own_copy, weight_layers
 from ..core.graph.fold import fold_batchnorm
 from ..core.graph.graph import trace
@@ -150,7 +151,8 @@ class Quantizer:
                       for name, w in self.weights.items()}
         self.units = {name: (w.numel() / felt[name])**0.5 / 100 if felt[name] > 0 else float("inf")
                       for name, w in self.weights.items()}  # steps at c = 1
-        finite = [self.peaks[name] / unit for name, unit in self.units.items() if unit < float("inf")]
+        finite = [self.peaks[name] / unit for name, unit in self.units.items()
+                  if unit < float("inf") and bool(self.weights[name].any())]  # a layer of zeros has no finest codes
         self.coarsest, self.finest = (4 * max(finite), min(finite) / TOP) if finite else (1.0, 1.0)
 
     def steps(self, c: float) -> dict[str, float]:
@@ -179,8 +181,7 @@ class Quantizer:
         grid = Affine(torch.tensor(1.0), torch.tensor(0, dtype=torch.int32))
         weights = {name: CompressedTensor.of(torch.zeros(w.shape, dtype=torch.int32), grid, 2)
                    for name, w in self.weights.items()}
-        graph = trace(self.folded)
-        ranges = {edge: ActivationQuantizer(1.0) for edge in graph.edges() if edge not in graph.accumulator_edges()}
+        ranges = any_ranges(trace(self.folded), self.config.activation_bits)
         return len(to_bytes(self.stored(self.folded, weights, ranges))[0])
 
     def stored(self, module: nn.Module, weights: dict[str, CompressedTensor], ranges: dict[str, ActivationQuantizer],

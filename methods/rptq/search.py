@@ -83,7 +83,8 @@ class Bracket:
         """Nothing better is to be found: enough bytes are used, the codes cannot be finer, or no c lies between."""
         if self.best is None:
             return False
-        finest = self.best.c <= self.quantizer.finest
+        fits = (self.best,) if self.below is None else (self.best, self.below)  # the best may be as large and coarser
+        finest = any(trial.c <= self.quantizer.finest for trial in fits)
         between = self.above is None or self.below is None or self.below.c > self.above.c * (1 + 1e-6)
         return self.best.bytes >= LEAST * self.limit or finest or not between
 

@@ -150,10 +150,11 @@ class RateAware(Hooks):
         found = copy.deepcopy(self.before)  # a parametrized module and its copy share a class
         state = {key: value for key, value in self.model.state_dict().items()
                  if "parametrizations" not in key.split(".")}
+        modules = list(self.model.named_modules(remove_duplicate=False))  # a layer may have several names
         for name in self.quantizers:
             module, attribute = place_of(layer_of(self.model, name))
-            path = next(path for path, one in self.model.named_modules() if one is module)
-            state[f"{path}.{attribute}".removeprefix(".")] = self.behind(name)
+            state |= {f"{path}.{attribute}".removeprefix("."): self.behind(name)
+                      for path, one in modules if one is module}
         found.load_state_dict(state)
         return found
 

@@ -1,6 +1,5 @@
 """The inner method: what it gets to see, its share of the budget, and its result as one of the whole network."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,9 +7,9 @@ import torch
 from torch import nn
 
 from .. import data_of, find_method
-from ..core.artifact import ActivationQuantizer, CompressedModel
+from ..core.artifact import CompressedModel
 from ..core.budget import OTHERS, Budget
-from ..core.fit.size import compress_to_size, file_bytes, untrained
+from ..core.fit.size import any_ranges, compress_to_size, file_bytes, untrained
 from ..core.graph.build import assemble, float_bytes
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
@@ -67,11 +66,5 @@ class Handing:
         return replace(self.budget, mac_ratio=None, bop_ratio=None, size_ratio=size, bits=bits)
 
     def ranged(self, made: CompressedModel) -> CompressedModel:
-        """A result with ranges of activations where the caller is still to choose them: any, but no two alike, so that
-        their bytes are those of real ones."""
-        if made.activations:
-            return made
-        summed = self.space.graph.accumulator_edges()
-        edges = [edge for edge in self.space.graph.edges() if edge not in summed]
-        return replace(made, activations={edge: ActivationQuantizer(math.sqrt(2 + i), zero=37 * i % 256)
-                                          for i, edge in enumerate(edges)})
+        """A result with ranges of activations, of 8 bits, where the caller is still to choose them."""
+        return made if made.activations else replace(made, activations=any_ranges(self.space.graph, 8))

@@ -58,12 +58,19 @@ def bayesian(points: np.ndarray, objective: Objective, evaluations: int, initial
     seen = [(i, objective(i)) for i in spread(points, min(initial, evaluations), seed)]
     while len(seen) < min(evaluations, len(points)):
         index, values = (np.array(part) for part in zip(*seen, strict=True))
-        process = fit_process(points[index], np.minimum(values, np.median(values)), seed)
-        gain = gaussian_ei(points, process, values.min(), xi=0.0)
+        values = capped(values)
+        gain = gaussian_ei(points, fit_process(points[index], values, seed), values.min(), xi=0.0)
         gain[index] = -np.inf
         best = int(gain.argmax())
         seen.append((best, objective(best)))
     return seen
+
+
+def capped(values: np.ndarray) -> np.ndarray:
+    """`values`, those above the median of the finite ones as that median; all alike where none is finite."""
+    finite = values[np.isfinite(values)]
+    most = np.median(finite) if len(finite) else 0.0
+    return np.where(values < most, values, most)
 
 
 def at_random(points: np.ndarray, objective: Objective, evaluations: int, initial: int, seed: int

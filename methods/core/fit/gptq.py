@@ -14,6 +14,8 @@ U_ki / U_kk for i > k sums up to the same numbers; V needs no inverse.
 import torch
 from torch import Tensor
 
+from ..errors import CompressError
+
 DAMPING, BLOCK = 0.01, 128
 
 
@@ -69,12 +71,16 @@ def _ordered(values: Tensor, order: Tensor, dim: int) -> Tensor:
 def upper_factor(hessian: Tensor, damping: float) -> Tensor:
     """Upper triangular V [G, K, K] with V V^T = H + damping mean(H_ii) I; an input that is always 0 gets H_ii = 1.
 
-    Where that is not positive definite in float32, ten times the damping is taken, and so on.
+    Where that is not positive definite in float32, ten times the damping is taken, and so on. CompressError where no
+    damping helps: H holds NaN or infinite values, or some that float32 cannot hold with what is added.
     """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     mean = diagonal.mean(1, keepdim=True)
     while True:
         damped = hessian + torch.diag_embed(torch.where(diagonal > 0, damping * mean, 1.0))
+        if not bool(damped.isfinite().all()):
+            raise CompressError("the inputs of a layer are not finite, or too large to be squared: look at the "
+                                "calibration inputs")
         lower, failed = torch.linalg.cholesky_ex(damped.flip(1, 2))  # reversed, so that its factor is upper
         if not bool(failed.any()):
             return lower.flip(1, 2)

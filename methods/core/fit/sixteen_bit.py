@@ -29,12 +29,13 @@ def sixteen_bit(compressed: CompressedModel) -> CompressedModel:
     >>> bool((small.rest["bias"] == small.rest["bias"].half().float()).all())
     True
     """
-    return replace(compressed, weights={name: _rounded(tensor) for name, tensor in compressed.weights.items()},
+    return replace(compressed, weights={name: rounded(tensor) for name, tensor in compressed.weights.items()},
                    rest={name: nearest_16_bit(tensor) if tensor.dtype == torch.float32 and tensor.ndim == 1 else tensor
                          for name, tensor in compressed.rest.items()})
 
 
-def _rounded(tensor: CompressedTensor) -> CompressedTensor:
+def rounded(tensor: CompressedTensor) -> CompressedTensor:
+    """The same codes on a grid whose scales, or shared values, are rounded to 16 bits."""
     grid: Grid = tensor.grid
     grid = (replace(grid, values=nearest_16_bit(grid.values)) if isinstance(grid, Codebook)
             else replace(grid, scale=nearest_16_bit(grid.scale)))

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifact import CompressedModel, CompressedTensor
+from ..artifact import ActivationQuantizer, CompressedModel, CompressedTensor
 from ..budget import Budget
 from ..errors import BudgetError, ConfigError
 from ..file.storage import to_bytes
 from ..graph.build import float_bytes
+from ..graph.graph import Graph
 from ..graph.wrapped import check_network
 from ..method import check_budget, check_generator
 from ..train.loaders import describe
@@ -83,6 +84,16 @@ def knob_of(method: ModuleType, config: Any) -> Knob | None:
 def file_bytes(compressed: CompressedModel) -> int:
     """Bytes of the file that `encode` writes."""
     return len(to_bytes(compressed)[0])
+
+
+def any_ranges(graph: Graph, bits: int) -> dict[str, ActivationQuantizer]:
+    """Quantizers for the activations of a network that still wait for theirs: no two are alike, and scales are float32
+    numbers, so that their bytes are those of real ones."""
+    summed = graph.accumulator_edges()
+    edges = [edge for edge in graph.edges() if edge not in summed]
+    scales = torch.arange(2.0, 2.0 + len(edges)).sqrt().tolist()
+    return {edge: ActivationQuantizer(scale, 37 * i % (1 << bits), bits)
+            for i, (edge, scale) in enumerate(zip(edges, scales, strict=True))}
 
 
 def untrained(config: Any) -> Any:
