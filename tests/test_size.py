@@ -16,7 +16,7 @@ from methods.core.file.storage import encode, to_bytes
 from methods.core.fit import size as sizes
 from methods.core.fit.prune import global_densities
 from methods.core.fit.quantize import fit_symmetric, quantize
-from methods.core.fit.size import Knob, any_ranges, compress_to_size, untrained, without_smallest
+from methods.core.fit.size import Knob, any_ranges, untrained, without_smallest
 from methods.core.graph.build import assemble, float_bytes
 from methods.core.graph.graph import trace
 from methods.core.graph.weights import weight_layers
