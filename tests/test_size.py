@@ -18,6 +18,7 @@ from methods.core.fit.prune import global_densities
 from methods.core.fit.quantize import fit_symmetric, quantize
 from methods.core.fit.size import Knob, compress_to_size, untrained, without_smallest
 from methods.core.graph.build import assemble, float_bytes
+from methods.core.graph.graph import trace
 from methods.core.graph.weights import weight_layers
 from methods.core.train.finetune import Recipe
 from methods.core.train.run import NullRun
@@ -213,6 +214,18 @@ def test_ends_of_the_range(tiny):
     with pytest.raises(BudgetError, match="size_ratio chooses density: give one of the two"):
         compress_to_size(made.module, tiny.model(), None, Budget(size_ratio=0.3, density=0.1), Config(), None)
     assert not any(trained for trained, density in made.calls if density < 0.5)
+
+
+def test_ranges_that_stand_in_for_real_ones_take_their_bytes(tiny):
+    """The same edges, scales of 4 bytes each in the file, and no two alike, whatever the width."""
+    model = tiny.model()
+    made, real = assemble(model, {}), with_ranges(assemble(model, {}), model, tiny.task()).activations
+    for bits in (8, 1):
+        found = sizes.any_ranges(trace(model), bits)
+        assert list(found) == list(real) and len({one.scale for one in found.values()}) == len(real) > 3
+        assert all(one.bits == bits and one.scale == float(torch.tensor(one.scale)) for one in found.values())
+    more = [len(to_bytes(replace(made, activations=ranges))[0]) for ranges in (sizes.any_ranges(trace(model), 8), real)]
+    assert abs(more[0] - more[1]) <= 3 * len(real) < 8 * len(real) < more[1] - len(to_bytes(made)[0])
 
 
 def test_untrained():
