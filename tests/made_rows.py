@@ -14,3 +14,9 @@ def row(name, method="m", top1=90.0, size=1000, **more):
             "layers": {"conv1": dict(LAYER), "fc": {**LAYER, "index_bits": 5, "levels": 15}}, "paper_mode_bytes": 900,
             "difficulty": {"data": "train", "knobs": 3, "lines": 60, "cpu_seconds": 1.25}, "notes": {},
             "checkpoint": {"digest": "d", "source": "s"}, "budget": {}, **more}
+
+
+def full(name, method="m", **more):
+    """A row with all that a page reads."""
+    return row(name, method, **{"n_test": 10_000, "hardware": {"energy_ratio_skipping": 0.05, "cycles_channels": 9000},
+                                "commit": "abc", **more})
