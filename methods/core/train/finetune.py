@@ -171,7 +171,8 @@ def check_trained(state: Mapping[str, Tensor], when: str, lr: float) -> None:
 def _check_loss(full: Tensor, step: int, total: int, recipe: Recipe) -> None:
     if not bool(full.detach().isfinite()):
         raise TrainingDiverged(f"the loss is {full.item()} at step {step} of {total} (seen within the last "
-                               f"{CHECK_EVERY} steps): lower lr ({recipe.lr:g}) or raise warmup ({recipe.warmup:g})")
+                               f"{CHECK_EVERY} steps): lower lr ({recipe.lr:g}) or raise warmup ({recipe.warmup:g}), "
+                               "if the inputs are finite")
 
 
 @contextlib.contextmanager
