@@ -45,6 +45,7 @@ class Case:
         return self.tiny.task().seen_as(data_of(self.method, self.config))
 
     def compress(self, *, model=None, budget=None, run=None, seed=0, config=None):
+        getattr(self.method, "LAST", {}).clear()  # what a method keeps of its last call, for the next rows of a table
         model = self.tiny.model() if model is None else model
         budget = self.budget if budget is None else budget
         generator = torch.Generator().manual_seed(seed)
