@@ -86,7 +86,7 @@ def read_table(path: Path) -> Table:
     if texts or not isinstance(content.get("smoke", {}), Mapping):
         raise ConfigError(f"{path.name}: {(texts or ['smoke'])[0]} must be a {'text' if texts else 'table'}")
     rows, others = _jobs(path, content, "row"), content.get("others", [])
-    strange = [name for name in others if name not in {job.name for job in rows}]
+    strange = [name for name in others if name not in [job.name for job in rows]] if isinstance(others, list) else []
     if not isinstance(others, list) or strange:
         raise ConfigError(f"{path.name}: others = {shortened(others)}: needed are names of its rows"
                           + (f", and {strange[0]!r} is none" if strange else ""))

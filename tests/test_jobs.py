@@ -56,6 +56,7 @@ def test_a_table(written):
     (HEAD + "[[row]]\nname = 'a'\ntask = 'digits'", "table.toml row 1 lacks the keys network"),
     (HEAD + ROW + ROW.replace('"a"', '"b"') + "lr = 3", "unknown key table.toml row 2: 'lr'; allowed are: name"),
     (HEAD + ROW + "seed = 'x'", "table.toml row 1: seed = 'x': needed is a whole number"),
+    ("others = 3\n" + HEAD + ROW, "table.toml: others = 3: needed are names of its rows"),
     ("others = ['b']\n" + HEAD + ROW, r"table.toml: others = \['b'\]: needed are names of its rows, and 'b' is none"),
     (HEAD + ROW + ROW, r"table.toml: the names under \[\[row\]\] must differ in letters or digits, but there is 'a'"),
     (HEAD + ROW + ROW.replace('"a"', '"A?"'), "must differ in letters or digits"),

@@ -26,18 +26,13 @@ COURSES = 12  # rows of a table whose course is drawn
 def table_part(rows: Sequence[Row], name: str, title: str, command: str, story: str,
                others: Sequence[str] = ()) -> dict:
     """The values that the templates table.html and paper.html take for one table. `others`: see `jobs.Table`."""
-    methods, foreign, rows = Counter(row["method"] for row in rows), names_of(rows, others), told_apart(rows)
+    methods = Counter(row["method"] for row in rows)
+    rows = told_apart([{**row, "own": row["name"] not in others} for row in rows])
     return {"title": title, "file": f"table_{name}.html", "command": command, "story": story, "methods": methods,
-            **tallied([{**line, "own": row["name"] not in foreign} for row in rows for line in verdict_lines(row)]),
+            **tallied([{**line, "own": row["own"]} for row in rows for line in verdict_lines(row)]),
             "figures": pictures(rows, title), "table": table_of(rows, title, name),
             "notes": [{"row": row["name"], "text": row["note"]} for row in rows if row.get("note")],
             "rows": [row_part(row, drawn=i < COURSES) for i, row in enumerate(rows)]}
-
-
-def names_of(rows: Sequence[Row], others: Sequence[str]) -> set[str]:
-    """The names that rows called as in `others` have once they are told apart."""
-    return {row["name"] for row in told_apart([{**row, "other": row["name"] in others} for row in rows])
-            if row["other"]}
 
 
 def tallied(lines: Sequence[Mapping[str, Any]]) -> dict:
