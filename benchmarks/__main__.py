@@ -44,20 +44,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--task", default="digits", help="digits, mnist, cifar10, folder:DIR or imagenet:DIR")
     sub.add_argument("--network", help="default: the one usual for the task")
     sub.add_argument("--methods", nargs="+", default=[], help="only these")
-    sub = command("reproduce", "commands.reproduce", "the rows of one paper table, beside the printed numbers",
-                  [run, _making()])
-    sub.add_argument("config", type=Path, help="a file of paper_configs")
-    sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
-    sub.add_argument("--network", nargs="+", default=[], help="only the rows of these networks")
-    sub = command("sweep", "sweep.sweep", "the rows of several paper tables at once, or on a cluster", [run, _making()])
-    sub.description, sub.formatter_class = _documentation("sweep"), argparse.RawDescriptionHelpFormatter
-    sub.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="files of paper_configs")
-    sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
-    sub.add_argument("--network", nargs="+", default=[], help="only the rows of these networks")
-    sub.add_argument("--seeds", type=int, default=1, help="of every row, counted from its own")
-    sub.add_argument("--workers", type=int, default=1, help="processes here; 0: one row after the other (default: 1)")
-    sub.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler, in place of --workers")
-    sub.add_argument("--threads", type=int, help="of each row (default: the cores here over the workers)")
+    _add_rows(command, run)
     sub = command("train", "commands.train", "train a baseline by paper_configs/baselines.toml", [run])
     sub.add_argument("--task", required=True)
     sub.add_argument("--network", required=True)
@@ -79,6 +66,30 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     _add_tools(command)
     return top
+
+
+def _add_rows(command, run) -> None:
+    sub = command("reproduce", "commands.reproduce", "the rows of one paper table, beside the printed numbers",
+                  [run, _making()])
+    sub.add_argument("config", type=Path, help="a file of paper_configs")
+    _add_choice(sub)
+    sub = command("sweep", "sweep.sweep", "the rows of several paper tables at once, or on a cluster", [run, _making()])
+    sub.description, sub.formatter_class = _documentation("sweep"), argparse.RawDescriptionHelpFormatter
+    sub.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="files of paper_configs")
+    _add_choice(sub)
+    sub.add_argument("--seeds", type=int, default=1, help="of every row, counted from its own")
+    sub.add_argument("--workers", type=int, default=1, help="processes here; 0: one row after the other (default: 1)")
+    sub.add_argument("--cluster", metavar="ADDRESS", help="of a Dask scheduler, in place of --workers")
+    sub.add_argument("--threads", type=int, help="of each row (default: the cores here over the workers)")
+    sub = command("remeasure", "again.remeasure", "rows from the files that they name, with what the harness measures "
+                  "today; nothing is compressed", [run])
+    sub.add_argument("configs", nargs="+", type=Path, metavar="CONFIG", help="files of paper_configs")
+    _add_choice(sub)
+
+
+def _add_choice(sub) -> None:
+    sub.add_argument("--row", nargs="+", default=[], help="only the rows of these names")
+    sub.add_argument("--network", nargs="+", default=[], help="only the rows of these networks")
 
 
 def _making() -> argparse.ArgumentParser:

@@ -57,9 +57,14 @@ def link(entry: str) -> str | None:
 
 def authors(entry: str) -> str:
     """Authors and year of an entry, and where it is found: Tung and Mori 2018, doi.org/..."""
-    who, _, rest = short(entry).partition(":")
     where = link(entry)
-    return f"{who} {rest[-4:]}" + (f", {where.removeprefix('https://')}" if where is not None else "")
+    return who(entry) + (f", {where.removeprefix('https://')}" if where is not None else "")
+
+
+def who(entry: str) -> str:
+    """Authors and year of an entry: Tung and Mori 2018."""
+    names, _, rest = short(entry).partition(":")
+    return f"{names} {rest[-4:]}"
 
 
 def short(entry: str) -> str:

@@ -1,6 +1,6 @@
 """A job is one row: a method with a budget and a configuration, on a task and network; where jobs are written down."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Table:
 
     others  names of rows whose printed numbers are another method's (what the paper compares itself with): reports show
             them and do not count them for the method
+    first   names of rows that stand for the paper on the front page, beside what it prints for them
     """
 
     name: str
@@ -73,25 +74,34 @@ class Table:
     smoke: Mapping[str, Any]
     path: Path
     others: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
 
 
 def read_table(path: Path) -> Table:
     """A paper_configs file; ConfigError names a key or value that is not allowed."""
     content = read_toml(path)
-    unknown = sorted(set(content) - {"method", "title", "others", "row", "compare", "smoke"})
+    unknown = sorted(set(content) - {"method", "title", "others", "first", "row", "compare", "smoke"})
     if unknown or "method" not in content:
         fault = f"unknown key {unknown[0]!r}" if unknown else "no method"
-        raise ConfigError(f"{path.name}: {fault}; allowed are: method, title, others, smoke, [[compare]], [[row]]")
+        raise ConfigError(f"{path.name}: {fault}; allowed are: method, title, others, first, smoke, [[compare]], "
+                          "[[row]]")
     texts = [key for key in ("method", "title") if not isinstance(content.get(key, ""), str)]
     if texts or not isinstance(content.get("smoke", {}), Mapping):
         raise ConfigError(f"{path.name}: {(texts or ['smoke'])[0]} must be a {'text' if texts else 'table'}")
-    rows, others = _jobs(path, content, "row"), content.get("others", [])
-    strange = [name for name in others if name not in [job.name for job in rows]] if isinstance(others, list) else []
-    if not isinstance(others, list) or strange:
-        raise ConfigError(f"{path.name}: others = {shortened(others)}: needed are names of its rows"
-                          + (f", and {strange[0]!r} is none" if strange else ""))
+    rows = _jobs(path, content, "row")
     return Table(path.stem, content["method"], content.get("title", path.stem), rows,
-                 _jobs(path, content, "compare"), content.get("smoke", {}), path, tuple(others))
+                 _jobs(path, content, "compare"), content.get("smoke", {}), path,
+                 *(_names(path, content, key, rows) for key in ("others", "first")))
+
+
+def _names(path: Path, content: Mapping[str, Any], key: str, rows: Sequence[Job]) -> tuple[str, ...]:
+    """The names of rows that `key` lists."""
+    names = content.get(key, [])
+    strange = [name for name in names if name not in [job.name for job in rows]] if isinstance(names, list) else []
+    if not isinstance(names, list) or strange:
+        raise ConfigError(f"{path.name}: {key} = {shortened(names)}: needed are names of its rows"
+                          + (f", and {strange[0]!r} is none" if strange else ""))
+    return tuple(names)
 
 
 def _jobs(path: Path, content: Mapping[str, Any], key: str) -> tuple[Job, ...]:

@@ -76,7 +76,9 @@ class Row(Mapping[str, Any]):
     @property
     def clean(self) -> bool:
         """Made by one commit without changes, from a baseline of which the same is known or that is foreign."""
-        return self.get("dirty") is False and not self.get("mixed") and not self["checkpoint"].get("dirty")
+        measured = self.get("measured_by", (None, False))  # a commit, and whether anything differed from it
+        return (self.get("dirty") is False and not self.get("mixed") and not self["checkpoint"].get("dirty")
+                and measured[1] is False)
 
 
 def stem(name: str, network: str, seed: int, checkpoint: str) -> str:

@@ -164,6 +164,19 @@ def test_numbers_of_others_and_numbers_that_are_asked_for_do_not_count(tmp_path)
     assert shown.count("kept weights, share") >= 2  # the page shows them all the same
 
 
+def test_the_rows_that_stand_for_a_paper_are_shown_without_layers_and_what_is_asked_for(tmp_path):
+    """`first` of udfc_table2 names "UDFC 30% l2" and "NM 30% l2", a row of another method, and not "UDFC 50% l2"."""
+    printed = {"top1_float": 80.0, "bytes": 10, "cost.density": 0.5, "layers": {"c1": {"density": 0.5}}}
+    asked = {"budget": {"density": 0.5, "bits": None}}
+    rows = [full("UDFC 30% l2", "udfc", paper=printed, **asked), full("UDFC 50% l2", "udfc", paper=printed, **asked),
+            full("NM 30% l2", "neuron_merging", paper={"top1_float": 99.9})]
+    lines = {one["method"]: {row: [(line["short"], line["verdict"]) for line in found]
+                             for row, found in one["first"].items()}
+             for one in build_site({"udfc_table2": rows}, tmp_path, headline="", api=False, say=lambda line: None)}
+    assert lines["udfc"] == {"UDFC 30% l2 (net)": [("top-1", "reached"), ("file", "not reached")]}
+    assert lines["neuron_merging"] == {"NM 30% l2 (net)": [("top-1", "not reached")]} and lines["dfq"] == {}
+
+
 def test_rows_count_for_the_method_that_made_them(tmp_path):
     """udfc_table2 is UDFC's, but a row of neuron merging in it stands on that method's page, with its verdict."""
     merged = full("nm", "neuron_merging", paper={"top1_float": 80.0})
@@ -281,15 +294,17 @@ def test_readme_blocks_are_filled_again_and_again(tmp_path):
     rows_of = {"one": [full("a"), full("b", size=2000)]}
     trained = {"task": "t", "network": "n", "test_top1": 91.239, "held_out_top1": 92.0, "seed": 3,
                "commit": "0123456789", "setup": {"recipe": {"epochs": 7}}}
-    summary = {"name": "UDFC", "citation": "X|Y", "link": None, "code": "methods/udfc.py", "data": "no data",
-               "rows": 2, "tables": {"one": 2}, "printed": 3,
+    line = {"short": "error", "printed": "1.58", "ours": "1.42", "verdict": "reached"}
+    summary = {"name": "UDFC", "who": "X|Y", "link": None, "code": "methods/udfc.py", "data": "no data",
+               "rows": 2, "tables": {"one": 2}, "printed": 3, "first": {"a|b": [line, {**line, "short": "P+Q"}]},
                "counts": {"accuracy": Counter({"reached": 2, "not reached": 1}), "counted": Counter({"missing": 1})}}
     text = ("x\n<!-- headline: one -->\nold\n<!-- end -->\n<!-- papers: all -->\n<!-- end -->\n"
             "<!-- baselines: shipped -->\n<!-- end -->\n")
     once = readme.filled(text, rows_of, [summary], [trained])
     assert readme.filled(once, rows_of, [summary], [trained]) == once and "old" not in once
     assert "| a |" in once and "| points lost |" in once and r"X\|Y" in once
-    assert "| 2 in [one](results/rows/one) | 2, 1, 0 | 0, 1, 0 |" in once
+    assert (r"| a\|b: error 1.58 → 1.42 reached, P+Q 1.58 → 1.42 reached | 2, 1, 0 | 0, 1, 0 | no data | "
+            "2 in [one](results/rows/one) |") in once
     assert "\n| t | n | 91.24 | 92.00 | 7 | 3 | 0123456 |\n" in once
     with pytest.raises(CompressError, match="'one'"):
         readme.filled(text, {}, [summary], [trained])

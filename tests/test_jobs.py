@@ -47,7 +47,7 @@ def test_a_table(written):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("", "table.toml: no method; allowed are: method, title, others, smoke"),
+    ("", "table.toml: no method; allowed are: method, title, others, first, smoke"),
     ('method = "x"\nrows = 3', "table.toml: unknown key 'rows'"),
     ("method = 3", "table.toml: method must be a text"),
     (HEAD + "smoke = 3", "table.toml: smoke must be a table"),
@@ -57,6 +57,7 @@ def test_a_table(written):
     (HEAD + ROW + ROW.replace('"a"', '"b"') + "lr = 3", "unknown key table.toml row 2: 'lr'; allowed are: name"),
     (HEAD + ROW + "seed = 'x'", "table.toml row 1: seed = 'x': needed is a whole number"),
     ("others = 3\n" + HEAD + ROW, "table.toml: others = 3: needed are names of its rows"),
+    ("first = ['b']\n" + HEAD + ROW, r"table.toml: first = \['b'\]: needed are names of its rows, and 'b' is none"),
     ("others = ['b']\n" + HEAD + ROW, r"table.toml: others = \['b'\]: needed are names of its rows, and 'b' is none"),
     (HEAD + ROW + ROW, r"table.toml: the names under \[\[row\]\] must differ in letters or digits, but there is 'a'"),
     (HEAD + ROW + ROW.replace('"a"', '"A?"'), "must differ in letters or digits"),

@@ -13,7 +13,7 @@ from ..report.table import comparable, told_apart
 from ..report.verdicts import verdicts
 from .figures import AXES, as_svg, bytes_plot, front_plot, has_axis
 from .tables import table_of
-from .words import Row, metric, size, times
+from .words import Row, metric, short_metric, size, times
 
 FACTS = ("note", "file", "file_digest", "task", "network", "seed", "budget", "config", "setup", "checkpoint", "data",
          "ranges_by", "commit", "dirty", "mixed", "device", "threads", "torch", "numpy", "python", "cpu", "gpu",
@@ -24,12 +24,13 @@ COURSES = 12  # rows of a table whose course is drawn
 
 
 def table_part(rows: Sequence[Row], name: str, title: str, command: str, story: str,
-               others: Sequence[str] = ()) -> dict:
-    """The values that the templates table.html and paper.html take for one table. `others`: see `jobs.Table`."""
+               others: Sequence[str] = (), first: Sequence[str] = ()) -> dict:
+    """What the templates table.html and paper.html take for one table. `others`, `first`: see `jobs.Table`."""
     methods = Counter(row["method"] for row in rows)
-    rows = told_apart([{**row, "own": row["name"] not in others} for row in rows])
+    rows = told_apart([{**row, "own": row["name"] not in others, "first": row["name"] in first} for row in rows])
     return {"title": title, "file": f"table_{name}.html", "command": command, "story": story, "methods": methods,
-            **tallied([{**line, "own": row["own"]} for row in rows for line in verdict_lines(row)]),
+            **tallied([{**line, "own": row["own"], "first": row["first"], "network": row["network"]}
+                       for row in rows for line in verdict_lines(row)]),
             "figures": pictures(rows, title), "table": table_of(rows, title, name),
             "notes": [{"row": row["name"], "text": row["note"]} for row in rows if row.get("note")],
             "rows": [row_part(row, drawn=i < COURSES) for i, row in enumerate(rows)]}
@@ -87,6 +88,7 @@ def verdict_lines(row: Row) -> list[dict]:
         name, show = metric(one.metric)
         lines.append({"row": row["name"], "method": row["method"], "metric": name,
                       "printed": show(one.printed), "verdict": one.verdict, "kind": one.kind,
+                      "short": short_metric(one.metric),
                       "ours": "—" if one.ours is None else show(one.ours),
                       "difference": "" if one.ours is None else f"{one.ours - one.printed:+.3g}"})
     return lines

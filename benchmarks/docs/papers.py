@@ -6,7 +6,7 @@ from types import ModuleType
 
 from methods import find_method, method_names
 
-from ..citations import entries, link, short
+from ..citations import entries, link, short, who
 from ..rows import ROOT
 from .words import DATA, method_name
 
@@ -21,7 +21,7 @@ class Paper:
     method: str
     name: str
     file: str
-    short: str
+    who: str
     citation: str
     link: str | None
     bibtex: str
@@ -43,7 +43,7 @@ def paper(module: ModuleType, entry: str | None) -> Paper:
     paragraphs, departures = said(module.__doc__)
     code = module.__file__
     inside = code.startswith(str(ROOT))
-    return Paper(method, method_name(method), f"{method}.html", method_name(method),
+    return Paper(method, method_name(method), f"{method}.html", who(entry) if entry else "of this project",
                  short(entry) if entry else paragraphs[0].rstrip("."), link(entry) if entry else None,
                  entry if entry else "no paper: cite this project", DATA.get(module.DATA, module.DATA),
                  code[len(str(ROOT)) + 1:] if inside else module.__name__, paragraphs[1:], departures)

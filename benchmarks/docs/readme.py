@@ -64,18 +64,26 @@ def headline(rows: Sequence[Row], name: str) -> str:
 
 
 def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
-    """One line a paper: what it is, what it needs, where its rows are, what came of the numbers printed for them."""
-    out = ("| method | paper | data | rows | accuracies: reached, not, cannot tell | counted numbers |\n"
-           "| --- | --- | --- | --- | --- | --- |\n")
+    """One line a paper: what it prints beside ours for the rows that stand for it, what came of all its numbers, what
+    it needs, where its rows are."""
+    out = ("| method | paper | printed → ours | accuracies: reached, not, cannot tell | counted numbers | data | rows |"
+           "\n| --- | --- | --- | --- | --- | --- | --- |\n")
     for one in papers:
         kinds = [(counts[REACHED], counts[NOT_REACHED] + counts[MISSING], counts[CANNOT_TELL])
                  for counts in (one["counts"][kind] for kind in (ACCURACY, COUNTED))]
         found = " | ".join(", ".join(map(str, kind)) if any(kind) else "—" for kind in kinds)
         rows = ", ".join(f"{n} in [{name}](results/rows/{name})" for name, n in one["tables"].items())
-        cited = f"[{in_markdown(one['citation'])}]({one['link']})" if one["link"] else in_markdown(one["citation"])
-        out += f"| [{in_markdown(one['name'])}]({one['code']}) | {cited} | {one['data']} | "
-        out += f"{rows if rows else 'none yet'} | {found} |\n"
+        cited = f"[{in_markdown(one['who'])}]({one['link']})" if one["link"] else in_markdown(one["who"])
+        out += f"| [{in_markdown(one['name'])}]({one['code']}) | {cited} | {in_markdown(beside(one['first']))} | "
+        out += f"{found} | {one['data']} | {rows if rows else 'none yet'} |\n"
     return out
+
+
+def beside(first: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What is printed for each row beside ours: matched: error 1.58 → 1.42 reached, P+Q+H 40.0x → 41.1x reached."""
+    texts = [f"{row}: " + ", ".join(f"{line['short']} {line['printed']} → {line['ours']} {line['verdict']}"
+                                    for line in lines) for row, lines in first.items()]
+    return "; ".join(texts) if texts else "—"
 
 
 def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:

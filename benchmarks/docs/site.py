@@ -110,7 +110,8 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
 
 def part_of(entry: Table, rows: Sequence[Row]) -> dict:
     """A table that a configuration makes."""
-    return table_part(rows, entry.name, entry.title, command_in(entry.path), story(entry.path), entry.others)
+    return table_part(rows, entry.name, entry.title, command_in(entry.path), story(entry.path), entry.others,
+                      entry.first)
 
 
 def paper_page(site: Site, one: Paper, configs: Sequence[Table], parts: Mapping[str, Mapping[str, Any]]) -> dict:
@@ -125,11 +126,17 @@ def paper_page(site: Site, one: Paper, configs: Sequence[Table], parts: Mapping[
 
 def summary(one: Paper, parts: Mapping[str, Mapping[str, Any]]) -> dict:
     """A paper's line on the index: {table: rows of its method}, and what came of the numbers printed for them, by kind;
-    numbers of other methods, and those that the budget gives, are not counted."""
+    numbers of other methods, and those that the budget gives, are not counted. `first`: the numbers of the rows that
+    stand for the paper, {"row (network)": their lines}."""
     lines = [line for part in parts.values() for line in part["verdicts"] if line["own"] and line["kind"] != GIVEN]
     counts = {kind: Counter(line["verdict"] for line in lines if line["kind"] == kind) for kind in (ACCURACY, COUNTED)}
     found = {name: part["methods"][one.method] for name, part in parts.items() if part["methods"][one.method]}
-    return {**vars(one), "counts": counts, "printed": len(lines), "tables": found, "rows": sum(found.values())}
+    first: dict[str, list[dict]] = {}
+    for line in lines:
+        if line["first"] and line["short"] is not None:
+            first.setdefault(f"{line['row']} ({line['network']})", []).append(line)
+    return {**vars(one), "counts": counts, "printed": len(lines), "tables": found, "rows": sum(found.values()),
+            "first": first}
 
 
 def headline_of(rows: Sequence[Row], name: str) -> dict:

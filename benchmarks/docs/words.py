@@ -1,5 +1,6 @@
 """Names and numbers for people: methods, metrics and units as every page and plot shows them."""
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +61,7 @@ METRICS: dict[str, tuple[str, Callable[[float], str]]] = {  # dotted path in a r
     "float32_bytes": ("float32 network", size),
     "cost.density": ("kept weights, share", plain), "cost.kept_weights": ("kept weights", plain),
     "cost.mean_bits": ("bits of a kept weight", plain), "cost.macs": ("multiply-accumulates", count),
-    "cost.bops": ("bit operations", count), "hardware.bb_bops_percent": ("bit operations, % of 32-bit", plain),
+    "cost.bops": ("bit operations", count), "hardware.bb_bops_percent": ("bit operations in % of 32-bit", plain),
     "accounting.ratios.data_only": ("smaller, codes of kept weights only", times),
     "accounting.ratios.data_only_fractional": ("smaller, codes of kept weights at log2(levels)", times),
     "accounting.ratios.with_index": ("smaller, with positions", times),
@@ -75,6 +76,17 @@ def metric(path: str) -> tuple[str, Callable[[float], str]]:
     if path in METRICS:
         return METRICS[path]
     return path.replace("accounting.", "").replace(".", ": ").replace("_", " "), plain
+
+
+def short_metric(path: str) -> str | None:
+    """The name of a number of a whole row where little room is; None of others, a layer's above all.
+
+    >>> short_metric("error_float"), short_metric("ip1 density")
+    ('error', None)
+    """
+    if path not in METRICS:
+        return None
+    return re.sub(", (float|integer) arithmetic|, %$|^smaller, ", "", METRICS[path][0])
 
 
 def points_lost(row: Row) -> float:
