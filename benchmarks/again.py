@@ -6,23 +6,26 @@ that comes out the same stays as it is.
 
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from methods.core.errors import CompressError, ConfigError
 
-from .baselines import skeleton
+from .baselines import shipped_path, skeleton
 from .commands import chosen, prepared, say, spec_of
 from .data import Dataset
 from .execute import Place, Start, described, is_of, measured, name_of, setup_of
 from .jobs import Job, prepare, read_table
 from .locks import locked
+from .networks import label
 from .provenance import origin, surroundings
 from .report import against_paper
-from .rows import Row, read_row, write_row
+from .rows import DIGITS, Row, read_row, stem, write_row
 from .runs import Screen
 from .settings import plain, same_settings
+from .specs import Session, Spec
 
 MADE = ("shrink", "sixteen_bit")  # done to the file or not, whatever the job would do today
 
@@ -36,6 +39,7 @@ def remeasure(options: Namespace, console: Console) -> None:
         for entry, order, job in jobs:
             spec = spec_of(job, entry.name, order, options)
             try:
+                check_there(spec, session)
                 row = measured_again(spec.job, session.dataset(spec), session.start(spec), session.place(spec),
                                      entry.name, order)
                 rows.setdefault(entry.name, []).append(row)
@@ -45,6 +49,17 @@ def remeasure(options: Namespace, console: Console) -> None:
         raise ConfigError("none of these rows is there with its file")
     for name, found in rows.items():
         console.print(against_paper.terminal(found, name))
+
+
+def check_there(spec: Spec, session: Session) -> None:
+    """CompressError where the row is not there, or where what it starts from would have to be trained."""
+    job, folder = spec.job, Path(spec.results) / "rows" / spec.table
+    begin = stem(job.name, label(job.network), job.seed, "")
+    if not any(folder.glob(f"{begin}-{'?' * DIGITS}.json")):
+        raise ConfigError(f"no row in {folder}")
+    dataset = session.dataset(spec)
+    if spec.checkpoint is None and not shipped_path(dataset.name, job.network).exists():
+        raise ConfigError(f"no baseline of {label(job.network)} on {dataset.name} is shipped: give it as --checkpoint")
 
 
 def measured_again(job: Job, dataset: Dataset, start: Start, place: Place, table: str, order: int) -> Row:

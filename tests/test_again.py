@@ -17,7 +17,8 @@ from benchmarks.jobs import Job
 from benchmarks.networks import build
 from benchmarks.rows import Row, read_row
 from benchmarks.runs import Screen
-from methods.core.errors import CompressError
+from benchmarks.specs import Session, Spec
+from methods.core.errors import CompressError, ConfigError
 
 ONE = Job("one", "prune_then_quantize", "digits", "resnet18w2", {"density": 0.5, "bits": 8}, paper={"error_float": 1.0})
 YOUNGER = ("right", "against_baseline", "standard_error", "held_out_top1", "densities", "float_policy", "shrink",
@@ -117,7 +118,15 @@ def test_the_command_says_what_it_leaves(tmp_path, capsys):
     gone.unlink()
     again.remeasure(options, Console(width=100))
     said = capsys.readouterr()
-    assert "left as it is: t, b: no file" in said.err and "left as it is: t, c: cannot read the row" in said.err
+    assert "left as it is: t, b: no file" in said.err and "left as it is: t, c: no row in" in said.err
     assert "error_integer" in said.out
     with pytest.raises(CompressError, match="none of these rows is there with its file"):
         again.remeasure(Namespace(**{**vars(options), "row": ["c"]}), Console())
+
+
+def test_no_baseline_is_trained(there, tmp_path):
+    """A row of a network that the project ships no baseline of."""
+    spec = Spec(ONE, "own", 0, "digits", str(tmp_path))
+    with pytest.raises(ConfigError, match="no baseline of resnet18w2 on digits is shipped: give it as --checkpoint"):
+        again.check_there(spec, Session(Screen(bars=False)))
+    again.check_there(replace(spec, checkpoint="some.safetensors"), Session(Screen(bars=False)))

@@ -10,9 +10,10 @@ The rule. The limit is size_ratio x 4 bytes x every float of the network, and th
    `quick(config)` says. A method that does not train is its own cheap run. What `finish` adds is measured once.
 2. It is run in full at that value, once.
 3. A file of 97 to 100 % of the limit is taken. One that is up to `TRIM` too large loses its smallest weights (against
-   the root mean square of their layer) until it fits; that is part of the rule for methods that train, since another
-   training costs more than a few of the least weights. Any other ratio of file to cheap file corrects the goal, and the
-   search goes on from 1, up to `RUNS` times; of the files that fit the largest is taken.
+   the norm of all that their layer keeps) until it fits; that is part of the rule for methods that train, since another
+   training costs more than a few of the least weights. `trimmed` in the notes is the share that went. Any other ratio
+   of file to cheap file corrects the goal, and the search goes on from 1, up to `RUNS` times; of the files that fit
+   the largest is taken.
 
 A knob of whole numbers (bits) takes the largest that fits, however much it leaves. BudgetError, with the smallest size
 that was seen, where no value fits. Every run draws from the same seed, so that equal arguments give equal bytes.
@@ -154,12 +155,12 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
             break
         seen.add(value)
         found = search.whole_run(value)
-        size = file_bytes(finish(found))
+        size, trimmed = file_bytes(finish(found)), 0.0
         if limit < size <= (1 + TRIM) * limit and not search.exact:
-            found, size = _trimmed(found, limit, finish)
+            found, size, trimmed = _trimmed(found, limit, finish)
         smallest = min(smallest, size)
         if size <= limit and (best is None or size > best[0]):
-            best = size, found, value
+            best = size, found, value, trimmed
         if USED * limit <= size <= limit or size <= limit and value == knob.largest:
             break
         correction = size / search.cheap_bytes(value)
@@ -168,9 +169,9 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
         raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that {knob.name} "
                           f"reaches is about {smallest:,} bytes: allowed are numbers of about "
                           f"{smallest / float_bytes(model):.3g} or more")
-    size, found, value = best
+    size, found, value, trimmed = best
     said = {"knob": knob.name, "value": value, "limit": limit, "bytes": size, "cheap_runs": len(search.sizes),
-            "whole_runs": len(seen)}
+            "whole_runs": len(seen), "trimmed": trimmed}
     return replace(found, notes={**found.notes, "size": said})
 
 
@@ -247,8 +248,8 @@ class _Search:
         return 1.0
 
 
-def _trimmed(compressed: CompressedModel, limit: int, finish: Finish) -> tuple[CompressedModel, int]:
-    """`compressed` without its smallest weights, as few of them as it takes to fit, and its bytes.
+def _trimmed(compressed: CompressedModel, limit: int, finish: Finish) -> tuple[CompressedModel, int, float]:
+    """`compressed` without its smallest weights, as few of them as it takes to fit, its bytes, and their share.
 
     Halving the step ends within 0.1 % of the kept weights.
     """
@@ -263,13 +264,18 @@ def _trimmed(compressed: CompressedModel, limit: int, finish: Finish) -> tuple[C
             high, found, size = middle, fewer, bytes_left
         else:
             low = middle
-    return found, size
+    return found, size, high
 
 
 def without_smallest(compressed: CompressedModel, share: float) -> CompressedModel:
-    """A share of the kept weights of all layers pruned: the smallest against the root mean square of their layer."""
+    """A share of the kept weights of all layers pruned: the smallest |w| / |W|, W all kept weights of its layer.
+
+    |w|^2 / |W|^2 is what pruning w takes of its layer: the sum of these over all layers is as small as the share
+    allows. Against the root mean square of the layer, whatever its number of weights, small layers that keep many small
+    weights, such as a first one, would be emptied.
+    """
     heights = {name: tensor.decode().abs()[tensor.mask] for name, tensor in compressed.weights.items()}
-    heights = {name: height / height.square().mean().sqrt() for name, height in heights.items() if len(height)}
+    heights = {name: height / height.square().sum().sqrt() for name, height in heights.items() if len(height)}
     order = torch.cat(list(heights.values())).argsort(stable=True)
     keep = torch.ones(len(order), dtype=torch.bool)
     keep[order[:int(share * len(order))]] = False
