@@ -6,7 +6,8 @@ from .accounting import COUNTED
 
 OF_A_ROW = (
     "top1_float", "top1_integer", "error_float", "error_integer", "top1_float_bn_reestimated", "baseline_top1",
-    "held_out_top1", "bytes", "paper_mode_bytes", "float32_bytes", "size_ratio", "dense_weights", "dense_macs",
+    "held_out_top1", "against_baseline.float.change", "against_baseline.integer.change", "bytes",
+    "paper_mode_bytes", "float32_bytes", "size_ratio", "dense_weights", "dense_macs",
     *(f"accounting.{kind}.{name}" for kind in ("bits", "ratios") for name in COUNTED),
     *(f"cost.{name}" for name in ("macs", "bops", "sparse_bops", "bops_float_activations", "weights", "kept_weights",
                                   "density", "mean_bits")),

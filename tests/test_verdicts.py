@@ -29,6 +29,16 @@ def test_accuracies_within_chance(ours, text):
     assert judged("error_float", 10.0, 100 - ours, row()).verdict == text
 
 
+@pytest.mark.parametrize("printed, change, text", [
+    (0.0, 0.0, "reached"), (0.0, 0.3, "reached"), (0.0, -0.2, "cannot tell"), (0.0, -0.21, "not reached"),
+    (0.7, 0.6, "cannot tell"), (0.7, 0.4, "not reached"), (-0.8, -0.7, "reached")])
+def test_a_change_against_the_given_network_has_the_interval_of_the_pairs(printed, change, text):
+    paired_ = {"float": {"change": change, "low": change - 0.2, "high": change + 0.2}}
+    (one,) = verdicts(row(paper={"against_baseline.float.change": printed}, against_baseline=paired_))
+    assert (one.verdict, one.kind, one.ours) == (text, "accuracy", change)
+    assert verdicts(row(paper={"against_baseline.float.change": printed}))[0].verdict == "missing"
+
+
 def test_a_small_test_set_tells_less():
     assert judged("top1_float", 90.0, 88.0, row(n_test=100)).verdict == "cannot tell"
     assert judged("top1_float", 90.0, 88.0, row()).verdict == "not reached"

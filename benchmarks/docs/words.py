@@ -41,6 +41,11 @@ def points(value: float) -> str:
     return f"{value:.2f}"
 
 
+def signed(value: float) -> str:
+    """A change in percentage points: two decimals, and its sign."""
+    return f"{value:+.2f}"
+
+
 def times(value: float) -> str:
     """A ratio: at most two decimals, none from 100 on."""
     return f"{value:.0f}x" if value >= 100 else f"{value:.1f}x" if value >= 10 else f"{value:.2f}x"
@@ -56,6 +61,8 @@ def plain(value: float) -> str:
 METRICS: dict[str, tuple[str, Callable[[float], str]]] = {  # dotted path in a row: (for people, how to print)
     "top1_float": ("top-1, float arithmetic, %", points), "top1_integer": ("top-1, integer arithmetic, %", points),
     "top1_float_bn_reestimated": ("top-1, batch norm re-estimated, %", points),
+    "against_baseline.float.change": ("change of top-1, float arithmetic, points", signed),
+    "against_baseline.integer.change": ("change of top-1, integer arithmetic, points", signed),
     "error_float": ("error, float arithmetic, %", points), "error_integer": ("error, integer arithmetic, %", points),
     "bytes": ("file", size), "paper_mode_bytes": ("file in Deep Compression's layout", size),
     "float32_bytes": ("float32 network", size),
@@ -86,7 +93,7 @@ def short_metric(path: str) -> str | None:
     """
     if path not in METRICS:
         return None
-    return re.sub(", (float|integer) arithmetic|, %$|^smaller, ", "", METRICS[path][0])
+    return re.sub(", (float|integer) arithmetic|, (%|points)$|^smaller, ", "", METRICS[path][0])
 
 
 def points_lost(row: Row) -> float:

@@ -1,7 +1,8 @@
 """Was a printed number reached? Yes, no, or chance does not let anyone tell.
 
 An accuracy (or error) is a mean over n test inputs: it is reached where ours is at least as good, not reached where
-ours falls short by more than 1.96 standard errors of ours, and between the two nobody can tell. Every other number
+ours falls short by more than 1.96 standard errors of ours, and between the two nobody can tell. A change against the
+given network has the interval of the pairs instead, which is narrower. Every other number
 (bytes, ratios, densities, bit operations) is counted, not sampled: it is reached where ours is at least as good to the
 digits that are printed. What the row's budget asks for (`given`) is reached by construction: it says that the setting
 is the paper's, and is no result. Where several seeds were run, ours is their mean, and its error that of the mean as
@@ -23,8 +24,8 @@ from .seeds import spread_of
 Row = Mapping[str, Any]
 REACHED, NOT_REACHED, CANNOT_TELL, MISSING = "reached", "not reached", "cannot tell", "missing"
 ACCURACY, COUNTED, GIVEN = "accuracy", "counted", "given"
-ACCURACIES = ("top1_", "error_", "baseline_top1", "held_out_top1")
-LARGER_IS_BETTER = ("top1", "ratios", "macs_per_byte", "utilisation")  # looked for first
+ACCURACIES = ("top1_", "error_", "baseline_top1", "held_out_top1", "change")
+LARGER_IS_BETTER = ("top1", "change", "ratios", "macs_per_byte", "utilisation")  # looked for first
 SMALLER_IS_BETTER = ("error_", "bytes", "size_ratio", "density", "bits", "bops", "rate_", "kept", "weights", "macs",
                      "cycles", "energy", "levels", "fillers")
 
@@ -57,7 +58,10 @@ def judged(metric: str, printed: float, ours: float | None, row: Row) -> Verdict
     slack = 0.0 if name.startswith(ACCURACIES) else half_unit(printed)
     spread, seeds = spread_of(row, lambda one: lookup(one, metric))
     errors = [t_of(seeds) * spread / math.sqrt(seeds), Z95 * deviations(row).get(metric, 0.0)]
-    if name.startswith(ACCURACIES):
+    if name == "change":
+        ends = [lookup(row, metric.replace("change", end)) for end in ("high", "low")]
+        errors.append((ends[0] - ends[1]) / 2)
+    elif name.startswith(ACCURACIES):
         errors.append(Z95 * standard_error(100 - ours if name.startswith("error_") else ours, row["n_test"]))
     text = REACHED if gain >= -slack else NOT_REACHED if gain < -max(slack, math.hypot(*errors)) else CANNOT_TELL
     return Verdict(metric, printed, ours, gain, text, kind)
