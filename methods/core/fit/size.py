@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..artifact import ActivationQuantizer, CompressedModel, CompressedTensor
+from ..artifact import ActivationQuantizer, CompressedModel
 from ..budget import Budget
 from ..errors import BudgetError, ConfigError
 from ..file.storage import to_bytes
@@ -39,6 +39,7 @@ from ..method import check_budget, check_generator
 from ..train.loaders import describe
 from ..train.run import NullRun, Run
 from ..train.task import Task
+from .trim import without_smallest
 
 USED = 0.97  # of the limit, at least
 AIM, CLOSE = 0.995, 0.99  # of the limit, for the cheap run; of that, where the search for it ends
@@ -265,25 +266,3 @@ def _trimmed(compressed: CompressedModel, limit: int, finish: Finish) -> tuple[C
         else:
             low = middle
     return found, size, high
-
-
-def without_smallest(compressed: CompressedModel, share: float) -> CompressedModel:
-    """A share of the kept weights of all layers pruned: the smallest |w| / |W|, W all kept weights of its layer.
-
-    |w|^2 / |W|^2 is what pruning w takes of its layer: the sum of these over all layers is as small as the share
-    allows. Against the root mean square of the layer, whatever its number of weights, small layers that keep many small
-    weights, such as a first one, would be emptied.
-    """
-    heights = {name: tensor.decode().abs()[tensor.mask] for name, tensor in compressed.weights.items()}
-    heights = {name: height / height.square().sum().sqrt() for name, height in heights.items() if len(height)}
-    order = torch.cat(list(heights.values())).argsort(stable=True)
-    keep = torch.ones(len(order), dtype=torch.bool)
-    keep[order[:int(share * len(order))]] = False
-    weights, start = dict(compressed.weights), 0
-    for name, height in heights.items():
-        tensor = compressed.weights[name]
-        mask = tensor.mask.clone()
-        mask[tensor.mask] = keep[start:start + len(height)]
-        weights[name] = CompressedTensor.of(tensor.codes, tensor.grid, tensor.bits, mask)
-        start += len(height)
-    return replace(compressed, weights=weights)
