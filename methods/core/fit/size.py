@@ -9,9 +9,9 @@ The rule. The limit is size_ratio x 4 bytes x every float of the network, and th
 1. The knob is solved for on a *cheap run* of the method: every recipe of its configuration at 0 epochs, or what its
    `quick(config)` says. A method that does not train is its own cheap run. What `finish` adds is measured once.
 2. It is run in full at that value, once.
-3. A file of 97 to 100 % of the limit is taken. One that is up to `TRIM` too large loses its smallest weights (against
-   the norm of all that their layer keeps) until it fits; that is part of the rule for methods that train, since another
-   training costs more than a few of the least weights. `trimmed` in the notes is the share that went. Any other ratio
+3. A file of 97 to 100 % of the limit is taken. One that is up to `TRIM` too large loses the weights that take least of
+   their layers (trim.py) until it fits; that is part of the rule for methods that train, since another training costs
+   more than a few of the least weights. `trimmed` in the notes is the share that went. Any other ratio
    of file to cheap file corrects the goal, and the search goes on from 1, up to `RUNS` times; of the files that fit
    the largest is taken.
 
@@ -250,7 +250,7 @@ class _Search:
 
 
 def _trimmed(compressed: CompressedModel, limit: int, finish: Finish) -> tuple[CompressedModel, int, float]:
-    """`compressed` without its smallest weights, as few of them as it takes to fit, its bytes, and their share.
+    """`compressed` without its least weights, as few of them as it takes to fit, its bytes, and their share.
 
     Halving the step ends within 0.1 % of the kept weights.
     """
