@@ -40,7 +40,7 @@ Departures   Body and tables of the paper could not be read: the steps are those
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -52,7 +52,7 @@ from .core.errors import ConfigError
 from .core.fit.batchnorm import check_mode, renew
 from .core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
 from .core.fit.prune import MaskHooks, apply_masks, keep_count
-from .core.fit.size import Knob, untrained
+from .core.fit.size import Knob, without_renewal
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.graph import trace
 from .core.graph.live import give_back
@@ -66,6 +66,7 @@ from .core.train.task import Task
 
 DATA = "train"
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
+quick = without_renewal  # what compress_to_size looks for the size with
 GRIDS = {"levels": Intervals, "clusters": Clusters}
 Weights = dict[str, nn.Parameter]
 Projection = Callable[[str, Tensor], Tensor]  # (layer, values) -> nearest point of the layer's set
@@ -122,11 +123,6 @@ class Config:
     def idle(self) -> dict[str, str]:
         return {} if self.grid == "levels" else dict.fromkeys(
             ("refit", "fix_rounds", "fix_fraction"), "grid = 'clusters' refits always, and trains once after ADMM")
-
-
-def quick(config: Config) -> Config:
-    """Without training, batch norm as it is: what `compress_to_size` looks for the size with."""
-    return replace(untrained(config), batchnorm="keep")
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

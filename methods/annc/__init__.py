@@ -45,7 +45,7 @@ Departures   Equations and settings are those of the authors' code; of the paper
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -58,7 +58,7 @@ from ..core.errors import BudgetError, ConfigError
 from ..core.fit.batchnorm import check_mode, renew
 from ..core.fit.project import SortedValues, boundaries, nearest
 from ..core.fit.rates import entropy_bits
-from ..core.fit.size import Knob, untrained
+from ..core.fit.size import Knob, without_renewal
 from ..core.graph.build import assemble, own_copy
 from ..core.graph.graph import trace
 from ..core.graph.live import give_back
@@ -73,6 +73,7 @@ from .knapsack import choose_options, keep_worthiest
 
 DATA = "train"
 SIZE_KNOB = Knob("data_ratio", 1e-4, 0.25)
+quick = without_renewal  # what compress_to_size looks for the size with
 MODES = ("joint", "prune", "quantize")
 FLOAT_BITS = 32
 REFRESHES, WARM_ITERATIONS = 20, 5  # fine-tuning: codebook refreshes an epoch, k-means iterations in each
@@ -125,11 +126,6 @@ class Config:
         found = {"joint": (), "prune": ("rho", "start_bits", "least_bits", "most_bits", "bits_epochs"),
                  "quantize": ("fill", "at_least", "live")}[self.mode]
         return dict.fromkeys(found, f"mode = {self.mode!r}")
-
-
-def quick(config: Config) -> Config:
-    """Without training, batch norm as it is: what `compress_to_size` looks for the size with."""
-    return replace(untrained(config), batchnorm="keep")
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,

@@ -108,6 +108,11 @@ def untrained(config: Any) -> Any:
                               if is_dataclass(getattr(config, field.name))})
 
 
+def without_renewal(config: Any) -> Any:
+    """`untrained`, and batch norm as it is: the `quick` of methods whose `batchnorm` setting renews it."""
+    return replace(untrained(config), batchnorm="keep")
+
+
 def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, budget: Budget, config: Any,
                      generator: torch.Generator, *, run: Run | None = None,
                      finish: Finish = lambda compressed: compressed, spread: Spread | None = None) -> CompressedModel:
