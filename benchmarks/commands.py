@@ -24,8 +24,8 @@ from .execute import Place
 from .jobs import Job, Table, all_tables, file_name, prepare, read_table
 from .networks import network_names
 from .report import against_paper, table
-from .rows import RESULTS, ROOT, Row, jobs_done, read_rows, slug, tables
-from .runs import Screen, clean_up
+from .rows import RESULTS, ROOT, Row, read_rows, slug, tables
+from .runs import Screen, clean_up, jobs_done
 from .settings import from_assignments, merge, plain
 from .specs import (
     Session,

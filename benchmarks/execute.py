@@ -32,7 +32,7 @@ from .measure import measure, reestimate_batchnorm, right_of, top1_of, with_rang
 from .networks import find, label, source_digest
 from .provenance import joined, origin, surroundings
 from .rows import SCHEMA, Row, finished, stem, write_row
-from .runs import DiskRun, Screen, run_key
+from .runs import DiskRun, Screen, run_key, state_name
 from .settings import build, count_knobs, merge, plain, same_settings
 
 
@@ -87,7 +87,7 @@ def run_job(job: Job, dataset: Dataset, start: Start, place: Place, table: str, 
 
     with locked(place.states / f"{key}.lock", waiting) as waited:
         resume = place.resume or waited
-        run = DiskRun(place.states / f"{key}.{run_key(plain(config))[:8]}", job.name, place.screen, resume=resume)
+        run = DiskRun(place.states / state_name(key, config), job.name, place.screen, resume=resume)
         done = None if run.folder.exists() else finished(folder, name_of(job, start.baseline), key)
         if (done is not None and resume and same_settings(config, done["config"])
                 and is_of(place.results / "models" / done["file"], done)):

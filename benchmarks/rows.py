@@ -212,19 +212,6 @@ def finished(folder: Path, name: str, key: str) -> Row | None:
     return row if row is not None and row["job"] == key else None
 
 
-def jobs_done(results: Path) -> dict[str, float]:
-    """{key of a job: when its row was written, in seconds of the clock}, of all rows that can be read."""
-    done: dict[str, float] = {}
-    for path in (path for folder in tables(results) for path in folder.glob("[!.]*.json")):
-        try:
-            job = read_row(path)["job"]
-        except CompressError:
-            continue
-        if job is not None:
-            done[job] = max(done.get(job, 0.0), path.stat().st_mtime)
-    return done
-
-
 def tables(results: Path) -> list[Path]:
     """The folders of all tables that have rows."""
     return sorted(path for path in (results / "rows").glob("[!.]*") if path.is_dir())

@@ -21,8 +21,10 @@ from methods.core.errors import CompressError
 from methods.core.file.container import write_file
 
 from .locks import tried
+from .made import FILE
 from .provenance import Origin, origin
-from .rows import visible
+from .rows import read_row, tables, visible
+from .settings import plain
 
 QUIET_SECONDS = 30.0  # between progress lines where the output is no terminal
 STATES = ("state.pt", "before.pt")  # the last one, and the one before it
@@ -149,11 +151,27 @@ def _read_state(path: Path) -> dict[str, Any]:
         raise CompressError(f"the saved state {path} is of another version") from None
 
 
+def jobs_done(results: Path) -> dict[str, float]:
+    """{name of a job's folder of states: when its row was written, in seconds of the clock}, of all rows that can be
+    read."""
+    done: dict[str, float] = {}
+    for path in (path for folder in tables(results) for path in folder.glob("[!.]*.json")):
+        try:
+            row = read_row(path)
+        except CompressError:
+            continue
+        if row["job"] is not None:
+            name = state_name(row["job"], row["config"])
+            done[name] = max(done.get(name, 0.0), path.stat().st_mtime)
+    return done
+
+
 def clean_up(results: Path, jobs_done: Mapping[str, float], screen: Screen) -> None:
     """Remove what cut-off processes left: parts of files, states of rows that are there, and states long forgotten.
 
-    jobs_done  {key of a job: time at which its row was written}: younger states are of a computation after it
-    A folder of states is called KEY or KEY.SETTINGS, its lock KEY.lock.
+    jobs_done  {name of a folder of states: time at which its row was written}: younger states are of a computation
+               after it, and a file that waits for its measuring is one, whatever the clocks say (copies keep old times)
+    The lock of a folder KEY or KEY.SETTINGS is called KEY.lock.
     """
     now = time.time()
     for path in results.rglob(".*.tmp"):
@@ -165,7 +183,7 @@ def clean_up(results: Path, jobs_done: Mapping[str, float], screen: Screen) -> N
     for folder in (path for path in (results / "runs").glob("*") if path.is_dir() and path.name != "baselines"):
         with tried(folder.with_suffix(".lock")) as held:
             if held:
-                _clean(folder, now, jobs_done.get(folder.name.partition(".")[0], 0.0), screen)
+                _clean(folder, now, jobs_done.get(folder.name, 0.0), screen)
 
 
 def _clean(folder: Path, now: float, done: float, screen: Screen) -> None:
@@ -173,8 +191,13 @@ def _clean(folder: Path, now: float, done: float, screen: Screen) -> None:
     last = max(files, default=folder.stat().st_mtime)
     if now - last > STALE_STATE:
         screen.say(f"removed: {folder}, not continued for {STALE_STATE // DAY} days")
-    if now - last > STALE_STATE or last <= done:
+    if now - last > STALE_STATE or last <= done and not (folder / FILE).exists():
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def state_name(key: str, config: Any) -> str:
+    """Of the folder with the states of the job of this key: another one where a default has changed since."""
+    return f"{key}.{run_key(plain(config))[:8]}"
 
 
 def run_key(facts: Mapping[str, Any]) -> str:

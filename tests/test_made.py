@@ -1,6 +1,8 @@
 """Files that wait for their measuring: made once, found by the run that resumes, made anew where they are damaged."""
 
 import json
+import os
+import time
 from dataclasses import replace
 
 import pytest
@@ -10,10 +12,9 @@ from benchmarks import execute, made
 from benchmarks.baselines import Baseline
 from benchmarks.data import open_dataset
 from benchmarks.execute import Place, Start, run_job
-from benchmarks.jobs import Job
+from benchmarks.jobs import Job, prepare
 from benchmarks.networks import build
-from benchmarks.rows import jobs_done
-from benchmarks.runs import Screen, clean_up
+from benchmarks.runs import Screen, clean_up, jobs_done, state_name
 
 ONE = Job("one", "prune_then_quantize", "digits", "resnet18w2", {"density": 0.5, "bits": 8})
 TRAINED = replace(ONE, name="trained", config={"retrain": {"epochs": 1, "lr": 0.05}})
@@ -99,6 +100,32 @@ def test_a_file_made_anew_beside_an_old_row_is_measured_and_not_thrown_away(run,
     assert len(run.makings) == 2 and row.stat().st_mtime_ns > before and not list((tmp_path / "runs").glob("*"))
     run(resume=True)
     assert len(run.makings) == 2
+
+
+def test_a_file_that_waits_outlives_a_row_that_looks_younger(run, tmp_path):
+    """Copies keep the times of files, and a checkout gives rows that of the day."""
+    run()
+    (row,) = (tmp_path / "rows" / "own").glob("*.json")
+    run(measure=False)
+    for path in (tmp_path / "runs").glob("*/*"):
+        os.utime(path, (row.stat().st_mtime - 3600,) * 2)
+    clean_up(tmp_path, jobs_done(tmp_path), Screen(bars=False))
+    run(resume=True)
+    assert len(run.makings) == 2
+
+
+def test_states_of_other_settings_outlive_the_row(run, tmp_path):
+    """The row is from before a default changed: the states beside it are of the job as it is today."""
+    row = run()
+    _, _, config = prepare(ONE)
+    folders = {scope: tmp_path / "runs" / state_name(row["job"], replace(config, scope=scope))
+               for scope in ("local", "global")}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        (folder / "state.pt").write_bytes(b"x")
+        os.utime(folder / "state.pt", (time.time() - 86_400,) * 2)
+    clean_up(tmp_path, jobs_done(tmp_path), Screen(bars=False))
+    assert config.scope == "local" and not folders["local"].exists() and folders["global"].exists()
 
 
 def test_a_row_of_other_settings_is_not_this_jobs(run, tmp_path):

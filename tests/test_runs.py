@@ -219,7 +219,8 @@ def test_leftovers_are_removed(tmp_path, monkeypatch):
     os.utime(tmp_path / "own.tmp", (month, month))
     os.utime(states / "old" / "run" / "state.pt", (month, month))
     with locked(states / "locked.lock"):
-        runs.clean_up(tmp_path, {"done": now + 60, "again": now - 60, "locked": now + 60}, Silent())
+        runs.clean_up(tmp_path, {"done": now + 60, "done.settings": now + 60, "again": now - 60,
+                                   "locked": now + 60}, Silent())
         assert {path.name for path in states.iterdir()} == {"again", "cut", "locked", "locked.lock", ".young.tmp"}
     assert (tmp_path / "own.tmp").exists() and not (tmp_path / ".part.tmp").exists()
     assert len(Silent.said) == 1 and "old, not continued for 30 days" in Silent.said[0]
