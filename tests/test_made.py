@@ -106,12 +106,13 @@ def test_a_file_that_waits_outlives_a_row_that_looks_younger(run, tmp_path):
     """Copies keep the times of files, and a checkout gives rows that of the day."""
     run()
     (row,) = (tmp_path / "rows" / "own").glob("*.json")
+    before = row.stat().st_mtime_ns
     run(measure=False)
     for path in (tmp_path / "runs").glob("*/*"):
         os.utime(path, (row.stat().st_mtime - 3600,) * 2)
     clean_up(tmp_path, jobs_done(tmp_path), Screen(bars=False))
     run(resume=True)
-    assert len(run.makings) == 2
+    assert len(run.makings) == 2 and row.stat().st_mtime_ns > before
 
 
 def test_states_of_other_settings_outlive_the_row(run, tmp_path):
