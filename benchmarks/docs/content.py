@@ -11,6 +11,7 @@ from ..accounting import COUNTED
 from ..report.courses import course_plot, search_plot
 from ..report.table import comparable, told_apart
 from ..report.verdicts import verdicts
+from .equal import ways, ways_plot
 from .figures import AXES, as_svg, bytes_plot, front_plot, has_axis
 from .tables import table_of
 from .words import Row, metric, short_metric, size, times
@@ -49,8 +50,9 @@ def rows_by(part: Mapping[str, Any], method: str) -> dict:
 
 def pictures(rows: Sequence[Row], title: str) -> list[dict]:
     """Fronts of each group of rows that can be compared, where the bytes go, and searches."""
-    found = [front(group, axis, title) for group in comparable(rows) if len(group) > 1
-             for axis in AXES if has_axis(group, axis)]
+    found = at_equal_bytes(rows, title)
+    found += [front(group, axis, title) for group in comparable(rows) if len(group) > 1
+              for axis in AXES if has_axis(group, axis)]
     if len(rows) > 1:
         found.append({"svg": as_svg(bytes_plot(rows), f"bytes of the files of {title}, by what they are for"),
                       "caption": "What the bytes of each file are for."})
@@ -59,6 +61,13 @@ def pictures(rows: Sequence[Row], title: str) -> list[dict]:
         if search is not None:
             found.append({"svg": as_svg(search, f"searches on {network}"), "caption": f"Searches on {network}."})
     return found
+
+
+def at_equal_bytes(rows: Sequence[Row], title: str) -> list[dict]:
+    """For each group of rows that can be compared, if several sizes are reached by several methods."""
+    return [{"svg": as_svg(ways_plot(group), f"{title}: points of top-1 lost at equal bytes"),
+             "caption": "Points of test top-1 lost at equal bytes, with their 95 % intervals."}
+            for group in comparable(rows) if len(ways(group).columns) > 1]
 
 
 def front(rows: Sequence[Row], axis: str, title: str, *, wide: bool = False) -> dict:

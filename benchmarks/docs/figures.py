@@ -63,7 +63,7 @@ def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
     figure = Figure(figsize=(9.0, 5.0) if wide else (6.4, 4.8), layout="constrained")
     panel = figure.add_subplot()
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    bottom = _bottom(rows)
+    bottom = bottom_of(rows)
     shown = {row["method"] for row in rows if points_lost(row) <= bottom}
     for method in methods:
         colour, marker = look(method, methods)
@@ -93,7 +93,7 @@ def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
     return figure
 
 
-def _bottom(rows: Sequence[Row]) -> float:
+def bottom_of(rows: Sequence[Row]) -> float:
     """The most lost points that a plot shows in their place: a far outlier does not squeeze the others."""
     lost = sorted(points_lost(r) for r in rows)
     middle = lost[len(lost) // 2]

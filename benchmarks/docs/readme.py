@@ -1,7 +1,7 @@
 """README's tables, made from committed rows: text between `<!-- KIND: NAME -->` and `<!-- end -->`.
 
-KIND is "headline" (all methods of one table, the columns that matter most), "papers" (a line a paper), "claims" (a line
-a claim), or "baselines".
+KIND is "headline" (the methods of one table at equal bytes, and every row below), "papers" (a line a paper), "claims"
+(a line a claim), or "baselines".
 """
 
 import re
@@ -13,9 +13,10 @@ from methods.core.errors import CompressError
 from methods.core.file.container import write_file
 
 from ..report import claims
-from ..report.table import in_markdown, told_apart
+from ..report.table import comparable, in_markdown, told_apart
 from ..report.verdicts import ACCURACY, CANNOT_TELL, COUNTED, MISSING, NOT_REACHED, REACHED
-from .figures import as_png, front_plot
+from .equal import blocks, ways_plot, ways_table
+from .figures import as_png
 from .tables import Table, markdown, table_of
 from .words import Row
 
@@ -32,7 +33,7 @@ def refresh(readme: Path, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
     write_file(readme, filled(text, rows_of, papers, baselines).encode())
     for match in BLOCK.finditer(text):
         if match[2] == "headline":
-            figure = front_plot(told_apart(rows_of[match[3]]), "bytes", wide=True)
+            figure = ways_plot(told_apart(rows_of[match[3]]))
             path = readme.parent / "results" / "figures" / f"{match[3]}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             write_file(path, as_png(figure))
@@ -56,11 +57,16 @@ def filled(text: str, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
 
 
 def headline(rows: Sequence[Row], name: str) -> str:
-    """A GitHub table of the columns in HEADLINE, each row under the baseline it starts from, the largest file first."""
-    whole = table_of(sorted(rows, key=lambda row: -row["bytes"]), name, name)
+    """For each baseline its methods at equal bytes; below, folded away, a GitHub table of the columns in HEADLINE: the
+    largest files first, of files of one size the least lost.
+    """
+    whole = table_of(sum(blocks(rows), []), name, name)
     kept = [i for i, column in enumerate(whole.columns) if column.header in HEADLINE]
     lines = [type(line)(line.kind, [line.cells[i] for i in kept]) for line in whole.lines]
-    return markdown(Table(whole.caption, whole.stem, [whole.columns[i] for i in kept], lines))
+    full = markdown(Table(whole.caption, whole.stem, [whole.columns[i] for i in kept], lines))
+    tables = "\n".join(ways_table(group) for group in comparable(told_apart(rows)))
+    summary = f"All {len(rows)} rows: accuracy, size, operations, energy, cycles, seconds"
+    return f"{tables}\n<details><summary>{summary}</summary>\n\n{full}\n</details>\n"
 
 
 def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from ..jobs import Table, all_tables
 from ..report import claims
 from ..report.table import comparable, told_apart
 from ..report.verdicts import ACCURACY, COUNTED, GIVEN
-from .content import command_in, front, rows_by, story, table_part
+from .content import at_equal_bytes, command_in, front, rows_by, story, table_part
 from .papers import Paper, papers
 from .tables import comma_separated, latex, markdown, table_of
 from .words import Row
@@ -143,7 +143,8 @@ def headline_of(rows: Sequence[Row], name: str) -> dict:
     """The index' first screen: all rows of a table, each measured against the baseline it starts from."""
     tops = ", ".join(f"{group[0]['baseline_top1']:.2f} %" for group in comparable(rows))
     what = f"{title_of(rows)}, points lost against each row's own baseline ({tops})"
-    return {"what": what, "figures": [front(told_apart(rows), "bytes", what, wide=True)],
+    shown = told_apart(rows)
+    return {"what": what, "figures": [*at_equal_bytes(shown, what), front(shown, "bytes", what, wide=True)],
             "table": table_of(rows, f"All methods: {what}.", name)}
 
 
