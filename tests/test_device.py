@@ -17,6 +17,7 @@ from benchmarks.settings import build
 from methods import find_method, method_names
 from methods.core.budget import Budget
 from methods.core.file.storage import to_bytes
+from methods.core.train import finetune
 from methods.core.train.finetune import Recipe, train
 
 CPU, OTHER = torch.device("cpu"), torch.device("cuda")  # "cuda" is only a name here: nothing touches a driver
@@ -161,3 +162,43 @@ def test_a_method_works_on_another_device(name, start, tiny, pretend):
         assert not any(value in marks for value in out.state_dict().values())
         assert all(not any(part in marks for part in (t.mask, t.codes)) for t in out.weights.values())
     assert to_bytes(out)[0] == to_bytes(wanted)[0]
+
+
+class Moves(TorchDispatchMode):
+    """Counts what leaves the other device: whoever trains there waits for it."""
+
+    def __init__(self, marks):
+        super().__init__()
+        self.marks, self.count = marks, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        looks = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        self.count += function in looks and args[0] in self.marks
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["admm", "bayesian_bits", "deep_compression", "prune_then_quantize",
+                                  "quantize_then_prune", "rptq_train"])
+def test_a_step_of_training_moves_its_batch_and_nothing_else(name, tiny, pretend, monkeypatch):
+    """A copy to or from a GPU waits for all that it has to do; what a stage prepares in its first step is left out."""
+    method = find_method(name)
+    smoke = next(table.smoke for table in all_tables() if table.method == name and table.smoke)
+    budget, config = build(Budget, smoke["budget"]), build(method.Config, smoke.get("config", {}))
+    step, move, moves, steps = finetune.training_step, Pretend.move, [], []
+
+    def moved(self, tensor, device, *given, **more):
+        moves.append((tensor in self.marks) != (device.type == OTHER.type))
+        return move(self, tensor, device, *given, **more)
+
+    def counted(*given):
+        moves.clear()
+        with Moves(marks) as looks:
+            out = step(*given)
+        steps.append((sum(moves), looks.count))
+        return out
+
+    monkeypatch.setattr(Pretend, "move", moved)
+    monkeypatch.setattr(finetune, "training_step", counted)
+    with pretend() as marks:
+        method.compress(tiny.model(), tiny.task(device=OTHER), budget, config, torch.Generator().manual_seed(0))
+    assert steps and sum(one == (2, 0) for one in steps) >= len(steps) / 2 and steps[-1] == (2, 0)

@@ -1,6 +1,7 @@
 """Uniform weight quantizers: fitting a grid, encoding to codes, and training through them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +22,39 @@ def _extremes(weight: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
     return (low, high) if per_channel else (low[0], high[0])
 
 
-def fit_symmetric(weight: Tensor, bits: int, per_channel: bool = True) -> Affine:
-    """Symmetric grid s * {-Q..Q}, Q = 2^(bits-1) - 1, s = max|w| / Q; 0 is always code 0."""
+class Steps(NamedTuple):
+    """A uniform grid beside a weight: scale and zero point float32 [C_out] or [] on its device, least and largest code.
+
+    A step of training fits or uses it without a look at its values, for which a GPU would have to wait; `stored` has.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    low: int
+    high: int
+
+    def stored(self, signed: bool) -> Affine:
+        return Affine(self.scale.cpu(), self.zero.cpu().to(torch.int32), signed)
+
+
+def _symmetric(weight: Tensor, bits: int, per_channel: bool) -> Steps:
     _check_symmetric(bits)
     low, high = _extremes(weight, per_channel)
-    scale = (torch.maximum(-low, high) / ((1 << bits - 1) - 1)).clamp_min(EPS).float().cpu()
-    return Affine(scale, torch.zeros_like(scale, dtype=torch.int32), signed=True)
+    top = (1 << bits - 1) - 1
+    scale = (torch.maximum(-low, high) / top).clamp_min(EPS).float()
+    return Steps(scale, torch.zeros_like(scale), -top, top)
+
+
+def fit_symmetric(weight: Tensor, bits: int, per_channel: bool = True) -> Affine:
+    """Symmetric grid s * {-Q..Q}, Q = 2^(bits-1) - 1, s = max|w| / Q; 0 is always code 0."""
+    return _symmetric(weight, bits, per_channel).stored(signed=True)
+
+
+def _asymmetric(weight: Tensor, bits: int, per_channel: bool) -> Steps:
+    low, high = _extremes(weight, per_channel)
+    low, high, top = low.clamp_max(0), high.clamp_min(0), (1 << bits) - 1
+    scale = ((high - low) / top).clamp_min(EPS).float()
+    return Steps(scale, torch.round(-low / scale).clamp(0, top), 0, top)
 
 
 def fit_asymmetric(weight: Tensor, bits: int, per_channel: bool = True) -> Affine:
@@ -34,27 +62,29 @@ def fit_asymmetric(weight: Tensor, bits: int, per_channel: bool = True) -> Affin
 
     The zero point is a whole code, so that a pruned weight is representable: z = round(-low / s).
     """
-    low, high = _extremes(weight, per_channel)
-    low, high, top = low.clamp_max(0), high.clamp_min(0), (1 << bits) - 1
-    scale = ((high - low) / top).clamp_min(EPS).float().cpu()
-    zero = torch.round(-low.cpu() / scale).clamp(0, top).to(torch.int32)
-    return Affine(scale, zero, signed=False)
+    return _asymmetric(weight, bits, per_channel).stored(signed=False)
 
 
-def fit_mse(weight: Tensor, bits: int, per_channel: bool = True) -> Affine:
-    """The symmetric grid with the least squared error among `SHARES` of the scale that clips nothing."""
-    widest = fit_symmetric(weight, bits, per_channel)
-    flat = weight.detach().float().cpu().reshape(weight.shape[0] if per_channel else 1, -1)
-    top, start = (1 << bits - 1) - 1, widest.scale.reshape(-1, 1)
+def _mse(weight: Tensor, bits: int, per_channel: bool) -> Steps:
+    widest = _symmetric(weight, bits, per_channel)
+    flat, top = weight.detach().float().reshape(weight.shape[0] if per_channel else 1, -1), widest.high
+    start = widest.scale.reshape(-1, 1)
     best, least = start, torch.full_like(start, torch.inf)
     for share in SHARES:
         scale = share * start
         error = (torch.round(flat / scale).clamp(-top, top) * scale - flat).square().sum(1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return Affine(best.reshape(widest.scale.shape).clamp_min(EPS), widest.zero, signed=True)
+    return widest._replace(scale=best.reshape(widest.scale.shape).clamp_min(EPS))
+
+
+def fit_mse(weight: Tensor, bits: int, per_channel: bool = True) -> Affine:
+    """The symmetric grid with the least squared error among `SHARES` of the scale that clips nothing."""
+    return _mse(weight, bits, per_channel).stored(signed=True)
 
 
 SCHEMES = {"symmetric": fit_symmetric, "asymmetric": fit_asymmetric, "mse": fit_mse}
+BESIDE: dict[str, Callable[[Tensor, int, bool], Steps]] = {  # the same, for training
+    "symmetric": _symmetric, "asymmetric": _asymmetric, "mse": _mse}
 SHARES = [i / 50 for i in range(50, 14, -1)]
 
 
@@ -74,14 +104,13 @@ def _check_symmetric(bits: int) -> None:
 
 def to_codes(weight: Tensor, grid: Affine, bits: int) -> Tensor:
     """int32 codes of the nearest grid points: clamp(round(w / s) + z). Symmetric grids never use -2^(bits-1)."""
-    scale, zero = _beside(weight, grid)
+    scale, zero = (_along(values.to(weight.device), weight) for values in (grid.scale, grid.zero))
     return (torch.round(weight.detach() / scale) + zero).clamp(*code_range(grid, bits)).to(torch.int32)
 
 
-def _beside(weight: Tensor, grid: Affine) -> tuple[Tensor, Tensor]:
-    """Scale and zero point on the weight's device, shaped to broadcast over it."""
-    shape = (-1, *[1] * (weight.ndim - 1)) if grid.scale.ndim else ()
-    return grid.scale.to(weight.device).reshape(shape), grid.zero.to(weight.device).reshape(shape)
+def _along(values: Tensor, weight: Tensor) -> Tensor:
+    """[C_out] or [], shaped to broadcast over the weight."""
+    return values.reshape(-1, *[1] * (weight.ndim - 1)) if values.ndim else values
 
 
 def code_range(grid: Affine, bits: int) -> tuple[int, int]:
@@ -95,14 +124,19 @@ def quantize(weight: Tensor, grid: Affine, bits: int, mask: Tensor | None = None
     return CompressedTensor.of(to_codes(weight.cpu(), grid, bits), grid, bits, mask)
 
 
-def through_grid(weight: Tensor, grid: Affine, bits: int) -> Tensor:
+def beside(weight: Tensor, grid: Affine, bits: int) -> Steps:
+    """The grid on the weight's device."""
+    return Steps(grid.scale.to(weight.device), grid.zero.to(weight.device).float(), *code_range(grid, bits))
+
+
+def through(weight: Tensor, steps: Steps) -> Tensor:
     """decode(encode(w)) with a straight-through gradient, 1 inside the range of the grid and 0 outside."""
     with torch.no_grad():
-        scale, zero = _beside(weight, grid)
-        steps = torch.round(weight / scale) + zero
-        codes = steps.clamp(*code_range(grid, bits))
+        scale, zero = (_along(values, weight) for values in (steps.scale, steps.zero))
+        rounded = torch.round(weight / scale) + zero
+        codes = rounded.clamp(steps.low, steps.high)
         near = (codes - zero) * scale
-    passed = (weight - weight.detach()) * (steps == codes)  # value 0: what a forward pass sees is `near` itself
+    passed = (weight - weight.detach()) * (rounded == codes)  # value 0: what a forward pass sees is `near` itself
     return near + passed
 
 
@@ -116,12 +150,17 @@ class FakeQuantize(nn.Module):
     def __init__(self, bits: int, mask: Tensor, scheme: str = "symmetric", grid: Affine | None = None,
                  per_channel: bool = True):
         super().__init__()
-        self.bits, self.fit, self.grid, self.per_channel = bits, find_scheme(scheme), grid, per_channel
+        find_scheme(scheme)
+        self.bits, self.fit, self.grid, self.per_channel = bits, BESIDE[scheme], grid, per_channel
+        self.steps: Steps | None = None  # of a given grid
         self.register_buffer("mask", mask)
 
     def forward(self, weight: Tensor) -> Tensor:
-        grid = self.fit(weight * self.mask, self.bits, self.per_channel) if self.grid is None else self.grid
-        return through_grid(weight, grid, self.bits) * self.mask
+        if self.grid is None:
+            return through(weight, self.fit(weight * self.mask, self.bits, self.per_channel)) * self.mask
+        if self.steps is None or self.steps.scale.device != weight.device:
+            self.steps = beside(weight, self.grid, self.bits)
+        return through(weight, self.steps) * self.mask
 
 
 class QuantizationAware(Hooks):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..artifact import Affine, CompressedTensor, Levels
 from ..errors import ConfigError
-from .quantize import EPS, find_scheme, fit_asymmetric, quantize, through_grid
+from .quantize import BESIDE, EPS, beside, find_scheme, fit_asymmetric, quantize, through
 
 
 def straight(value: Tensor, through: Tensor) -> Tensor:
@@ -87,7 +87,9 @@ class Aware(_OnAffine):
         return find_scheme(self.scheme)(weight.detach() * mask, self.bits, self.per_channel)
 
     def forward(self, weight, mask):
-        return through_grid(weight, self.grid(weight, mask), self.bits)
+        if self.fixed is not None:
+            return through(weight, beside(weight, self.fixed, self.bits))
+        return through(weight, BESIDE[self.scheme](weight.detach() * mask, self.bits, self.per_channel))
 
     def freeze(self, weight, mask):
         self.fixed = self.grid(weight, mask)
