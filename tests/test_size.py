@@ -26,9 +26,9 @@ from methods.core.train.finetune import Recipe
 from methods.core.train.run import NullRun
 
 KNOBS = [name for name in method_names() if hasattr(find_method(name), "SIZE_KNOB")]
-RATIO = {"neuron_merging": 0.6, "udfc": 0.2, "sequential_reconstruction": 0.2, "bayesian_bits": 0.16}  # else 0.13, or:
+RATIO = {"neuron_merging": 0.6, "udfc": 0.2, "sequential_reconstruction": 0.2}  # else 0.13, or:
 BITS_RATIO = 0.3  # where bits are turned
-LOOSE = {"bayesian_bits", "annc", "udfc", "neuron_merging", "sequential_reconstruction",
+LOOSE = {"annc", "udfc", "neuron_merging", "sequential_reconstruction",
          "iterative_sensitivity"}  # files of tiny networks jump
 
 

@@ -37,6 +37,8 @@ Departures (the paper could not be opened; what is not listed follows the author
     epoch; gates and ranges keep theirs. hold = 1 is the recipe's schedule, for all three; that of the ImageNet runs,
     drops after a third and two thirds, is not among them.
   * fast keeps running statistics and spares the second convolution. It is not the paper's; frozen weights imply it.
+  * size_ratio is not the paper's, which compares bit operations: mu follows the bytes of the file (steering.py), dead
+    units are removed, and a file that ends too large loses its least weights (core/fit/trim.py).
   * Pruning at fixed `bits` b costs (2 b - 2) kappa q2, as if all gates up to b were open. Convolutions with groups
     and the last layer are not pruned. The baseline of iterative sensitivity is a method of its own.
 """
@@ -44,30 +46,29 @@ Departures (the paper could not be opened; what is not listed follows the author
 import copy
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from ..core.artifact import MAX_BITS, ActivationQuantizer, Affine, CompressedModel, CompressedTensor, Topology
+from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import ConfigError
 from ..core.fit.calibrate import calibrate, check_calibration
-from ..core.fit.size import Knob
-from ..core.graph.build import apply, assemble, own_copy
+from ..core.graph.build import apply, float_bytes, own_copy
+from ..core.graph.shrink import shrink
 from ..core.method import check_call
 from ..core.settings import check_idle
-from ..core.train.finetune import Hooks, Recipe, train
+from ..core.train.finetune import Hooks, Recipe, check_trainable, train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import First, Task
-from .gated import WIDTHS, log_open_probability, step_size, to_codes
+from .gated import WIDTHS, log_open_probability
 from .network import LEAST_RANGE, GatedNetwork, fix_gates, survey
+from .steering import Steering
+from .stored import INPUT_BITS, describe, fitted, store_activations, store_weights, weigh
 
 DATA = "train"
-SIZE_KNOB = Knob("config.mu", 10.0, 1e-4, step=0.02)
-INPUT_BITS = 8  # of the network's input, and of ranges that are calibrated when the model is stored
 LEARN = ("all", "gates_ranges", "gates")
 FIXED_BITS = (2, *WIDTHS)
 
@@ -83,6 +84,7 @@ class FixedRecipe(Recipe):
 class Config:
     """mu: price of bit operations; recipe: of the weights in phase 1; gate_lr, range_lr: Adam's for phi and beta.
 
+    mu          what a size_ratio begins with, and turns
     hold        share of the epochs before the weights' rate falls (see Departures)
     init        phi of the gates of 4, 8, 16 and 32 bits at the start; channels start at 6
     prune       gates on output channels; False: quantization only
@@ -150,19 +152,14 @@ class Config:
         return found
 
 
-def quick(config: Config) -> Config:
-    """A quarter of the epochs with gates as many times as fast: what `compress_to_size` looks for mu with."""
-    epochs = max(config.recipe.epochs // 4, min(config.recipe.epochs, 1))
-    return replace(config, recipe=replace(config.recipe, epochs=epochs), fixed=None,
-                   gate_lr=config.gate_lr * config.recipe.epochs / max(epochs, 1))
-
-
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
-    """Budget: none; Config.mu decides how small the result gets."""
+    """Budget: none, and Config.mu decides how small the result gets; or size_ratio, and mu only begins there."""
     check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
-    budget.require("bayesian_bits")
+    budget.require("bayesian_bits", optional=("size_ratio",))
+    if budget.size_ratio is not None and config.mu == 0:
+        raise ConfigError("mu = 0 with budget size_ratio, which turns it: allowed is above 0")
     skeleton = own_copy(model).cpu()
     model = restarted(skeleton, generator) if config.scratch else copy.deepcopy(skeleton)
     model = task.placed(model).eval()
@@ -172,10 +169,15 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     points, wiring = survey(model, inputs, prune=config.prune, residual=config.residual, bits=config.bits)
     small = config.subset > 0 and task.train is not None
     seen = replace(task, train=First(task.train, n=config.subset)) if small else task
+    check_trainable(seen)
 
     network = GatedNetwork(model, points, wiring, config.init, stochastic=config.stochastic,
                            dead_gates=config.dead_gates, frozen_norms=config.fast or config.learn != "all")
-    first = Phase(config, second=False)
+    steering = None
+    if budget.size_ratio is not None:
+        steering = Steering(config.mu, int(budget.size_ratio * float_bytes(skeleton)),
+                            config.recipe.epochs * len(seen.train), network, lambda now: weigh(now, skeleton))
+    first = Phase(config, second=False, steering=steering)
     train(network, seen, config.recipe, generator, hooks=first, run=run.stage("gates"))
     fixed, topology = fix_gates(network)
     if config.fixed is not None:
@@ -183,8 +185,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
 
     compressed = store_weights(fixed.cpu(), topology)
     others = calibrate(apply(compressed, skeleton), task.calibration_inputs(config.calibration_inputs), INPUT_BITS)
-    return replace(compressed, activations=store_activations(fixed, list(compressed.weights), others),
-                   notes=describe(fixed, compressed, first.bops))
+    compressed = replace(compressed, activations=store_activations(fixed, list(compressed.weights), others),
+                         notes=describe(fixed, compressed, first.bops))
+    return compressed if steering is None else fitted(shrink(compressed, skeleton), steering)
 
 
 def restarted(model: nn.Module, generator: torch.Generator) -> nn.Module:
@@ -243,8 +246,8 @@ def relative_bops(network: GatedNetwork) -> float:
 class Phase(Hooks):
     """The three optimizers and the regulariser; in the second phase, gates are fixed and cost nothing."""
 
-    def __init__(self, config: Config, second: bool):
-        self.config, self.second, self.costs = config, second, torch.empty(0)
+    def __init__(self, config: Config, second: bool, steering: Steering | None = None):
+        self.config, self.second, self.steering, self.costs = config, second, steering, torch.empty(0)
         self.weights: list[torch.optim.Optimizer] = []
         self.epoch, self.bops = 0, []  # relative BOPs after each epoch, for the notes
 
@@ -261,9 +264,12 @@ class Phase(Hooks):
         return [*self.weights, *found]
 
     def loss(self, model, loss):
-        return loss if self.second else loss + self.config.mu * regulariser(model, self.costs)
+        mu = self.config.mu if self.steering is None else self.steering.mu
+        return loss if self.second else loss + mu * regulariser(model, self.costs)
 
     def after_backward(self, model, lr):
+        if self.steering is not None and self.steering.settled:
+            model.phi.grad = model.phi2.grad = None
         epochs, hold = self.config.recipe.epochs, self.config.hold
         held = int(hold * epochs)
         if not self.second and hold < 1 and self.epoch >= held:
@@ -273,64 +279,20 @@ class Phase(Hooks):
     @torch.no_grad()
     def after_step(self, model, lr):
         model.beta.clamp_(min=LEAST_RANGE)
+        if self.steering is not None:
+            self.steering.step(model)
 
     def after_epoch(self, model, epoch):
         self.epoch = epoch + 1
         self.bops.append(relative_bops(model))
+        if self.steering is not None:
+            self.steering.correct(model)
 
     def state(self):
-        return {"epoch": self.epoch, "bops": self.bops}
+        steering = None if self.steering is None else self.steering.state()
+        return {"epoch": self.epoch, "bops": self.bops, "steering": steering}
 
     def restore(self, state):
         self.epoch, self.bops = state["epoch"], list(state["bops"])
-
-
-# --- what is stored ----------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def store_weights(fixed: GatedNetwork, topology: Topology) -> CompressedModel:
-    """Codes of every weight of up to 16 bits; one of 32 bits stays float, clipped and pruned."""
-    weights = {}
-    for point, beta in zip(fixed.points, fixed.beta, strict=True):
-        if not point.weight:
-            continue
-        layer = fixed.network.get_submodule(point.name)
-        kept = fixed.masks.get(point.name, torch.ones(len(layer.weight), dtype=torch.bool)).cpu()
-        mask = kept.reshape(-1, *[1] * (layer.weight.ndim - 1)).expand(layer.weight.shape)
-        if point.bits <= MAX_BITS:
-            step = step_size(beta, point.signed, point.bits)
-            codes = to_codes(layer.weight, beta, point.signed, point.bits)
-            grid = Affine(step, torch.zeros((), dtype=torch.int32), point.signed)
-            weights[point.name] = CompressedTensor.of(codes, grid, point.bits, mask)
-        else:
-            layer.weight.copy_(layer.weight.clamp(-beta if point.signed else torch.zeros_like(beta), beta) * mask)
-    return assemble(fixed.network, weights, topology=topology)
-
-
-def store_activations(fixed: GatedNetwork, coded: list[str], others: Mapping[str, ActivationQuantizer]
-                      ) -> dict[str, ActivationQuantizer]:
-    """{edge: quantizer}: that of the tensor it reads, or that of `others`; `coded` are the layers with codes."""
-    found = {}
-    for edge, (name, n) in fixed.wiring.sources.items():
-        i = fixed.at.get((False, name))
-        if i is None:
-            found |= {edge: others[edge]} if edge in others else {}
-        elif fixed.points[i].bits <= MAX_BITS or edge in coded:
-            point, bits = fixed.points[i], min(fixed.points[i].bits, MAX_BITS)
-            needed = math.ceil(math.log2(n))  # a mean of n codes is a code on a grid n times as fine
-            more = min(needed, MAX_BITS - bits)
-            step = step_size(fixed.beta.detach()[i], point.signed, bits) * (2.0 ** (needed - more) / n)
-            found[edge] = ActivationQuantizer(float(step), 0, bits + more, point.signed)
-    return found
-
-
-def describe(fixed: GatedNetwork, compressed: CompressedModel, bops: list[float]) -> dict:
-    """Facts for a reader: widths, kept channels, layers of zeros, what stayed at 32 bits, relative BOPs by epoch."""
-    decoded = compressed.state_dict()
-    weights, activations = ({p.name: p.bits for p in fixed.points if p.weight is kind} for kind in (True, False))
-    return {"weight_bits": weights, "activation_bits": activations,
-            "kept_channels": {name: int(mask.sum()) for name, mask in fixed.masks.items()},
-            "empty_layers": [name for name in weights if not decoded[f"{name}.weight"].any()],
-            "float_weights": [name for name, bits in weights.items() if bits > MAX_BITS],
-            "float_activations": [name for name, bits in activations.items() if bits > MAX_BITS], "bops_percent": bops}
+        if self.steering is not None:
+            self.steering.restore(state["steering"])

@@ -218,7 +218,7 @@ class GatedNetwork(nn.Module):
             return linear_map(layer, x, self.quantize(i, layer.weight), layer.bias)
         sigma = (norm.running_var + norm.eps).sqrt()
         g, b = (norm.weight, norm.bias) if norm.affine else (torch.ones_like(sigma), torch.zeros_like(sigma))
-        weight = self.quantize(i, layer.weight * (g / sigma).reshape(-1, *[1] * (layer.weight.ndim - 1)))
+        weight = self.quantize(i, folded_weight(layer, norm))
         bias = torch.zeros_like(sigma) if layer.bias is None else layer.bias
         if not self.training or self.frozen_norms:
             return linear_map(layer, x, weight, b + (bias - norm.running_mean) * g / sigma)
@@ -228,6 +228,15 @@ class GatedNetwork(nn.Module):
         y = linear_map(layer, x, weight, None).float()
         update_statistics(norm, mean + bias, var, plain.numel() // len(mean))
         return torch.addcmul((b - g * mean / batch).reshape(shape), y, (sigma / batch).reshape(shape))
+
+    def folded_weights(self) -> dict[str, Tensor]:
+        """{layer: weight as the quantizer sees it}."""
+        found = {}
+        for name in self.wiring.macs:
+            norm = self.graph.norm_after(name)
+            norm = None if norm is None else self.graph.nodes[norm].module
+            found[name] = folded_weight(self.graph.nodes[name].module, norm)
+        return found
 
     def widths(self) -> list[int]:
         """Bits of each point with its gates thresholded."""
@@ -251,6 +260,15 @@ class Tap:
 
 def linear_map(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
+
+
+def folded_weight(layer: nn.Module, norm: nn.Module | None) -> Tensor:
+    """W g / sigma_r where a batch norm follows."""
+    if norm is None:
+        return layer.weight
+    sigma = (norm.running_var + norm.eps).sqrt()
+    ratio = norm.weight / sigma if norm.affine else 1 / sigma
+    return layer.weight * ratio.reshape(-1, *[1] * (layer.weight.ndim - 1))
 
 
 @torch.no_grad()

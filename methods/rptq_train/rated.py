@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..core.fit.rates import LAM, entropy_bits, magnitude_bits, thresholds
+from ..core.fit.rates import LAM, MOST, between, entropy_bits, magnitude_bits, steered, thresholds
 from ..core.graph.fold import norm_ratio, norms_after
 from ..core.graph.graph import trace
 from ..core.graph.live import live_and_constant
@@ -16,7 +16,6 @@ from ..core.graph.weights import layer_of, place_of, weight_layers
 from ..core.train.hooks import Hooks
 
 EVERY = 8  # steps between two looks at the codes
-POWER, MOST = 0.8, 1.1  # of the steering
 ROUNDS = 3  # prices follow codes and codes prices at each look: with fewer the steering runs behind and overshoots
 TINY = 1e-12
 TOP = (1 << 15) - 1  # largest code
@@ -165,8 +164,7 @@ class RateAware(Hooks):
 
     def wanted(self) -> float:
         """Bits of all codes that the steering aims at now."""
-        share = min(self.steps / self.falling, 1.0) if self.falling else 1.0
-        return self.start ** (1 - share) * self.goal**share
+        return between(self.start, self.goal, self.steps / self.falling if self.falling else 1.0)
 
     @property
     def settled(self) -> bool:
@@ -186,8 +184,7 @@ class RateAware(Hooks):
             bits += size
         self.entropy = bits
         if steer:
-            least = 1.0 if self.settled else 1 / MOST
-            self.lam *= min(max((bits / self.wanted()) ** POWER, least), MOST)
+            self.lam *= steered(bits, self.wanted(), 1.0 if self.settled else 1 / MOST)
             for quantizer in self.quantizers.values():
                 quantizer.charge(self.lam)
 

@@ -161,12 +161,12 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
             break
         seen.add(value)
         found = search.whole_run(value)
-        size, trimmed = file_bytes(finish(found)), 0.0
+        size, less = file_bytes(finish(found)), 0.0
         if limit < size <= (1 + TRIM) * limit and not search.exact:
-            found, size, trimmed = _trimmed(found, limit, finish)
+            found, size, less = trimmed(found, limit, finish)
         smallest = min(smallest, size)
         if size <= limit and (best is None or size > best[0]):
-            best = size, found, value, trimmed
+            best = size, found, value, less
         if USED * limit <= size <= limit or size <= limit and value == knob.largest:
             break
         correction = size / search.cheap_bytes(value)
@@ -175,9 +175,9 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
         raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that {knob.name} "
                           f"reaches is about {smallest:,} bytes: allowed are numbers of about "
                           f"{smallest / float_bytes(model):.3g} or more")
-    size, found, value, trimmed = best
+    size, found, value, less = best
     said = {"knob": knob.name, "value": value, "limit": limit, "bytes": size, "cheap_runs": len(search.sizes),
-            "whole_runs": len(seen), "trimmed": trimmed}
+            "whole_runs": len(seen), "trimmed": less}
     return replace(found, notes={**found.notes, "size": said})
 
 
@@ -254,12 +254,13 @@ class _Search:
         return 1.0
 
 
-def _trimmed(compressed: CompressedModel, limit: int, finish: Finish) -> tuple[CompressedModel, int, float]:
+def trimmed(compressed: CompressedModel, limit: int, finish: Finish = lambda found: found, most: float = 2 * TRIM
+            ) -> tuple[CompressedModel, int, float]:
     """`compressed` without its least weights, as few of them as it takes to fit, its bytes, and their share.
 
-    Halving the step ends within 0.1 % of the kept weights.
+    Halving the step ends within 0.1 % of the kept weights. Where the share `most` is too few, that is what goes.
     """
-    low, high = 0.0, 2 * TRIM  # shares of the kept weights: too few, enough
+    low, high = 0.0, most  # shares of the kept weights: too few, enough
     found = without_smallest(compressed, high)
     size = file_bytes(finish(found))
     while size <= limit and high - low > 1e-3:
