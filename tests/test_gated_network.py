@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.bayesian_bits import Config, Phase, gate_costs, regulariser, store_activations, store_weights
-from methods.bayesian_bits.network import GatedNetwork, Point, Wiring, fix_gates, survey
+from methods.bayesian_bits.network import GatedNetwork, Moments, Point, Wiring, fix_gates, survey
 from methods.core.artifact import ActivationQuantizer
 from methods.core.graph.fold import fold_batchnorm
 from methods.core.train.finetune import Recipe, train
@@ -91,6 +91,17 @@ def test_folded_batch_norm_without_quantization_is_batch_norm(tiny):
     grads = [torch.autograd.grad(F.cross_entropy(net(inputs), torch.arange(48) % 4), weight)[0]
              for net, weight in ((network, model.conv2.weight), (reference, reference.conv2.weight))]
     assert torch.allclose(*grads, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (5, 3, 4), (4, 3, 2, 5)])
+def test_moments(shape):
+    """In float64, with their gradients, wherever channels lie in memory."""
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3.0
+    x = (x.to(memory_format=torch.channels_last) if x.ndim == 4 else x).requires_grad_()
+    dims = [d for d in range(x.ndim) if d != 1]
+    for ours, wanted in zip(Moments.apply(x), torch.var_mean(x, dims, correction=0), strict=True):
+        torch.testing.assert_close(ours, wanted)
+    assert torch.autograd.gradcheck(Moments.apply, x)
 
 
 def test_a_pruned_channel_by_hand():

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..core.artifact import Topology
 from ..core.errors import CompressError, ConfigError
@@ -223,7 +224,7 @@ class GatedNetwork(nn.Module):
         if not self.training or self.frozen_norms:
             return linear_map(layer, x, weight, b + (bias - norm.running_mean) * g / sigma)
         plain = linear_map(layer, x, layer.weight, None).float()  # of the float, unpruned weight
-        var, mean = torch.var_mean(plain, [d for d in range(plain.ndim) if d != 1], correction=0)
+        var, mean = Moments.apply(plain)
         batch, shape = (var + norm.eps).sqrt(), (1, -1, *[1] * (plain.ndim - 2))
         y = linear_map(layer, x, weight, None).float()
         update_statistics(norm, mean + bias, var, plain.numel() // len(mean))
@@ -260,6 +261,28 @@ class Tap:
 
 def linear_map(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias) if isinstance(layer, nn.Linear) else layer._conv_forward(x, weight, bias)
+
+
+class Moments(torch.autograd.Function):
+    """Biased variance and mean of each channel of x [N, C, ...].
+
+    As `torch.var_mean`, which is several times slower where channels come last in memory: here rows of them are summed.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = x.movedim(1, -1).reshape(-1, x.shape[1])
+        mean = rows.mean(0)
+        ctx.save_for_backward(x, mean)
+        return (rows - mean).square_().mean(0), mean
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, to_var, to_mean):
+        x, mean = ctx.saved_tensors
+        n, shape = x.numel() // len(mean), (1, -1, *[1] * (x.ndim - 2))
+        slope = 2 * to_var / n
+        return torch.addcmul((to_mean / n - slope * mean).reshape(shape), x, slope.reshape(shape))
 
 
 def folded_weight(layer: nn.Module, norm: nn.Module | None) -> Tensor:
