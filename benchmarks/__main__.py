@@ -146,7 +146,7 @@ def _add_reports(command, run) -> None:
     sub = command("docs", "commands.docs", "the site: a page a paper and a table, an index, the library's pages")
     sub.add_argument("--out", type=Path, default=Path("site"), help="folder (default: site)")
     sub.add_argument("--no-api", action="store_true", help="without the pages of the library")
-    sub.add_argument("--readme", action="store_true", help="refresh README's tables and picture, too")
+    sub.add_argument("--readme", action="store_true", help="refresh README, its picture and results/TABLES.md, too")
     sub.add_argument("--results", type=Path, default=RESULTS)
     sub = command("cite", "tools.cite", "BibTeX of methods")
     sub.add_argument("methods", nargs="*", metavar="METHOD", help="default: all")

@@ -195,7 +195,7 @@ def report(options: Namespace, console: Console) -> None:
 
 
 def docs(options: Namespace, console: Console) -> None:
-    """The site of all tables; --readme also refreshes README and its picture."""
+    """The site of all tables; --readme also refreshes README, its picture, and results/TABLES.md."""
     rows_of = {folder.name: read_rows(folder, say) for folder in tables(options.results)}
     rows_of = {name: rows for name, rows in rows_of.items() if rows}
     if not rows_of:
@@ -205,7 +205,8 @@ def docs(options: Namespace, console: Console) -> None:
                            networks=foreign.in_words(tried) if tried else None)
     if options.readme:
         trained = [read_provenance(path) for path in sorted((RESULTS / "baselines").glob("*.safetensors"))]
-        readme.refresh(ROOT / "README.md", rows_of, summaries, trained)
+        for text in filter(Path.is_file, (ROOT / "README.md", ROOT / "results" / "TABLES.md")):
+            readme.refresh(text, rows_of, summaries, trained)
     console.print(f"{options.out / 'index.html'}", soft_wrap=True)
 
 

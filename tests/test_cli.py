@@ -315,10 +315,12 @@ def test_docs_are_the_site_of_all_rows_and_fill_the_readme(run, place, made, mon
     assert {path.stem for path in (place / "site").glob("table_*.html")} == {"table_own", "table_quick"}
     assert "All methods, resnet18w2 on digits" in (place / "site" / "index.html").read_text(encoding="utf-8")
     code, _, err = run("docs --no-api --readme --out {here}/site")
-    assert code == 1 and "README asks for the rows of 'compare_cifar10'" in err
+    assert code == 1 and "a block asks for the rows of 'compare_cifar10'" in err
     (place / "README.md").write_text(text.replace("compare_cifar10", "own"))
+    (place / "results" / "TABLES.md").write_text("all\n<!-- rows: own -->\n<!-- end -->\n")
     assert run("docs --no-api --readme --out {here}/site")[0] == 0
-    assert "| prune_then_quantize density=0.5 bits=8 |" in (place / "README.md").read_text(encoding="utf-8")
+    for text in (place / "README.md", place / "results" / "TABLES.md"):
+        assert "| prune_then_quantize density=0.5 bits=8 |" in text.read_text(encoding="utf-8")
     code, _, err = run("docs --no-api --out {here}/README.md")
     assert code == 1 and "README.md: this is a file; a folder is needed" in err
 

@@ -298,8 +298,8 @@ def test_readme_blocks_are_filled_again_and_again(tmp_path):
     summary = {"name": "UDFC", "who": "X|Y", "link": None, "code": "methods/udfc.py", "data": "no data",
                "rows": 2, "tables": {"one": 2}, "printed": 3, "first": {"a|b": [line, {**line, "short": "P+Q"}]},
                "counts": {"accuracy": Counter({"reached": 2, "not reached": 1}), "counted": Counter({"missing": 1})}}
-    text = ("x\n<!-- headline: one -->\nold\n<!-- end -->\n<!-- papers: all -->\n<!-- end -->\n"
-            "<!-- baselines: shipped -->\n<!-- end -->\n")
+    text = ("x\n<!-- headline: one -->\nold\n<!-- end -->\n<!-- rows: one -->\n<!-- end -->\n"
+            "<!-- papers: all -->\n<!-- end -->\n<!-- baselines: shipped -->\n<!-- end -->\n")
     once = readme.filled(text, rows_of, [summary], [trained])
     assert readme.filled(once, rows_of, [summary], [trained]) == once and "old" not in once
     assert "| a |" in once and "| points lost |" in once and r"X\|Y" in once

@@ -1,7 +1,8 @@
-"""README's tables, made from committed rows: text between `<!-- KIND: NAME -->` and `<!-- end -->`.
+"""Tables of README and results/TABLES.md, made from committed rows: text between `<!-- KIND: NAME -->` and
+`<!-- end -->`.
 
-KIND is "headline" (the methods of one table at equal bytes, and every row below), "papers" (a line a paper), "claims"
-(a line a claim), or "baselines".
+KIND is "headline" (the methods of one table at equal bytes), "rows" (every row of one table), "papers" (a line a
+paper), "claims" (a line a claim), or "baselines".
 """
 
 import re
@@ -20,15 +21,16 @@ from .figures import as_png
 from .tables import Table, markdown, table_of
 from .words import Row
 
-BLOCK = re.compile(r"(<!-- (headline|papers|claims|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-HEADLINE = ("row", "points lost", "95 % interval", "top-1, integer", "top-1, float", "file", "smaller",
-            "BOPs, zeros skipped", "energy", "cycles", "data", "CPU s")
+BLOCK = re.compile(r"(<!-- (headline|rows|papers|claims|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+OF_TABLE = ("headline", "rows")
+SHOWN = ("row", "points lost", "95 % interval", "top-1, integer", "top-1, float", "file", "smaller",
+         "BOPs, zeros skipped", "energy", "cycles", "data", "CPU s")
 RowsOf = Mapping[str, Sequence[Row]]
 
 
 def refresh(readme: Path, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
             baselines: Sequence[Mapping[str, Any]]) -> None:
-    """Rewrite the blocks of a README in place, and the pictures that it shows, beside it under results/figures."""
+    """Rewrite the blocks of a text in place, and the pictures of its headlines, beside it under results/figures."""
     text = readme.read_text(encoding="utf-8")
     write_file(readme, filled(text, rows_of, papers, baselines).encode())
     for match in BLOCK.finditer(text):
@@ -43,30 +45,31 @@ def filled(text: str, rows_of: RowsOf, papers: Sequence[Mapping[str, Any]],
            baselines: Sequence[Mapping[str, Any]]) -> str:
     """`text` with every block replaced; CompressError for a block without rows."""
     makers: dict[str, Callable[[str], str]] = {
-        "headline": lambda name: headline(rows_of[name], name), "papers": lambda name: paper_lines(papers),
+        "headline": lambda name: headline(rows_of[name]), "rows": lambda name: every_row(rows_of[name], name),
+        "papers": lambda name: paper_lines(papers),
         "claims": lambda name: claim_lines(claims.in_words(rows_of)),
         "baselines": lambda name: baseline_lines(baselines)}
 
     def fill(match: re.Match) -> str:
         opening, kind, name, closing = match.groups()
-        if kind == "headline" and name not in rows_of:
-            raise CompressError(f"README asks for the rows of {name!r}, which results/rows does not hold")
+        if kind in OF_TABLE and name not in rows_of:
+            raise CompressError(f"a block asks for the rows of {name!r}, which results/rows does not hold")
         return f"{opening}\n{makers[kind](name)}\n{closing}"
 
     return BLOCK.sub(fill, text)
 
 
-def headline(rows: Sequence[Row], name: str) -> str:
-    """For each baseline its methods at equal bytes; below, folded away, a GitHub table of the columns in HEADLINE: the
-    largest files first, of files of one size the least lost.
-    """
+def headline(rows: Sequence[Row]) -> str:
+    """For each baseline its methods at equal bytes."""
+    return "\n".join(ways_table(group) for group in comparable(told_apart(rows)))
+
+
+def every_row(rows: Sequence[Row], name: str) -> str:
+    """A GitHub table of the columns in SHOWN: the largest files first, of files of one size the least lost."""
     whole = table_of(sum(blocks(rows), []), name, name)
-    kept = [i for i, column in enumerate(whole.columns) if column.header in HEADLINE]
+    kept = [i for i, column in enumerate(whole.columns) if column.header in SHOWN]
     lines = [type(line)(line.kind, [line.cells[i] for i in kept]) for line in whole.lines]
-    full = markdown(Table(whole.caption, whole.stem, [whole.columns[i] for i in kept], lines))
-    tables = "\n".join(ways_table(group) for group in comparable(told_apart(rows)))
-    summary = f"All {len(rows)} rows: accuracy, size, operations, energy, cycles, seconds"
-    return f"{tables}\n<details><summary>{summary}</summary>\n\n{full}\n</details>\n"
+    return markdown(Table(whole.caption, whole.stem, [whole.columns[i] for i in kept], lines))
 
 
 def paper_lines(papers: Sequence[Mapping[str, Any]]) -> str:
