@@ -41,6 +41,7 @@ def test_bits_are_those_of_codes_at_thresholded_gates():
     assert coded_bits(network, closed, opened) == pytest.approx(entropy(2, 1, 3) + entropy(2, 3, 1))
     some = torch.tensor([OPEN, CLOSED, OPEN])  # row 1 of the first layer goes, and column 1 of the second
     assert coded_bits(network, closed, some) == pytest.approx(entropy(2, 1, 1) + entropy(1, 3))
+    assert coded_bits(network, closed, torch.full((3,), CLOSED)) == 0
     half = torch.tensor([[OPEN] * 4, [CLOSED] * 4])
     assert coded_bits(network, half, opened) == pytest.approx(6 * 32 + entropy(2, 3, 1))
     with torch.no_grad():  # 4 bits tell 0.9 from 0.7

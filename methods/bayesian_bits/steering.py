@@ -47,8 +47,8 @@ def coded_bits(network: GatedNetwork, phi: Tensor, phi2: Tensor) -> float:
         if bits > MAX_BITS:
             total += 32.0 * weight.numel()
         else:
-            codes = to_codes(weight, beta, point.signed, bits)
-            total += entropy_bits(torch.unique(codes, return_counts=True)[1])
+            codes = to_codes(weight, beta, point.signed, bits).flatten()
+            total += entropy_bits(torch.bincount(codes - codes.min())) if len(codes) else 0.0
     return total
 
 
