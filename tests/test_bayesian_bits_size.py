@@ -190,7 +190,9 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tiny):
 def test_what_cannot_be_turned_or_met_is_refused(tiny):
     with pytest.raises(ConfigError, match="mu = 0 with budget size_ratio"):
         run(tiny, 0.2, mu=0.0)
-    with pytest.raises(BudgetError, match="no file of at most .* allowed are more epochs"):
+    with pytest.raises(BudgetError, match=r"size_ratio = 0.01 allows 73 bytes, .* takes \d+: allowed are"):
         run(tiny, 0.01)
+    with pytest.raises(BudgetError, match="no file of at most .* allowed are more epochs"):
+        run(tiny, 0.1, bits=(8, 8), prune=False, init=Config().init)
     with pytest.raises(BudgetError, match="it takes: size_ratio"):
         bayesian_bits.compress(tiny.model(), tiny.task(), Budget(bits=4), Config(), torch.Generator())

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from methods.bayesian_bits import Config, Phase, gate_costs, regulariser, store_activations, store_weights
-from methods.bayesian_bits.network import GatedNetwork, Moments, Point, Wiring, fix_gates, survey
+from methods.bayesian_bits.folding import Moments
+from methods.bayesian_bits.network import GatedNetwork, Point, Wiring, fix_gates, survey
 from methods.core.artifact import ActivationQuantizer
 from methods.core.graph.fold import fold_batchnorm
 from methods.core.train.finetune import Recipe, train

@@ -55,6 +55,7 @@ from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import ConfigError
 from ..core.fit.calibrate import calibrate, check_calibration
+from ..core.fit.size import room
 from ..core.graph.build import apply, float_bytes, own_copy
 from ..core.graph.shrink import shrink
 from ..core.method import check_call
@@ -175,8 +176,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
                            dead_gates=config.dead_gates, frozen_norms=config.fast or config.learn != "all")
     steering = None
     if budget.size_ratio is not None:
-        steering = Steering(config.mu, int(budget.size_ratio * float_bytes(skeleton)),
-                            config.recipe.epochs * len(seen.train), network, lambda now: weigh(now, skeleton))
+        limit = room(budget.size_ratio, float_bytes(skeleton), weigh(network, skeleton, weights=False))
+        steering = Steering(config.mu, limit, config.recipe.epochs * len(seen.train), network,
+                            lambda now: weigh(now, skeleton))
     first = Phase(config, second=False, steering=steering)
     train(network, seen, config.recipe, generator, hooks=first, run=run.stage("gates"))
     fixed, topology = fix_gates(network)

@@ -21,9 +21,11 @@ INPUT_BITS = 8  # of the network's input, and of ranges that are calibrated when
 MOST_TRIMMED = 0.5  # of the weights that are kept, where the file is larger than it may be
 
 
-def weigh(network: GatedNetwork, skeleton: nn.Module) -> int:
-    """Bytes of the file with the gates as they are, with ranges for its activations."""
+def weigh(network: GatedNetwork, skeleton: nn.Module, weights: bool = True) -> int:
+    """Bytes of the file with the gates as they are, with ranges for its activations; without `weights`, of zeros."""
     fixed, topology = fix_gates(network)
+    for layer in () if weights else fixed.wiring.macs:
+        fixed.network.get_submodule(layer).weight.detach().zero_()
     made = store_weights(fixed.cpu(), topology)
     return file_bytes(shrink(replace(made, activations=any_ranges(trace(skeleton), INPUT_BITS)), skeleton))
 

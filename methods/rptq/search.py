@@ -10,6 +10,7 @@ from torch import Tensor
 from ..core.artifact import CompressedModel
 from ..core.errors import BudgetError, CompressError
 from ..core.fit.rates import round_to_rate
+from ..core.fit.size import room
 from ..core.train.run import Run
 
 LEAST, AIM = 0.97, 0.99  # share of the bytes that is used
@@ -87,18 +88,6 @@ class Bracket:
         finest = any(trial.c <= self.quantizer.finest for trial in fits)
         between = self.above is None or self.below is None or self.below.c > self.above.c * (1 + 1e-6)
         return self.best.bytes >= LEAST * self.limit or finest or not between
-
-
-def room(ratio: float, dense: int, least: int) -> int:
-    """Bytes that budget size_ratio = `ratio` allows to a network of `dense` bytes.
-
-    BudgetError where the file without any code but 0, `least` bytes, leaves none of them to codes.
-    """
-    limit = int(ratio * dense)
-    if least >= limit:
-        raise BudgetError(f"budget size_ratio = {ratio:g} allows {limit} bytes, but the file of this network without "
-                          f"any weight takes {least}: allowed are numbers above {least / dense:.3g}")
-    return limit
 
 
 def search_size(quantizer: Quantizes, ratio: float, dense: int, run: Run) -> Trial:

@@ -69,7 +69,7 @@ from ..core.errors import BudgetError, CompressError, ConfigError
 from ..core.fit.calibrate import calibrate, check_calibration
 from ..core.fit.rates import round_to_rate
 from ..core.fit.sixteen_bit import rounded
-from ..core.fit.size import any_ranges, file_bytes
+from ..core.fit.size import any_ranges, file_bytes, room
 from ..core.graph.build import apply, assemble, float_bytes, own_copy, weight_layers
 from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after, scale_channels
 from ..core.graph.graph import trace
@@ -83,7 +83,6 @@ from ..core.train.start import ready
 from ..core.train.task import Task
 from ..rptq import Config as Untrained
 from ..rptq import Quantizer, width, with_half_biases
-from ..rptq.search import room
 from .rated import RateAware
 
 DATA = "train"

@@ -88,6 +88,18 @@ def file_bytes(compressed: CompressedModel) -> int:
     return len(to_bytes(compressed)[0])
 
 
+def room(ratio: float, dense: int, least: int) -> int:
+    """Bytes that budget size_ratio = `ratio` allows to a network of `dense` bytes.
+
+    BudgetError where the file without any code but 0, `least` bytes, leaves none of them to codes.
+    """
+    limit = int(ratio * dense)
+    if least >= limit:
+        raise BudgetError(f"budget size_ratio = {ratio:g} allows {limit} bytes, but the file of this network without "
+                          f"any weight takes {least}: allowed are numbers above {least / dense:.3g}")
+    return limit
+
+
 def any_ranges(graph: Graph, bits: int) -> dict[str, ActivationQuantizer]:
     """Quantizers for the activations of a network that still wait for theirs: no two are alike, and scales are float32
     numbers, so that their bytes are those of real ones."""
