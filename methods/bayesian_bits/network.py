@@ -238,13 +238,14 @@ class GatedNetwork(nn.Module):
             found[name] = folded_weight(self.graph.nodes[name].module, norm)
         return found
 
-    def widths(self) -> list[int]:
-        """Bits of each point with its gates thresholded."""
-        return [b if p.bits is None else p.bits for p, b in zip(self.points, bits_of(self.phi.detach()), strict=True)]
+    def widths(self, phi: Tensor | None = None) -> list[int]:
+        """Bits of each point with its gates thresholded; of other logits than its own where they are given."""
+        learned = bits_of(self.phi.detach() if phi is None else phi)
+        return [b if p.bits is None else p.bits for p, b in zip(self.points, learned, strict=True)]
 
-    def kept_channels(self) -> dict[str, Tensor]:
-        """{layer: bool [C_out]} of the pruned layers, with their gates thresholded."""
-        return self.per_layer(thresholded(self.phi2.detach()).bool()) | self.masks
+    def kept_channels(self, phi2: Tensor | None = None) -> dict[str, Tensor]:
+        """{layer: bool [C_out]} of the pruned layers, with their gates thresholded, as `widths`."""
+        return self.per_layer(thresholded(self.phi2.detach() if phi2 is None else phi2).bool()) | self.masks
 
 
 @dataclass(frozen=True)

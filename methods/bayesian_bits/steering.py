@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core.artifact import MAX_BITS
 from ..core.fit.rates import between, entropy_bits, steered
-from .gated import bits_of, thresholded, to_codes
+from .gated import thresholded, to_codes
 from .network import GatedNetwork
 
 EVERY, AHEAD, FALLING, POWER = 8, 64, 0.5, 0.2  # see above
@@ -34,12 +34,12 @@ def coded_bits(network: GatedNetwork, phi: Tensor, phi2: Tensor) -> float:
 
     Not counted: channels whose gate is closed, and the weights that read such a channel of the layer before.
     """
-    kept, total = network.per_layer(thresholded(phi2).bool()) | network.masks, 0.0
+    kept, total = network.kept_channels(phi2), 0.0
     weights, feeders = network.folded_weights(), network.wiring.feeders
-    for point, learned, beta in zip(network.points, bits_of(phi), network.beta, strict=True):
+    for point, bits, beta in zip(network.points, network.widths(phi), network.beta, strict=True):
         if not point.weight:
             continue
-        weight, bits = weights[point.name], learned if point.bits is None else point.bits
+        weight = weights[point.name]
         for dim, layer in enumerate((point.name, feeders.get(point.name))):
             mask = kept.get(layer)
             if mask is not None and len(mask) == weight.shape[dim]:  # a flattened channel is several columns
@@ -71,7 +71,7 @@ class Steering:
         self.goal = now * AIM * self.limit / self.weigh(network)
 
     def wanted(self) -> float:
-        return between(self.start, self.goal, self.steps / self.falling if self.falling > 0 else 1.0)
+        return between(self.start, self.goal, self.steps, self.falling)
 
     def step(self, network: GatedNetwork) -> None:
         self.steps += 1

@@ -164,7 +164,7 @@ class RateAware(Hooks):
 
     def wanted(self) -> float:
         """Bits of all codes that the steering aims at now."""
-        return between(self.start, self.goal, self.steps / self.falling if self.falling else 1.0)
+        return between(self.start, self.goal, self.steps, self.falling)
 
     @property
     def settled(self) -> bool:

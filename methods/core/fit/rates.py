@@ -32,9 +32,13 @@ def steered(bits: float, wanted: float, least: float = 1 / MOST, power: float = 
     return min(max((bits / wanted) ** power, least), MOST)
 
 
-def between(start: float, goal: float, share: float) -> float:
-    """What is wanted at a share of the way from `start` to `goal`, both positive: geometric, and `goal` from 1 on."""
-    share = min(share, 1.0)
+def between(start: float, goal: float, steps: float, total: float) -> float:
+    """What is wanted after `steps` of `total` from `start` to `goal`, both positive: geometric, and then `goal`.
+
+    >>> [between(100.0, 25.0, steps, 4) for steps in (0, 2, 4, 9)], between(100.0, 25.0, 0, 0)
+    ([100.0, 50.0, 25.0, 25.0], 25.0)
+    """
+    share = min(steps / total, 1.0) if total > 0 else 1.0
     return start ** (1 - share) * goal**share
 
 
