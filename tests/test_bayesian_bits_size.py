@@ -101,12 +101,26 @@ def test_mu_is_turned_after_where_the_gates_are_going():
     assert found.mu == pytest.approx(before * (now / found.wanted()) ** 0.2)
 
 
-def test_the_loss_has_the_turned_mu_and_an_epoch_corrects_the_goal():
-    network, found = steer(mu=3.0)
+def test_the_loss_has_the_turned_mu_of_weights_and_that_of_the_config_of_activations():
+    """At kappa 1 each gate up to b bits costs b times P(all up to it are open); all are as likely here."""
+    plain, found = steer(mu=3.0)
+    points = [*plain.points, Point("1", False, 1.0, False, 0.5)]
+    network = GatedNetwork(plain.network, points, plain.wiring)
     phase = bayesian_bits.Phase(replace(CONFIG, mu=0.5), second=False, steering=found)
     phase.optimizers(network, CONFIG.recipe)
-    costs = bayesian_bits.regulariser(network, phase.costs)
-    torch.testing.assert_close(phase.loss(network, torch.tensor(2.0)), 2.0 + 3.0 * costs)
+    opened = 1 / (1 + math.exp(2 / 3 * math.log(0.1 / 1.1) - OPEN))
+    bits = sum(b * opened**n for n, b in enumerate((4, 8, 16, 32), 1))
+    weights, activation = (2 + bits) * opened + 1 + bits, 1 + 0.5 * bits  # without channels the first is a constant 1
+    assert float(phase.loss(network, torch.tensor(2.0)).detach()) == pytest.approx(2 + 3 * weights + 0.5 * activation)
+    free = bayesian_bits.Phase(replace(CONFIG, mu=0.5), second=False)
+    free.optimizers(network, CONFIG.recipe)
+    assert float(free.loss(network, torch.tensor(2.0)).detach()) == pytest.approx(2 + 0.5 * (weights + activation))
+    assert float(bayesian_bits.Phase(CONFIG, second=True).loss(network, torch.tensor(2.0))) == 2
+
+
+def test_an_epoch_corrects_the_goal():
+    network, found = steer()
+    phase = bayesian_bits.Phase(CONFIG, second=False, steering=found)
     found.weigh, before = lambda network: 4000, found.goal
     phase.after_epoch(network, 0)
     assert found.goal == pytest.approx(before / 2)

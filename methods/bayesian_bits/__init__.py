@@ -37,8 +37,9 @@ Departures (the paper could not be opened; what is not listed follows the author
     epoch; gates and ranges keep theirs. hold = 1 is the recipe's schedule, for all three; that of the ImageNet runs,
     drops after a third and two thirds, is not among them.
   * fast keeps running statistics and spares the second convolution. It is not the paper's; frozen weights imply it.
-  * size_ratio is not the paper's, which compares bit operations: mu follows the bytes of the file (steering.py), dead
-    units are removed, and a file that ends too large loses its least weights (core/fit/trim.py).
+  * size_ratio is not the paper's, which compares bit operations: the mu of weights follows the bytes of the file
+    (steering.py), that of activations, which take none, stays; dead units are removed, and a file that ends too large
+    loses its least weights (core/fit/trim.py).
   * Pruning at fixed `bits` b costs (2 b - 2) kappa q2, as if all gates up to b were open. Convolutions with groups
     and the last layer are not pruned. The baseline of iterative sensitivity is a method of its own.
 """
@@ -49,7 +50,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.artifact import CompressedModel
 from ..core.budget import Budget
@@ -64,7 +65,8 @@ from ..core.train.finetune import Hooks, Recipe, check_trainable, train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import First, Task
-from .gated import WIDTHS, log_open_probability
+from .costs import gate_costs, regulariser, relative_bops
+from .gated import WIDTHS
 from .network import LEAST_RANGE, GatedNetwork, fix_gates, survey
 from .steering import Steering
 from .stored import INPUT_BITS, describe, fitted, store_activations, store_weights, weigh
@@ -85,7 +87,7 @@ class FixedRecipe(Recipe):
 class Config:
     """mu: price of bit operations; recipe: of the weights in phase 1; gate_lr, range_lr: Adam's for phi and beta.
 
-    mu          what a size_ratio begins with, and turns
+    mu          under a size_ratio that of activations; the one of weights begins there and is turned
     hold        share of the epochs before the weights' rate falls (see Departures)
     init        phi of the gates of 4, 8, 16 and 32 bits at the start; channels start at 6
     prune       gates on output channels; False: quantization only
@@ -155,7 +157,7 @@ class Config:
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
              *, run: Run | None = None) -> CompressedModel:
-    """Budget: none, and Config.mu decides how small the result gets; or size_ratio, and mu only begins there."""
+    """Budget: none, and Config.mu decides how small the result gets; or size_ratio, and weights only begin with it."""
     check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("bayesian_bits", optional=("size_ratio",))
@@ -209,52 +211,18 @@ def restarted(model: nn.Module, generator: torch.Generator) -> nn.Module:
 # --- training ----------------------------------------------------------------------------------------------
 
 
-def gate_costs(network: GatedNetwork) -> Tensor:
-    """[Q, 5] of each point: kappa_k (2, 4, 8, 16, 32), the price of its gates.
-
-    Without pruning gates the first is 1, a constant; what a fixed width costs is constant too and joins the first.
-    """
-    rows = []
-    for point in network.points:
-        costs = [1.0] * 4 if point.kappa is None else [point.kappa * b for b in WIDTHS]
-        base = 2 * point.kappa if point.channels else 1.0
-        if point.bits is not None:
-            base += sum(cost for cost, b in zip(costs, WIDTHS, strict=True) if b <= point.bits)
-            costs = [0.0] * 4
-        rows.append([base, *costs])
-    return torch.tensor(rows, device=network.beta.device)
-
-
-def regulariser(network: GatedNetwork, costs: Tensor) -> Tensor:
-    """sum_k kappa_k E[2 q2 + 4 q2 q4 + 8 q2 q4 q8 + ...], with the mean of q2 over channels."""
-    q = log_open_probability(network.phi).cumsum(1).exp()  # q4, q4 q8, q4 q8 q16, q4 q8 q16 q32
-    q2 = {layer: part.mean() for layer, part in network.per_layer(log_open_probability(network.phi2).exp()).items()}
-    kept = torch.stack([q2[p.name] if p.channels else costs.new_ones(()) for p in network.points])
-    return (kept * (costs[:, 0] + (q * costs[:, 1:]).sum(1))).sum()
-
-
-def relative_bops(network: GatedNetwork) -> float:
-    """Percent of the bit operations at 32 x 32 bits, MACs b_w b_a p_out p_in, with thresholded gates."""
-    bits = network.widths()
-    kept = {layer: float(mask.double().mean()) for layer, mask in network.kept_channels().items()}
-    total, wiring = 0.0, network.wiring
-    for layer, macs in wiring.macs.items():
-        read = network.at.get((False, wiring.sources[layer][0]))
-        b_w, b_a = bits[network.at[True, layer]], INPUT_BITS if read is None else bits[read]
-        total += macs * b_w * b_a * kept.get(layer, 1.0) * kept.get(wiring.feeders.get(layer), 1.0)
-    return 100 * total / (32 * 32 * sum(wiring.macs.values()))
-
-
 class Phase(Hooks):
     """The three optimizers and the regulariser; in the second phase, gates are fixed and cost nothing."""
 
     def __init__(self, config: Config, second: bool, steering: Steering | None = None):
         self.config, self.second, self.steering, self.costs = config, second, steering, torch.empty(0)
         self.weights: list[torch.optim.Optimizer] = []
+        self.of_weights = torch.empty(0, dtype=torch.bool)  # [Q] points that a steering's mu is for
         self.epoch, self.bops = 0, []  # relative BOPs after each epoch, for the notes
 
     def optimizers(self, model, recipe):
         config, found, self.costs = self.config, [], gate_costs(model)
+        self.of_weights = torch.tensor([p.weight for p in model.points], device=self.costs.device)
         if config.learn == "all":
             self.weights = super().optimizers(model.network, recipe)
         else:
@@ -266,8 +234,12 @@ class Phase(Hooks):
         return [*self.weights, *found]
 
     def loss(self, model, loss):
-        mu = self.config.mu if self.steering is None else self.steering.mu
-        return loss if self.second else loss + mu * regulariser(model, self.costs)
+        if self.second:
+            return loss
+        if self.steering is None:
+            return loss + self.config.mu * regulariser(model, self.costs)
+        mu = torch.where(self.of_weights, self.steering.mu, self.config.mu)  # an activation takes no bytes
+        return loss + regulariser(model, mu[:, None] * self.costs)
 
     def after_backward(self, model, lr):
         if self.steering is not None and self.steering.settled:

@@ -1,4 +1,4 @@
-"""mu that follows the bytes of the file: how a `size_ratio` is met by one training.
+"""The mu of weights that follows the bytes of the file: how a `size_ratio` is met by one training.
 
 mu is a price, and what file it leads to is known only when the training is over. Instead of a training for each mu,
 
