@@ -14,7 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from methods.admm import AdmmHooks
+from methods.admm.hooks import AdmmHooks
 from methods.annc import Config as AnncConfig
 from methods.annc import JointHooks
 from methods.annc.knapsack import keep_worthiest

@@ -8,7 +8,8 @@ from torch import nn
 
 from benchmarks.jobs import CONFIGS, prepare, read_table
 from methods import admm
-from methods.admm import AdmmHooks, Config, Training, compress, prune
+from methods.admm import Config, Training, compress, prune
+from methods.admm.hooks import AdmmHooks
 from methods.core.budget import Budget
 from methods.core.errors import BudgetError, ConfigError, TrainingDiverged
 from methods.core.fit.project import project_sparse

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from methods import admm
-from methods.admm import Config, HoldHooks, TieHooks, Training, compress, fix_levels
+from methods.admm import Config, Training, compress, fix_levels
+from methods.admm.hooks import HoldHooks, TieHooks
 from methods.core.artifact import Codebook, Levels
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError

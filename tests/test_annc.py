@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from methods.annc import Config, JointHooks, OnCodebook, Refresh, compress, store
+from methods.annc import Config, JointHooks, compress
+from methods.annc.codebooks import OnCodebook, Refresh, store
 from methods.annc.knapsack import choose_options
 from methods.core.budget import Budget
 from methods.core.graph.build import weight_layers

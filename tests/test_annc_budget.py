@@ -9,7 +9,8 @@ import torch
 from benchmarks.jobs import CONFIGS, prepare, read_table
 from benchmarks.measure import with_ranges
 from methods import annc
-from methods.annc import MODES, Config, JointHooks, compress, find_limits, store
+from methods.annc import MODES, Config, JointHooks, compress, find_limits
+from methods.annc.codebooks import store
 from methods.core.budget import Budget
 from methods.core.errors import BudgetError, ConfigError, TrainingDiverged
 from methods.core.graph.build import apply, weight_layers

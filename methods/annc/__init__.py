@@ -50,25 +50,25 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from ..core.artifact import Codebook, CompressedModel, CompressedTensor
+from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
 from ..core.fit.batchnorm import check_mode, renew
-from ..core.fit.project import SortedValues, boundaries, nearest
+from ..core.fit.project import SortedValues, nearest
 from ..core.fit.rates import entropy_bits
 from ..core.fit.size import Knob, without_renewal
 from ..core.graph.build import assemble, own_copy
 from ..core.graph.graph import trace
 from ..core.graph.live import give_back
-from ..core.graph.weights import Layer, layer_of, place_of, weight_layers
+from ..core.graph.weights import weight_layers
 from ..core.method import check_call
 from ..core.settings import check_idle
 from ..core.train.finetune import Hooks, Recipe, check_trained, train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import Task
+from .codebooks import finetune, store
 from .knapsack import choose_options, keep_worthiest
 
 DATA = "train"
@@ -76,7 +76,6 @@ SIZE_KNOB = Knob("data_ratio", 1e-4, 0.25)
 quick = without_renewal  # what compress_to_size looks for the size with
 MODES = ("joint", "prune", "quantize")
 FLOAT_BITS = 32
-REFRESHES, WARM_ITERATIONS = 20, 5  # fine-tuning: codebook refreshes an epoch, k-means iterations in each
 
 
 @dataclass(frozen=True)
@@ -145,12 +144,12 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
             hooks.update(0)
         traces.append(hooks.trace)
     notes = {"limit": limits[-1], "trace": traces, "kept": dict(zip(layers, hooks.count_kept(), strict=True))}
-    tensors = {}
+    tensors, pinned = {}, config.mode == "joint"
     if config.mode != "prune":
         notes["bits"] = dict(zip(layers, hooks.bits, strict=True))
         if config.finetune is not None:
-            finetune(model, task, notes["bits"], config, generator, run)
-        tensors = {name: store(x.weight, notes["bits"][name], config.mode == "joint") for name, x in layers.items()}
+            finetune(model, task, notes["bits"], config.finetune, pinned, generator, run)
+        tensors = {name: store(x.weight, notes["bits"][name], pinned) for name, x in layers.items()}
     empty = [name for name, x in layers.items() if not bool((tensors[name].mask if tensors else x.weight).any())]
     made = assemble(model, tensors, notes={**notes, "empty_layers": empty})
     return renew(made, given, config.batchnorm, generator, task=task)
@@ -268,81 +267,3 @@ class JointHooks(Hooks):
         self.bits, self.started, self.trace = list(state["bits"]), state["started"], list(state["trace"])
         for mine, saved in zip(self.toward + self.dual, state["toward"] + state["dual"], strict=True):
             mine.copy_(saved)
-
-
-def store(weight: Tensor, bits: int, pinned: bool) -> CompressedTensor:
-    """`weight` on a fresh codebook of up to 2^bits values, and 0 if `pinned`: the mask says where that is."""
-    weight = weight.detach().cpu().contiguous()
-    points = SortedValues(weight, pinned).fit(1 << bits)[0].astype(np.float32)
-    values = torch.from_numpy(points[points != 0] if pinned else points)
-    if len(values) == 0:
-        values = torch.ones(1)  # never used: every weight is pruned
-    index = nearest(weight, points)
-    if not pinned:
-        return CompressedTensor.of(index, Codebook(values), bits)
-    zero = int(np.flatnonzero(points == 0)[0])
-    return CompressedTensor.of(index - (index > zero).long(), Codebook(values), bits, index != zero)
-
-
-# --- fine-tuning of the result ------------------------------------------------------------------------------
-
-
-class OnCodebook(nn.Module):
-    """Parametrization w -> mask * nearest of `points`, straight-through."""
-
-    def __init__(self, weight: Tensor, bits: int, pinned: bool):
-        super().__init__()
-        self.pinned, self.k = pinned, 1 << bits
-        self.register_buffer("mask", weight.detach() != 0 if pinned else torch.ones_like(weight, dtype=torch.bool))
-        self.register_buffer("points", weight.detach().new_zeros(self.k + pinned, dtype=torch.float64))
-        self.register_buffer("edges", weight.detach().new_zeros(self.k + pinned - 1))
-        self.refresh(weight, None)
-
-    def forward(self, weight: Tensor) -> Tensor:
-        near = self.points.float()[torch.bucketize(weight.detach().contiguous(), self.edges, right=True)]
-        return (near + (weight - weight.detach())) * self.mask
-
-    @torch.no_grad()
-    def refresh(self, weight: Tensor, iterations: int | None) -> None:
-        """Fit `points` to `weight`: anew, or by `iterations` from where they are."""
-        free = self.points[self.points != 0] if self.pinned else self.points
-        warm = {} if iterations is None else {"start": free.cpu().numpy(), "iterations": iterations, "tolerance": 0.0}
-        found = SortedValues(weight * self.mask, self.pinned).fit(self.k, **warm)[0]
-        found = np.concatenate([found, np.repeat(found[-1:], len(self.points) - len(found))])
-        self.points.copy_(torch.from_numpy(found))
-        self.edges.copy_(boundaries(found))
-
-
-class Refresh(Hooks):
-    """Warm-started k-means of every layer 20 times an epoch of `steps`, and a longer one between two epochs."""
-
-    def __init__(self, layers: list[Layer], steps: int, epochs: int):
-        self.layers, self.epochs, self.every, self.step = layers, epochs, max(steps // REFRESHES, 1), 0
-
-    def after_step(self, model: nn.Module, lr: float) -> None:
-        self.step += 1
-        if self.step % self.every == 0:
-            self.refresh(WARM_ITERATIONS)
-
-    def after_epoch(self, model: nn.Module, epoch: int) -> None:
-        self.step = 0
-        if epoch + 1 < self.epochs:
-            self.refresh(100)
-
-    def refresh(self, iterations: int) -> None:
-        for layer in self.layers:
-            module, attribute = place_of(layer)
-            on_codebook = module.parametrizations[attribute]
-            on_codebook[0].refresh(on_codebook.original, iterations)
-
-
-def finetune(model: nn.Module, task: Task, bits: Mapping[str, int], config: Config, generator: torch.Generator,
-             run: Run) -> None:
-    """Train through the codebooks with zeros and widths fixed; leaves the quantized weights in `model`."""
-    layers = [layer_of(model, name) for name in bits]
-    for layer, width in zip(layers, bits.values(), strict=True):
-        parametrize.register_parametrization(*place_of(layer), OnCodebook(layer.weight, width, config.mode == "joint"))
-    train(model, task, config.finetune, generator, hooks=Refresh(layers, len(task.train), config.finetune.epochs),
-          run=run.stage("finetune"))
-    for layer in layers:
-        parametrize.remove_parametrizations(*place_of(layer), leave_parametrized=True)

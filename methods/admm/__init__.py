@@ -39,37 +39,36 @@ Departures   Body and tables of the paper could not be read: the steps are those
   * Without the budget's bits, weights are pruned and stay float32. A layer with density 1 is quantized only.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .core.artifact import CompressedModel
-from .core.budget import Budget
-from .core.errors import ConfigError
-from .core.fit.batchnorm import check_mode, renew
-from .core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
-from .core.fit.prune import MaskHooks, apply_masks, keep_count
-from .core.fit.size import Knob, without_renewal
-from .core.graph.build import assemble, own_copy, weight_layers
-from .core.graph.graph import trace
-from .core.graph.live import give_back
-from .core.graph.weights import layer_of
-from .core.method import check_call
-from .core.settings import check_idle
-from .core.train.finetune import Hooks, Recipe, train
-from .core.train.run import NullRun, Run
-from .core.train.start import ready
-from .core.train.task import Task
+from ..core.artifact import CompressedModel
+from ..core.budget import Budget
+from ..core.errors import ConfigError
+from ..core.fit.batchnorm import check_mode, renew
+from ..core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
+from ..core.fit.prune import MaskHooks, apply_masks, keep_count
+from ..core.fit.size import Knob, without_renewal
+from ..core.graph.build import assemble, own_copy, weight_layers
+from ..core.graph.graph import trace
+from ..core.graph.live import give_back
+from ..core.graph.weights import layer_of
+from ..core.method import check_call
+from ..core.settings import check_idle
+from ..core.train.finetune import Hooks, Recipe, train
+from ..core.train.run import NullRun, Run
+from ..core.train.start import ready
+from ..core.train.task import Task
+from .hooks import AdmmHooks, HoldHooks, Projection, TieHooks, Weights
 
 DATA = "train"
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
 quick = without_renewal  # what compress_to_size looks for the size with
 GRIDS = {"levels": Intervals, "clusters": Clusters}
-Weights = dict[str, nn.Parameter]
-Projection = Callable[[str, Tensor], Tensor]  # (layer, values) -> nearest point of the layer's set
 
 
 @dataclass(frozen=True)
@@ -175,49 +174,6 @@ class Training:
             self.residuals[f"{stage}.{s}"] = hooks.residuals
 
 
-class AdmmHooks(MaskHooks):
-    """The pull of one W-step, and the Z- and U-step after it. Weights outside the masks stay 0."""
-
-    def __init__(self, weights: Weights, project: Projection, masks: Mapping[str, Tensor], rho: float):
-        super().__init__(masks)
-        self.weights, self.project, self.rho = weights, project, rho
-        self.z = {name: project(name, weight.detach()) for name, weight in weights.items()}
-        self.u = {name: torch.zeros_like(weight) for name, weight in weights.items()}
-        self.residuals: dict[str, list[float]] = {name: [] for name in weights}
-        self._aim()
-
-    def _aim(self) -> None:
-        self.toward = {name: self.z[name] - self.u[name] for name in self.weights}
-
-    @torch.no_grad()
-    def after_backward(self, model: nn.Module, lr: float) -> None:
-        """Gradient of rho/2 |W - Z + U|^2. (1810.07378, Eq. 4)"""
-        for name, weight in self.weights.items():
-            if weight.grad is not None:
-                weight.grad.add_(weight, alpha=self.rho).sub_(self.toward[name], alpha=self.rho)
-
-    @torch.no_grad()
-    def update(self, growth: float) -> None:
-        """Z <- Proj(W + U);  U <- U + W - Z;  then rho grows and U, which is scaled by it, shrinks."""
-        for name, weight in self.weights.items():
-            moved = weight + self.u[name]
-            self.z[name] = self.project(name, moved)  # 1810.07378, Eq. (5)
-            self.u[name] = (moved - self.z[name]) / growth
-            apart, size = (float(x.double().norm()) for x in (weight - self.z[name], weight))
-            self.residuals[name].append(apart / size if size > 0 else 0.0)
-        self.rho *= growth
-        self._aim()
-
-    def state(self) -> dict:
-        return {"z": self.z, "u": self.u, "rho": self.rho}
-
-    def restore(self, state: dict) -> None:
-        self.rho = state["rho"]
-        for name, weight in self.weights.items():
-            self.z[name], self.u[name] = (state[key][name].to(weight.device) for key in ("z", "u"))
-        self._aim()
-
-
 def prune(weights: Weights, density: Mapping[str, float], training: Training) -> dict[str, Tensor]:
     """Prune and retrain in place, in config.steps steps; returns the masks of survivors."""
     config = training.config
@@ -295,20 +251,6 @@ def fix_levels(weights: Weights, masks: Mapping[str, Tensor], grids: Mapping[str
             training.train(training.config.fix, HoldHooks(weights, free), f"fix {r}")
 
 
-class HoldHooks(Hooks):
-    """Weights outside the masks `free` keep their value: momentum and weight decay would move them."""
-
-    def __init__(self, weights: Weights, free: Mapping[str, Tensor]):
-        self.weights = list(weights.values())
-        self.free = [free[name].to(w.dtype) for name, w in weights.items()]
-        self.held = [w.detach() * (1 - mask) for w, mask in zip(self.weights, self.free, strict=True)]
-
-    @torch.no_grad()
-    def after_step(self, model: nn.Module, lr: float) -> None:
-        torch._foreach_mul_(self.weights, self.free)
-        torch._foreach_add_(self.weights, self.held)
-
-
 @torch.no_grad()
 def tie_clusters(weights: Weights, masks: Mapping[str, Tensor], grids: Mapping[str, Clusters], training: Training):
     """Set survivors to their centroids and train these, in place."""
@@ -316,33 +258,3 @@ def tie_clusters(weights: Weights, masks: Mapping[str, Tensor], grids: Mapping[s
         training.train(training.config.fix, TieHooks(weights, masks, grids), "tie")
     for name, weight in weights.items():
         grids[name].centroids = np.unique(weight[masks[name]].double().cpu().numpy())
-
-
-class TieHooks(MaskHooks):
-    """Members of a cluster move together, by the sum of their gradients."""
-
-    @torch.no_grad()
-    def __init__(self, weights: Weights, masks: Mapping[str, Tensor], grids: Mapping[str, Clusters]):
-        stored = {name: grids[name].store(weight, masks[name]) for name, weight in weights.items()}
-        super().__init__({name: tensor.mask for name, tensor in stored.items()})
-        self.weights, self.codes, self.first = weights, {}, {}
-        for name, weight in weights.items():
-            weight.copy_(stored[name].decode())
-            codes = torch.where(stored[name].mask, stored[name].codes, -1).numpy()
-            _, first, codes = np.unique(codes, return_index=True, return_inverse=True)
-            self.first[name] = torch.from_numpy(first).to(weight.device)  # a member of each cluster
-            self.codes[name] = torch.from_numpy(codes.reshape(weight.shape)).to(weight.device)
-
-    @torch.no_grad()
-    def after_backward(self, model: nn.Module, lr: float) -> None:
-        for name, weight in self.weights.items():
-            if weight.grad is not None:
-                grad, codes = weight.grad * self.masks[name].to(weight.device), self.codes[name]
-                sums = grad.new_zeros(len(self.first[name])).index_add_(0, codes.reshape(-1), grad.reshape(-1))
-                weight.grad.copy_(sums[codes])
-
-    @torch.no_grad()
-    def after_step(self, model: nn.Module, lr: float) -> None:
-        for name, weight in self.weights.items():  # rounding may differ between places of a tensor
-            weight.copy_(weight.reshape(-1)[self.first[name]][self.codes[name]])
-        super().after_step(model, lr)
