@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binom
+from scipy.optimize import brentq
+from scipy.stats import binom, norm
 from scipy.stats import t as student
 from torch import Tensor
 
@@ -62,6 +63,68 @@ def paired(before: Tensor, after: Tensor) -> Paired:
     return Paired(100 * (gained - lost) / n, 100 * (middle - spread), 100 * (middle + spread), lost, gained)
 
 
+@dataclass(frozen=True)
+class Change:
+    """Change of accuracy in points between two networks on the same examples, or the mean of several such pairs.
+
+    middle, within   of its interval: where it lies, and the standard error over examples
+    between, seeds   the standard error over pairs, 0 of one, and their number
+    """
+
+    change: float
+    middle: float
+    within: float
+    between: float
+    seeds: int
+
+    def half(self, alpha: float) -> float:
+        """Of the interval that misses with probability alpha: both errors in squares, the one between seeds by
+        Student's t, since k seeds say little of their own spread."""
+        t = float(student.isf(alpha / 2, self.seeds - 1)) if self.seeds > 1 else 0.0
+        return math.hypot(float(norm.isf(alpha / 2)) * self.within, t * self.between)
+
+    def interval(self, alpha: float = 0.05) -> tuple[float, float]:
+        half = self.half(alpha)
+        return self.middle - half, self.middle + half
+
+    @property
+    def p(self) -> float:
+        """The alpha whose interval ends at no change."""
+        least = 1e-12
+        if self.half(least) <= abs(self.middle):
+            return least
+        return float(brentq(lambda alpha: self.half(alpha) - abs(self.middle), least, 1.0))
+
+
+def changed(before: Tensor, after: Tensor) -> Change:
+    """`before`, `after`: bool [k, n], whether each example is right in each of k pairs (seeds).
+
+    Within: of the mean over seeds of every example's difference, so that what changes from seed to seed averages out;
+    half an example better and half a one worse are added, and one without a change, which for one seed is Agresti and
+    Min's interval (`paired`). With several seeds the noise of training is in both errors: the interval errs on the wide
+    side.
+    """
+    k, n = before.shape
+    apart = after.double() - before.double()
+    mean, m = apart.mean(0), n + 2
+    middle = float(mean.sum()) / m
+    within = math.sqrt(((float(mean.square().sum()) + 1) / m - middle**2) / m)
+    _, spread = mean_and_deviation((100 * apart.mean(1)).tolist())
+    return Change(100 * float(mean.mean()), 100 * middle, 100 * within, spread / math.sqrt(k), k)
+
+
+def holm(ps: Sequence[float], alpha: float = 0.05) -> list[bool]:
+    """Which of several tests tell something, if all of them together are to be wrong with probability alpha at most,
+    however they hang together (Holm 1979): the smallest p is held against alpha / n, the next against alpha / (n - 1)
+    ..., up to the first that is too large."""
+    told, order = [False] * len(ps), sorted(range(len(ps)), key=lambda i: ps[i])
+    for rank, i in enumerate(order):
+        if ps[i] > alpha / (len(ps) - rank):
+            break
+        told[i] = True
+    return told
+
+
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """Mean and sample standard deviation (over n - 1)."""
     mean = math.fsum(values) / len(values)
@@ -70,8 +133,8 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 def over_seeds(found: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
     """(change, low, high) of the mean over seeds, given those of each: errors within and between them add in squares,
-    the one between them by Student's t, since k seeds say little of their own spread. Test inputs are the same for all:
-    more seeds do not make the error within smaller."""
+    the one between them by Student's t, since k seeds say little of their own spread. Within is that of one seed, which
+    is too wide: what changes from seed to seed is in it, too (`changed` has the answers, and knows)."""
     k = len(found)
     if k == 1:
         return found[0]

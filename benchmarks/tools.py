@@ -143,5 +143,5 @@ def claims(options: Namespace, console: Console) -> None:
         console.print(f"{one['text']}: {one['verdict']}{pairs}", style="bold", soft_wrap=True)
         for line in one["lines"]:
             found = (f": {line['change']} ({line['interval']}), {line['network']}, bytes {line['bytes']}, "
-                     f"seeds {line['seeds']}" if line["interval"] else "")
+                     f"{line['seeds']}" if line["interval"] else "")
             console.print(f"    {line['verdict']}: {line['better']} against {line['than']}{found}", soft_wrap=True)

@@ -5,13 +5,16 @@ import random
 import pytest
 
 from benchmarks.docs import equal
+from benchmarks.report.seeds import over_seeds
 from tests.made_rows import full
 
 
 def lost(name, method, change, half=0.25, **more):
     """A row that lost `-change` points."""
     paired = {"integer": {"change": change, "low": change - half, "high": change + half}}
-    return full(name, method, top1=95.5 + change, against_baseline=paired, **more)
+    asked = name.rpartition(", ")[2]
+    budget = {"size_ratio": 1 / int(asked[:-1])} if asked.endswith("x") else {"bits": 8}
+    return full(name, method, top1=95.5 + change, against_baseline=paired, budget=budget, **more)
 
 
 ROWS = [lost("one, 4x", "udfc", -1.0, size=1000), lost("one, low rate, 4x", "udfc", -0.5, size=990),
@@ -36,12 +39,27 @@ def test_a_block_is_within_a_tenth_of_its_largest(seed):
 
 def test_each_row_is_in_the_cell_of_its_way_and_size():
     found = equal.ways(ROWS)
-    assert found.columns == ["4x", "8x"]  # 4000 B over 975 and 490
+    assert found.columns == ["4x", "8x"]  # asked for
     names = [name for name, _, _ in found.lines]
     assert names == ["one, low rate", "one", "two", "three", "8 bits"]  # by the size with the most rows, then the rest
     cells = {name: [[row["name"] for row in cell] for cell in [*cells, rest]] for name, cells, rest in found.lines}
     assert cells["one"] == [["one, 4x"], ["one, 8x"], []] and cells["8 bits"] == [[], [], ["8 bits"]]
     assert cells["two"] == [["two, 4x"], ["two, 8x"], ["two, 6x"]]
+
+
+@pytest.mark.parametrize("sizes, ratios, head", [
+    ((120, 110, 115), (None, None, None), "34.8x"), ((98, 97, 96), (0.025, 0.025, None), "40x"),
+    ((480, 479, 478), (0.12, 0.12, 0.121), "8x")])
+def test_a_column_is_named_by_the_size_that_was_asked_for(sizes, ratios, head):
+    rows = [full(name, name, size=size, budget={} if ratio is None else {"size_ratio": ratio})
+            for name, size, ratio in zip("abc", sizes, ratios, strict=True)]
+    assert equal.ways(rows).columns == [head]
+
+
+def test_seeds_are_named():
+    several = [lost("one, 4x", "udfc", change, seed=seed) for seed, change in enumerate((-1.0, -1.5, -0.5))]
+    (mean,) = over_seeds(several)
+    assert equal._lost(mean).endswith(", 3 seeds)") and "seed" not in equal._lost(several[0])
 
 
 def test_two_methods_are_no_column():

@@ -9,8 +9,11 @@ import subprocess
 import pytest
 
 from benchmarks import provenance as origins
+from benchmarks.jobs import all_tables, prepare
+from benchmarks.networks import label
 from benchmarks.provenance import joined, provenance
 from benchmarks.rows import FORM, RESULTS, SUPERSEDED, Row, finished, read_row, read_rows, stem, tables, write_row
+from benchmarks.settings import plain, same_settings
 from methods.core.errors import CompressError
 from methods.core.file import container
 
@@ -149,6 +152,25 @@ def test_committed_rows_are_rows():
     assert len(rows) >= 100 and all(one["table"] == path.relative_to(RESULTS / "rows").parts[0] for path, one in rows)
     assert all(path.stem == one.stem for path, one in rows if path.parent.name != SUPERSEDED)
     assert all(one.clean for _, one in rows)
+
+
+def test_committed_rows_have_the_settings_of_their_tables():
+    """A row of settings that its table had once belongs into `superseded`: comparisons would take it for today's."""
+    shipped = {table.name: {(job.name, label(job.network)): job for job in table.rows} for table in all_tables()}
+    seen = 0
+    for folder in tables(RESULTS):
+        for path in folder.glob("*.json"):
+            one = read_row(path)
+            job = shipped.get(one["table"], {}).get((one["name"], one["network"]))
+            if job is None:
+                assert one["table"] not in shipped, f"{path.name}: no row of {one['table']} has this name"
+                continue
+            _, budget, config = prepare(job)
+            asked, seen = plain(budget), seen + 1
+            assert same_settings(config, one["config"]), path.name
+            assert {**dict.fromkeys(asked), **one["budget"]} == asked, path.name
+            assert one.get("densities", "uniform") == job.densities and one["method"] == job.method, path.name
+    assert seen >= 100
 
 
 # --- provenance --------------------------------------------------------------------------------------------

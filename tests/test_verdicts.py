@@ -124,6 +124,8 @@ def test_seeds_of_a_row_are_one_line():
     assert found["top1_integer"] == 91 and found["bytes"] == 1002 and found["cost"]["macs"] == 500 and left is other
     assert [table.with_spread(one, "top1_integer") for one in (found, other)] == ["91.00 ± 1.00", "10.00"]
     assert table.cells(table.listed(rows)[1])[:3] == ["a", "91.25 ± 1.00", "91.00 ± 1.00"]
+    others = [{"budget": {"bits": 3}}, {"config": {"lr": 0.1}}, {"data": "e"}]
+    assert [len(over_seeds([rows[0], {**rows[1], **other}])) for other in others] == [2, 2, 2]
     (paper,) = over_seeds([one | {"paper": {"top1_integer": 92, "bytes": [990, 1]}} for one in rows])
     assert against_paper.texts(paper)[:2] == [("top1_integer", "92", "91 ± 1 (3 seeds)", "-1"),
                                               ("bytes", "990 ± 1", "1002 ± 2.6 (3 seeds)", "+12")]

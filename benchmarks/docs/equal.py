@@ -58,7 +58,13 @@ def ways(rows: Sequence[Row]) -> Ways:
         there = [] if main is None else line[1][main]
         return not there, min(map(points_lost, there or sum(line[1], line[2])))
 
-    return Ways([f"{int(median(map(smaller, column)))}x" for column in columns], sorted(lines, key=order))
+    return Ways([head_of(column) for column in columns], sorted(lines, key=order))
+
+
+def head_of(column: Sequence[Row]) -> str:
+    """The size that its rows were asked for, mostly, or that they have where none was."""
+    asked = [1 / row["budget"]["size_ratio"] for row in column if row["budget"].get("size_ratio") is not None]
+    return f"{round(median(asked))}x" if asked else times(median(map(smaller, column)))
 
 
 def limits(row: Row) -> tuple[float, float] | None:
@@ -88,7 +94,8 @@ def ways_table(rows: Sequence[Row]) -> str:
 def _lost(row: Row, best: bool = False) -> str:
     text, between = points(points_lost(row)), limits(row)
     text = f"**{text}**" if best else text
-    return text if between is None else f"{text} ({points(between[0])} to {points(between[1])})"
+    seeds = f", {len(row['seeds'])} seeds" if "seeds" in row else ""
+    return text + seeds if between is None else f"{text} ({points(between[0])} to {points(between[1])}{seeds})"
 
 
 def ways_plot(rows: Sequence[Row]) -> Figure:

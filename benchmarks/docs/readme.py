@@ -97,12 +97,13 @@ def beside(first: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
     """One line a claim: the answer, the changes of its pairs, those that cannot be told from 0 in brackets, with the
-    ratio of the bytes where they are not equal, and what they were measured on. Claims whose rows are missing are
-    counted.
+    ratio of the bytes where they are not equal, and what they were measured on; then the notes. Claims whose rows are
+    missing are counted.
     """
     out = "| claim | answer | changes in points of top-1 | on |\n| --- | --- | --- | --- |\n"
     open_ones = [one for one in found if one["verdict"] in claims.SILENT]
-    for one in (one for one in found if one not in open_ones):
+    answered = [one for one in found if one not in open_ones]
+    for one in answered:
         there = [line for line in one["lines"] if line["verdict"] not in claims.SILENT]
         changes = [line["change"] if line["verdict"] in (claims.YES, claims.NO) else f"({line['change']})"
                    for line in there]
@@ -111,7 +112,9 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
         answer = f"{one['verdict']} ({one['pairs']})" if one["pairs"] else one["verdict"]
         on = "; ".join(dict.fromkeys(line["on"] for line in there))
         out += f"| {in_markdown(one['text'])} | {answer} | {', '.join(shown)} | {in_markdown(on)} |\n"
-    return out + (f"\n{len(open_ones)} more claims await their rows.\n" if open_ones else "")
+    notes = "".join(f"- {in_markdown(one['text'])}: {in_markdown(one['note'])}\n" for one in answered if one["note"])
+    return (out + (f"\n{notes}" if notes else "")
+            + (f"\n{len(open_ones)} more claims await their rows.\n" if open_ones else ""))
 
 
 def baseline_lines(trained: Sequence[Mapping[str, Any]]) -> str:

@@ -1,10 +1,14 @@
 """Claims of the field, each put to the rows: yes, no, or chance does not let anyone tell.
 
 A claim names pairs of rows, measured on the same test inputs: the one that should be better, and the other. A pair is
-judged by the change in integer top-1 and its paired 95 % interval (`chance.paired`). Where both rows have the same
-seeds, or baselines, the change is the mean over these, and its error that of the mean (`chance.over_seeds`). A claim
-holds where a pair is better and none is worse, fails where one is worse and none is better. One that says "best"
-(`all`) holds where every pair is better, and fails where one is worse.
+judged by the change in integer top-1, over the seeds that both rows have (`chance.changed`), once for each network,
+baseline and data set. Better is what is better in a file no larger, worse what is worse in one no smaller, within 5 %;
+a claim that does not speak of sizes says so (`any_size`). Of several pairs those tell something that do so together:
+the more there are, the surer each has to be (Holm), so that chance alone answers 5 of 100 claims and not every third.
+With one seed the noise of training is in no interval: an answer that rests on such pairs says "on one seed".
+
+A claim holds where a pair is better and none is worse, fails where one is worse and none is better. One that says
+"best" or "every" (`all`) holds where every pair is better, each by its own 95 %, and fails where one is worse.
 
 paper_configs/claims.toml lists them:
 
@@ -16,13 +20,15 @@ paper_configs/claims.toml lists them:
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from methods.core.errors import ConfigError
 
-from ..chance import over_seeds, paired, unpack
+from ..chance import Change, changed, holm, unpack
 from ..jobs import CONFIGS
 from ..settings import build, read_toml
 
@@ -30,21 +36,23 @@ Row = Mapping[str, Any]
 RowsOf = Mapping[str, Sequence[Row]]
 PATH = CONFIGS / "claims.toml"
 YES, NO, MIXED, CANNOT_TELL, MISSING = "yes", "no", "sometimes", "cannot tell", "missing"
-UNLIKE = "not comparable"  # both rows are there, from other baselines, seeds or test sets
+UNLIKE = "not comparable"  # both rows are there, from other baselines, seeds or test sets, or without their answers
 SILENT = {MISSING, UNLIKE}
-EQUAL = 0.05  # files whose bytes differ by more than this share are shown with their ratio
+EQUAL = 0.05  # files whose bytes differ by more than this share are not equal, and shown with their ratio
 
 
 @dataclass(frozen=True)
 class Claim:
     """text  what is claimed;  table  where the rows are;  pairs  (row that should be better, the other);  note
-    all  every pair has to be better"""
+    all       every pair has to be better
+    any_size  files need not be equally large"""
 
     text: str
     table: str
     pairs: tuple[tuple[str, str], ...]
     note: str = ""
     all: bool = False
+    any_size: bool = False
 
     def __post_init__(self):
         if not self.text or not self.pairs:
@@ -53,26 +61,23 @@ class Claim:
 
 @dataclass(frozen=True)
 class Found:
-    """A pair of rows. change  in points of integer top-1, with its 95 % interval;  bytes  of both;  seeds  that both
-    have;  task, n_test  what was tested on, and how many inputs. All but the names are None where one of the rows is
-    missing, all but the network, too, where the two share neither baseline, seed nor test set."""
+    """A pair of rows.
+
+    change   in points of integer top-1; None where the pair says nothing
+    ratio    bytes of the first over those of the second, of the seed where they differ most
+    seeds    that the rows have, together;  task, n_test  what was tested on, and how many inputs
+    verdict  MISSING or UNLIKE without a change, else YES, NO or CANNOT_TELL
+    """
 
     better: str
     than: str
     network: str | None = None
-    change: float | None = None
-    low: float | None = None
-    high: float | None = None
-    bytes: tuple[float, float] | None = None
+    verdict: str = MISSING
+    change: Change | None = None
+    ratio: float = 1.0
     seeds: int = 0
     task: str | None = None
     n_test: int | None = None
-
-    @property
-    def verdict(self) -> str:
-        if self.change is None:
-            return MISSING if self.network is None else UNLIKE
-        return YES if self.low > 0 else NO if self.high < 0 else CANNOT_TELL
 
 
 def read_claims(path: Path = PATH) -> list[Claim]:
@@ -85,51 +90,76 @@ def read_claims(path: Path = PATH) -> list[Claim]:
 
 
 def put_to(claim: Claim, rows_of: RowsOf) -> list[Found]:
-    """Its pairs, in order, as the rows have them; a pair of several networks once for each."""
+    """Its pairs, in order, as the rows have them; a pair of several networks, baselines or data sets once for each."""
     found: list[Found] = []
-    rows = [row for row in rows_of.get(claim.table, []) if "right" in row]  # the oldest do not say which inputs
+    rows = rows_of.get(claim.table, [])
     for better, than in claim.pairs:
         mine, others = ([row for row in rows if row["name"] == name] for name in (better, than))
-        networks = [network for network in dict.fromkeys(row["network"] for row in mine)
-                    if any(row["network"] == network for row in others)]
-        found += [_judged(better, than, network, *({_start(row): row for row in both if row["network"] == network}
-                                                   for both in (mine, others))) for network in networks]
+        networks = list(dict.fromkeys(row["network"] for row in [*mine, *others]))
+        for network in networks:
+            found += _paired(better, than, network, *([row for row in both if row["network"] == network]
+                                                      for both in (mine, others)))
         if not networks:
             found.append(Found(better, than))
-    return found
+    return _told(claim, found)
 
 
-def _start(row: Row) -> tuple[int, str]:
-    return row["seed"], row["checkpoint"]["digest"]
+def _paired(better: str, than: str, network: str, mine: Sequence[Row], others: Sequence[Row]) -> list[Found]:
+    """Of the rows of two names on one network: those that start from one network and were tested on the same."""
+    if not mine or not others:
+        return [Found(better, than, network)]
+    grounds = list(dict.fromkeys(map(_ground, mine)))
+    found = [_changed(better, than, *({row["seed"]: row for row in rows if _ground(row) == ground and "right" in row}
+                                      for rows in (mine, others))) for ground in grounds]
+    kept = [one for one in found if one is not None]
+    return kept if kept else [Found(better, than, network, UNLIKE)]
 
 
-def _judged(better: str, than: str, network: str, mine: Mapping[tuple, Row], others: Mapping[tuple, Row]) -> Found:
-    """Of rows by seed and baseline: those that both have."""
-    shared = [key for key in mine if key in others and mine[key]["n_test"] == others[key]["n_test"]
-              and mine[key]["data"] == others[key]["data"]]
+def _ground(row: Row) -> tuple[str, str, int]:
+    return row["checkpoint"]["digest"], row["data"], row["n_test"]
+
+
+def _changed(better: str, than: str, mine: Mapping[int, Row], others: Mapping[int, Row]) -> Found | None:
+    """Of rows by seed, those that both have; None where they share none. The verdict is that of `_told`."""
+    shared = sorted(set(mine) & set(others))
     if not shared:
-        return Found(better, than, network)
-    pairs = [paired(*(unpack(row["right"]["integer"], row["n_test"]) for row in (others[key], mine[key])))
-             for key in shared]
-    change, low, high = over_seeds([(pair.change, pair.low, pair.high) for pair in pairs])
-    k = len(pairs)
-    sizes = tuple(math.fsum(rows[key]["bytes"] for key in shared) / k for rows in (mine, others))
+        return None
+    before, after = (torch.stack([unpack(rows[seed]["right"]["integer"], rows[seed]["n_test"]) for seed in shared])
+                     for rows in (others, mine))
+    ratio = max((mine[seed]["bytes"] / others[seed]["bytes"] for seed in shared), key=lambda x: abs(math.log(x)))
     first = mine[shared[0]]
-    return Found(better, than, network, change, low, high, sizes, k, first["task"], first["n_test"])
+    return Found(better, than, first["network"], CANNOT_TELL, changed(before, after), ratio, len({*mine, *others}),
+                 first["task"], first["n_test"])
+
+
+def _told(claim: Claim, found: Sequence[Found]) -> list[Found]:
+    """`found` with the verdicts: by Holm over all pairs; YES of a claim of all of them by each pair's own interval."""
+    there = [one for one in found if one.change is not None]
+    sure = dict(zip(map(id, there), holm([one.change.p for one in there]), strict=True))
+
+    def judge(one: Found) -> Found:
+        if one.change is None:
+            return one
+        up, larger, smaller = one.change.middle > 0, one.ratio > 1 + EQUAL, one.ratio < 1 - EQUAL
+        told = one.change.p <= 0.05 if claim.all and up else sure[id(one)]
+        unfair = not claim.any_size and (larger if up else smaller)
+        return replace(one, verdict=CANNOT_TELL if not told or unfair else YES if up else NO)
+
+    return [judge(one) for one in found]
 
 
 def verdict(found: Sequence[Found], every: bool = False) -> str:
-    """Of a claim, over its pairs; those that are missing, or no pairs, say nothing unless all are. `every`: of one that
-    says so of all of them, and then a pair that is missing is one that is not told."""
+    """Of a claim, over its pairs; those that are missing or not comparable, or no pairs, say nothing unless all are.
+    `every`: of one that says so of all of them, and then a pair that is missing is one that is not told."""
     said = {one.verdict for one in found} - SILENT
     if not said:
-        return MISSING
+        return UNLIKE if found and all(one.verdict == UNLIKE for one in found) else MISSING
     if every:
         return NO if NO in said else YES if all(one.verdict == YES for one in found) else CANNOT_TELL
     return MIXED if {YES, NO} <= said else YES if YES in said else NO if NO in said else CANNOT_TELL
 
 
-def lines_of(claim: Claim, found: Sequence[Found]) -> list[dict[str, str]]:
+def lines_of(found: Sequence[Found]) -> list[dict[str, str]]:
     """What is shown of every pair, as text: bytes are those of the first over those of the second; "unequal" is that
     ratio again, where it is no equal bytes; "on" is what was tested on."""
     lines = []
@@ -138,21 +168,36 @@ def lines_of(claim: Claim, found: Sequence[Found]) -> list[dict[str, str]]:
         if one.change is None:
             shown |= {"change": "—", "interval": "", "bytes": "", "seeds": "", "unequal": "", "on": ""}
         else:
-            ratio, plural = one.bytes[0] / one.bytes[1], "s" if one.seeds > 1 else ""
-            shown |= {"change": f"{one.change:+.2f}", "interval": f"{one.low:+.2f} to {one.high:+.2f}",
-                      "bytes": f"{ratio:.2f}", "seeds": str(one.seeds),
-                      "unequal": "" if abs(ratio - 1) <= EQUAL else f"{ratio:.2f}",
-                      "on": f"{one.task}, {one.network}, {one.n_test:,} inputs, {one.seeds} seed{plural}"}
+            low, high = one.change.interval()
+            seeds = seeds_of(one)
+            shown |= {"change": f"{one.change.change:+.2f}", "interval": f"{low:+.2f} to {high:+.2f}",
+                      "bytes": f"{one.ratio:.2f}", "seeds": seeds,
+                      "unequal": "" if abs(one.ratio - 1) <= EQUAL else f"{one.ratio:.2f}",
+                      "on": f"{one.task}, {one.network}, {one.n_test:,} inputs, {seeds}"}
         lines.append(shown)
     return lines
 
 
+def seeds_of(one: Found) -> str:
+    """How many seeds a pair has: those that both rows have, of those that there are."""
+    shared = one.change.seeds
+    whole = f"{shared} seed{'s' if shared > 1 else ''}"
+    return whole if shared == one.seeds else f"{whole} of {one.seeds}"
+
+
 def told_of(found: Sequence[Found]) -> str:
-    """How many pairs say something, and how many have rows; empty where that is all of them, or none."""
-    there = sum(one.verdict not in SILENT for one in found)
-    told = sum(one.verdict in (YES, NO) for one in found)
-    return ", ".join([f"told in {told} of {there} pairs"] * (0 < told < there)
-                     + [f"{there} of {len(found)} pairs have rows"] * (0 < there < len(found)))
+    """What is to be known beside an answer: that it rests on one seed, how many pairs say something, and how many are
+    missing or not comparable; empty where all say something, of several seeds, or none is there."""
+    there = [one for one in found if one.verdict not in SILENT]
+    told = [one for one in there if one.verdict in (YES, NO)]
+    unlike = sum(one.verdict == UNLIKE for one in found)
+    if not there:
+        return ""
+    said = ["on one seed"] * any(one.change.seeds == 1 for one in told)
+    said += [f"told in {len(told)} of {len(there)} pairs"] * (0 < len(told) < len(there))
+    said += [f"{len(there) + unlike} of {len(found)} pairs have rows"] * (len(there) + unlike < len(found))
+    said += [f"{unlike} not comparable"] * (unlike > 0)
+    return ", ".join(said)
 
 
 def in_words(rows_of: RowsOf, path: Path = PATH) -> list[dict[str, Any]]:
@@ -162,6 +207,5 @@ def in_words(rows_of: RowsOf, path: Path = PATH) -> list[dict[str, Any]]:
         found = put_to(claim, rows_of)
         out.append({"text": claim.text, "note": claim.note, "table": claim.table,
                     "there": bool(rows_of.get(claim.table)), "verdict": verdict(found, claim.all),
-                    "pairs": told_of(found),
-                    "lines": lines_of(claim, found)})
+                    "pairs": told_of(found), "lines": lines_of(found)})
     return out

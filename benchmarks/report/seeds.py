@@ -1,5 +1,6 @@
 """Rows that differ in nothing but the seed, as one: means, and the sample deviation of any number."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,10 +12,13 @@ Row = Mapping[str, Any]
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """`rows` with the seeds of one name, network and baseline in one row: the means of all numbers, and `seeds`."""
+    """`rows` with the seeds of one name, network, baseline, data and settings in one row: the means of all numbers, and
+    `seeds`."""
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["name"], row["task"], row["network"], row["checkpoint"]["digest"]), []).append(row)
+        settings = json.dumps([row.get(key) for key in ("data", "budget", "config")], sort_keys=True)
+        key = row["name"], row["task"], row["network"], row["checkpoint"]["digest"], settings
+        groups.setdefault(key, []).append(row)
     return [group[0] if len(group) == 1 else {**_mean(group), "seeds": group} for group in groups.values()]
 
 
