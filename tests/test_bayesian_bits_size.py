@@ -115,6 +115,11 @@ def test_the_loss_has_the_turned_mu_of_weights_and_that_of_the_config_of_activat
     free = bayesian_bits.Phase(replace(CONFIG, mu=0.5), second=False)
     free.optimizers(network, CONFIG.recipe)
     assert float(free.loss(network, torch.tensor(2.0)).detach()) == pytest.approx(2 + 0.5 * (weights + activation))
+    for steers, mu in ((found, 3), (None, 0.5)):
+        own = bayesian_bits.Phase(replace(CONFIG, mu=0.5, activation_mu=0.25), second=False, steering=steers)
+        own.optimizers(network, CONFIG.recipe)
+        expected = 2 + mu * weights + 0.25 * activation
+        assert float(own.loss(network, torch.tensor(2.0)).detach()) == pytest.approx(expected)
     assert float(bayesian_bits.Phase(CONFIG, second=True).loss(network, torch.tensor(2.0))) == 2
 
 
@@ -202,6 +207,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tiny):
 
 
 def test_what_cannot_be_turned_or_met_is_refused(tiny):
+    with pytest.raises(ConfigError, match="activation_mu = -1"):
+        replace(CONFIG, activation_mu=-1.0)
     with pytest.raises(ConfigError, match="mu = 0 with budget size_ratio"):
         run(tiny, 0.2, mu=0.0)
     with pytest.raises(BudgetError, match=r"size_ratio = 0.01 allows 73 bytes, .* takes \d+: allowed are"):

@@ -39,7 +39,7 @@ Departures (the paper could not be opened; what is not listed follows the author
   * fast keeps running statistics and spares the second convolution. It is not the paper's; frozen weights imply it.
   * size_ratio is not the paper's, which compares bit operations: the mu of weights follows the bytes of the file
     (steering.py), that of activations, which take none, stays; dead units are removed, and a file that ends too large
-    loses its least weights (core/fit/trim.py).
+    loses its least weights (core/fit/trim.py). activation_mu = 0 leaves activations at the width of `init`.
   * Pruning at fixed `bits` b costs (2 b - 2) kappa q2, as if all gates up to b were open. Convolutions with groups
     and the last layer are not pruned. The baseline of iterative sensitivity is a method of its own.
 """
@@ -87,7 +87,8 @@ class FixedRecipe(Recipe):
 class Config:
     """mu: price of bit operations; recipe: of the weights in phase 1; gate_lr, range_lr: Adam's for phi and beta.
 
-    mu          under a size_ratio that of activations; the one of weights begins there and is turned
+    mu          under a size_ratio that of weights only begins there, and is turned
+    activation_mu  the mu of activations; None: mu
     hold        share of the epochs before the weights' rate falls (see Departures)
     init        phi of the gates of 4, 8, 16 and 32 bits at the start; channels start at 6
     prune       gates on output channels; False: quantization only
@@ -100,6 +101,7 @@ class Config:
     """
 
     mu: float = 0.01
+    activation_mu: float | None = None
     recipe: Recipe = Recipe(epochs=100, lr=1e-3, optimizer="adam", weight_decay=0.0, schedule="constant")
     gate_lr: float = 1e-3
     range_lr: float = 1e-3
@@ -125,8 +127,9 @@ class Config:
         for name in ("gate_lr", "range_lr", "fixed_range_lr"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} = {getattr(self, name)}: allowed is above 0")
-        if not 0 <= self.mu < math.inf or self.subset < 0:
-            raise ConfigError(f"mu = {self.mu}, subset = {self.subset}: allowed are numbers of 0 or more")
+        if not all(0 <= mu < math.inf for mu in (self.mu, self.price_of_activations)) or self.subset < 0:
+            raise ConfigError(f"mu = {self.mu}, activation_mu = {self.activation_mu}, subset = {self.subset}: allowed "
+                              "are numbers of 0 or more")
         if not 0 <= self.hold <= 1 or (self.hold < 1 and (self.recipe.schedule != "constant" or self.recipe.warmup)):
             raise ConfigError(f"hold = {self.hold} with schedule {self.recipe.schedule!r}: allowed is 0..1 with "
                               "'constant' and no warmup, or 1")
@@ -144,6 +147,10 @@ class Config:
             raise ConfigError(f"scratch = True with learn = {self.learn!r}: weights that start anew have to be trained")
         check_idle(self)
 
+    @property
+    def price_of_activations(self) -> float:
+        return self.mu if self.activation_mu is None else self.activation_mu
+
     def idle(self) -> dict[str, str]:
         found = {} if self.fixed is not None else {"fixed_range_lr": "there is no phase 2 (fixed)"}
         if self.learn != "all":
@@ -151,7 +158,8 @@ class Config:
         if self.learn == "gates":
             found["range_lr"] = "learn = 'gates' leaves the ranges alone"
         if self.bits is not None:
-            found |= dict.fromkeys(("init", "dead_gates"), "bits are fixed: there are no bit gates")
+            idle = ("init", "dead_gates", "activation_mu")
+            found |= dict.fromkeys(idle, "bits are fixed: there are no bit gates")
         return found
 
 
@@ -217,7 +225,7 @@ class Phase(Hooks):
     def __init__(self, config: Config, second: bool, steering: Steering | None = None):
         self.config, self.second, self.steering, self.costs = config, second, steering, torch.empty(0)
         self.weights: list[torch.optim.Optimizer] = []
-        self.of_weights = torch.empty(0, dtype=torch.bool)  # [Q] points that a steering's mu is for
+        self.of_weights = torch.empty(0, dtype=torch.bool)  # [Q] which points are weights
         self.epoch, self.bops = 0, []  # relative BOPs after each epoch, for the notes
 
     def optimizers(self, model, recipe):
@@ -236,9 +244,8 @@ class Phase(Hooks):
     def loss(self, model, loss):
         if self.second:
             return loss
-        if self.steering is None:
-            return loss + self.config.mu * regulariser(model, self.costs)
-        mu = torch.where(self.of_weights, self.steering.mu, self.config.mu)  # an activation takes no bytes
+        of_weights = self.config.mu if self.steering is None else self.steering.mu
+        mu = torch.where(self.of_weights, of_weights, self.config.price_of_activations)
         return loss + regulariser(model, mu[:, None] * self.costs)
 
     def after_backward(self, model, lr):
