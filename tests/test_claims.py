@@ -29,11 +29,11 @@ from methods.core.errors import ConfigError
 N = 1000
 
 
-def row(name, wrong, seed=0, network="net", start="a", n=N, data="d", size=100):
+def row(name, wrong, seed=0, network="net", start="a", n=N, data="d", size=100, needs="train"):
     right = torch.ones(n, dtype=torch.bool)
     right[list(wrong)] = False
     return {"name": name, "network": network, "seed": seed, "checkpoint": {"digest": start}, "n_test": n, "data": data,
-            "right": {"integer": pack(right)}, "bytes": size, "task": "digits"}
+            "right": {"integer": pack(right)}, "bytes": size, "task": "digits", "difficulty": {"data": needs}}
 
 
 def judged(rows, pairs=(("a", "b"),)):
@@ -195,6 +195,10 @@ def test_how_many_pairs_are_behind_an_answer(words, said):
 def test_an_answer_from_one_seed_says_so():
     assert told_of(found(YES, seeds=1)) == "on one seed" and told_of(found(CANNOT_TELL, seeds=1)) == ""
     assert told_of([*found(YES, seeds=2), *found(NO, seeds=1)]) == "on one seed"
+    one = "on one seed"
+    for needs, said in ((("none", "calibration"), ""), (("none", "train"), one), (("train", "none"), one)):
+        rows = [row("a", range(20), needs=needs[0]), row("b", range(60), needs=needs[1])]
+        assert told_of(judged(rows)) == said
 
 
 def test_what_a_page_says_of_a_claim(tmp_path):

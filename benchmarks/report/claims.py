@@ -5,7 +5,8 @@ judged by the change in integer top-1, over the seeds that both rows have (`chan
 baseline and data set. Better is what is better in a file no larger, worse what is worse in one no smaller, within 5 %;
 a claim that does not speak of sizes says so (`any_size`). Of several pairs those tell something that do so together:
 the more there are, the surer each has to be (Holm), so that chance alone answers 5 of 100 claims and not every third.
-With one seed the noise of training is in no interval: an answer that rests on such pairs says "on one seed".
+With one seed the noise of training is in no interval: an answer that rests on such pairs of rows that train says "on
+one seed".
 
 A claim holds where a pair is better and none is worse, fails where one is worse and none is better. One that says
 "best" or "every" (`all`) holds where every pair is better, each by its own 95 %, and fails where one is worse.
@@ -65,7 +66,8 @@ class Found:
 
     change   in points of integer top-1; None where the pair says nothing
     ratio    bytes of the first over those of the second, of the seed where they differ most
-    seeds    that the rows have, together;  task, n_test  what was tested on, and how many inputs
+    seeds    that the rows have, together;  trained  whether one of the two is of a method that trains
+    task, n_test  what was tested on, and how many inputs
     verdict  MISSING or UNLIKE without a change, else YES, NO or CANNOT_TELL
     """
 
@@ -76,6 +78,7 @@ class Found:
     change: Change | None = None
     ratio: float = 1.0
     seeds: int = 0
+    trained: bool = True
     task: str | None = None
     n_test: int | None = None
 
@@ -127,9 +130,9 @@ def _changed(better: str, than: str, mine: Mapping[int, Row], others: Mapping[in
     before, after = (torch.stack([unpack(rows[seed]["right"]["integer"], rows[seed]["n_test"]) for seed in shared])
                      for rows in (others, mine))
     ratio = max((mine[seed]["bytes"] / others[seed]["bytes"] for seed in shared), key=lambda x: abs(math.log(x)))
-    first = mine[shared[0]]
+    first, trained = mine[shared[0]], any(rows[shared[0]]["difficulty"]["data"] == "train" for rows in (mine, others))
     return Found(better, than, first["network"], CANNOT_TELL, changed(before, after), ratio, len({*mine, *others}),
-                 first["task"], first["n_test"])
+                 trained, first["task"], first["n_test"])
 
 
 def _told(claim: Claim, found: Sequence[Found]) -> list[Found]:
@@ -193,7 +196,7 @@ def told_of(found: Sequence[Found]) -> str:
     unlike = sum(one.verdict == UNLIKE for one in found)
     if not there:
         return ""
-    said = ["on one seed"] * any(one.change.seeds == 1 for one in told)
+    said = ["on one seed"] * any(one.trained and one.change.seeds == 1 for one in told)
     said += [f"told in {len(told)} of {len(there)} pairs"] * (0 < len(told) < len(there))
     said += [f"{len(there) + unlike} of {len(found)} pairs have rows"] * (len(there) + unlike < len(found))
     said += [f"{unlike} not comparable"] * (unlike > 0)
