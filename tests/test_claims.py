@@ -142,6 +142,7 @@ def test_each_network_baseline_and_data_set_is_a_pair_of_its_own():
     assert [one.network for one in judged(rows)] == ["x", "y"]
     (there, gone) = judged([*rows[:2], rows[2]])
     assert there.verdict == YES and (gone.network, gone.verdict) == ("y", MISSING)
+    assert [one.verdict for one in judged([*rows[:2], rows[2]], [("b", "a")])] == [NO, MISSING]
     starts = [row(name, range(k), start=start) for start in "pq" for name, k in (("a", 20), ("b", 60))]
     assert [one.change.seeds for one in judged(starts)] == [1, 1]
     data = [row(name, range(k), data=data, n=n) for data, n in (("d", N), ("e", 100))

@@ -49,7 +49,7 @@ def test_each_row_is_in_the_cell_of_its_way_and_size():
 
 @pytest.mark.parametrize("sizes, ratios, head", [
     ((120, 110, 115), (None, None, None), "34.8x"), ((98, 97, 96), (0.025, 0.025, None), "40x"),
-    ((480, 479, 478), (0.12, 0.12, 0.121), "8x")])
+    ((480, 479, 478), (0.1282, 0.1282, 0.121), "8x")])
 def test_a_column_is_named_by_the_size_that_was_asked_for(sizes, ratios, head):
     rows = [full(name, name, size=size, budget={} if ratio is None else {"size_ratio": ratio})
             for name, size, ratio in zip("abc", sizes, ratios, strict=True)]
