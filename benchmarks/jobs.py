@@ -1,5 +1,6 @@
 """A job is one row: a method with a budget and a configuration, on a task and network; where jobs are written down."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,8 @@ def _jobs(path: Path, content: Mapping[str, Any], key: str) -> tuple[Job, ...]:
 
 
 def check_printed(paper: Mapping[str, Any], where: str) -> None:
-    """ConfigError unless `paper` holds known metrics, each a number or [number, deviation], in tables of any depth."""
+    """ConfigError unless `paper` holds known metrics, each a number, the text of one that is printed with a last 0
+    ("0.060"), or [number, deviation], in tables of any depth."""
     layers = paper.get("layers", {})
     if not (isinstance(layers, Mapping) and all(isinstance(value, Mapping) for value in layers.values())):
         raise ConfigError(f"{where}: layers = {shortened(layers)}: needed is {{layer: {{metric: number}}}}")
@@ -135,12 +137,17 @@ def _check_numbers(table: Mapping[str, Any], where: str, path: str, known: tuple
         if isinstance(value, Mapping):
             _check_numbers(value, where, f"{path}{key}.", known)
             continue
-        numbers = value if isinstance(value, list) and len(value) == 2 else [value]
+        numbers = value if isinstance(value, list) and len(value) == 2 else [number_of(value)]
         if not all(isinstance(n, (int, float)) and not isinstance(n, bool) and abs(n) < LARGEST for n in numbers):
             raise ConfigError(f"{where}, {path}{key} = {shortened(value)}: a number is needed, or [number, deviation]")
         fault = unknown_metric(f"{path}{key}", known)
         if fault is not None:
             raise ConfigError(f"{where}: {fault}")
+
+
+def number_of(value: Any) -> Any:
+    """The number that a text with a 0 as its last decimal spells; anything else as it is."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"-?\d+\.\d*0", value) else value
 
 
 def all_tables() -> list[Table]:

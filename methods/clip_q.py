@@ -7,7 +7,7 @@ every minibatch to full-precision weights that the gradient keeps updating, so t
 final. Per layer, the share p to clip and the code width b are chosen beforehand by Bayesian optimization.
 
 Algorithm
-    per layer i, in order, the layers before it compressed:                                           (search)
+    per layer i:                                                                                      (search)
         theta_i = (p_i, b_i) = argmin  eps(theta) - lambda c_i(theta),   c_i = (m_i - s_i(theta)) / sum_j m_j
     per minibatch, per layer:                                                                   (fine-tuning)
         clip       c+, c-: the share p_i of the positive, of the negative weights lies in [c-, c+]; these become 0
@@ -36,9 +36,10 @@ Departures   The paper was not at hand: what it says is known from its abstract,
     save (0.4 % of the bits) is less than the noise of an error that is counted on a thousand images.
   * s_i: a relative position of `index_bits` and a b-bit code per entry, fillers included, and 2^b values; no Huffman
     code. The paper stores a sparse code; the width of its positions is not known.
-  * Not known: lambda, bounds (p in 0..0.98 by 0.01, b in 2..8), start (Sobol), kernel (Matern-5/2, on values cut at
-    their median: see `core/bayes.py`). Reported of the paper: a Gaussian process, expected improvement, 20 to 30
-    evaluations a layer. search = "random" and "uniform" are baselines.
+  * Not known: the order of layers, and whether those before are compressed in eps (here they are); lambda, bounds (p in
+    0..0.98 by 0.01, b in 2..8), start (Sobol), kernel (Matern-5/2, on values cut at their median: see
+    `core/fit/bayes.py`). Reported of the paper: a Gaussian process, expected improvement, 20 to 30 evaluations a layer.
+    search = "random" and "uniform" are baselines.
   * Recipe: not known. SGD below the training rate, dropped twice; weight decay acts on W; biases and batch norm stay
     float and are trained. No gradient flows through the means.
 """
@@ -165,7 +166,7 @@ def open_choices(model: nn.Module, budget: Budget, search: str) -> dict[str, lis
                    for b in (BITS_GRID if bits[name] is None else (int(bits[name]),))] for name in density}
 
 
-# --- the operator (section 3 of the paper, Fig. 2) ----------------------------------------------------------
+# --- the operator (Fig. 2) ----------------------------------------------------------
 
 
 def partition(weight: Tensor, theta: Theta, split: str = "A") -> tuple[Tensor, Tensor]:

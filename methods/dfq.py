@@ -213,7 +213,7 @@ def absorb_biases(model: nn.Module, pairs: list[Pair], outputs: dict[str, Normal
         outputs[pair.first] = Normal(normal.mean - c, normal.std)
 
 
-# --- expectations, bias correction and ranges (section 4.2) -------------------------------------------------
+# --- expectations, bias correction and ranges ---------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ Algorithm, for each pair l -> BN -> ReLU -> l+1
 Symbols    lambda Config.lam, t Config.threshold, Z (transposed) `z`; gamma, beta, mu, sigma of `Norms`
 
 Departures
-  * mode = "official" is what the authors' code computes, and what reproduces their numbers: with w_j = s w_i it takes
+  * mode = "official" is what the authors' code computes: with w_j = s w_i it takes
     scale = s (gamma_i / gamma_j)(v_j / v_i) and bias_ij with i and j exchanged, v the running variance.
     mode = "derived" follows from x_i = gamma_i (w_i x - mu_i) / sigma_i + beta_i, sigma_i = sqrt(v_i + eps):
     scale = s (gamma_j / gamma_i)(sigma_i / sigma_j), bias = gamma_j / sigma_j (s (mu_i - sigma_i beta_i / gamma_i) -

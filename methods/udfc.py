@@ -29,6 +29,7 @@ Departures
   * Eq. (3) returns values in [-1, 1]; they are multiplied by max|W| again, since BN is not recomputed. It has no level
     0: an exact zero becomes the nearest odd step. per_channel = True (one maximum per filter) is not in the paper, nor
     are scheme = "asymmetric" and "symmetric".
+  * s tilde goes into gamma and beta, which is Eq. (9) where W' is scaled after its own rounding: its grid stays.
   * The bound of Eq. (11) needs s >= 0, which Eq. (20) does not ensure: nonneg = True solves the same least squares
     under s >= 0. joint = True aims Eq. (12) at the quantized kept filters instead of the float ones. Neither is there.
   * The printed table is what one gets when batch norm is renewed after compression (an inference: there is no code, and

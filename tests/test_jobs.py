@@ -63,6 +63,7 @@ def test_a_table(written):
     (HEAD + ROW + ROW.replace('"a"', '"A?"'), "must differ in letters or digits"),
     (HEAD + ROW.replace('"a"', '"!"'), "must differ in letters or digits, but there is '!'"),
     (HEAD + ROW + "[row.paper]\ntop1 = nan", "table.toml: paper of 'a', top1 = nan: a number is needed"),
+    (HEAD + ROW + "[row.paper]\nbytes = '0x10'", "bytes = '0x10': a number is needed"),
     (HEAD + ROW + "[row.paper]\ntop1 = '57.2'", "table.toml: paper of 'a', top1 = '57.2': a number is needed"),
     (HEAD + ROW + "[row.paper]\ntop1_flaot = 57.2", "there is no metric 'top1_flaot'; near: top1_float"),
     (HEAD + ROW + "[row.paper]\ncost.densty = 0.1", "there is no metric 'cost.densty'; near: cost.density"),

@@ -50,9 +50,17 @@ def test_a_small_test_set_tells_less():
     ("bytes", 100, 50, "reached"), ("hardware.bb_bops_percent", 0.36, 0.364, "reached"),
     ("hardware.bb_bops_percent", 0.36, 0.366, "not reached"), ("hardware.bb_bops_percent", 0.36, 0.22, "reached"),
     ("ip1 density", 0.08, 0.08, "reached"), ("ip1 rate_prune_quantize", 0.031, 0.032, "not reached"),
-    ("cost.kept_weights", 2569, None, "missing")])
+    ("ip1 rate_prune_quantize", 0.06, 0.0631, "reached"), ("ip1 rate_prune_quantize", "0.060", 0.0631, "not reached"),
+    ("ip1 rate_prune_quantize", "0.060", 0.0604, "reached"), ("bytes", "100.0", 100.04, "reached"),
+    ("bytes", "100.0", 100.06, "not reached"), ("cost.kept_weights", 2569, None, "missing")])
 def test_counts_to_the_printed_digits(metric, printed, ours, text):
     assert judged(metric, printed, ours, row()).verdict == text
+
+
+def test_a_printed_zero_counts_in_a_row():
+    (one,) = verdicts(row(paper={"layers": {"a": {"rate_prune_quantize": "0.060"}}},
+                          layers={"a": {"rate_prune_quantize": 0.0631}}))
+    assert (one.verdict, one.printed, one.gain) == ("not reached", 0.06, pytest.approx(-0.0031))
 
 
 def test_gain_is_positive_where_ours_is_better():

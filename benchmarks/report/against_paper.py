@@ -28,6 +28,11 @@ def lookup(row: Row, path: str) -> float | None:
 
 def compared(row: Row) -> list[tuple[str, float, float | None]]:
     """(metric, paper, ours) for every printed number: of the row, then of each layer."""
+    return [(metric, float(text) if isinstance(text, str) else text, ours) for metric, text, ours in as_printed(row)]
+
+
+def as_printed(row: Row) -> list[tuple[str, float | str, float | None]]:
+    """As `compared`, of numbers that end with a printed 0 their text: "0.060" in TOML."""
     return [(metric, value[0] if isinstance(value, list) else value, ours) for metric, value, ours in _pairs(row)]
 
 

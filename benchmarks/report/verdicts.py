@@ -18,7 +18,7 @@ from typing import Any
 from methods.core.errors import ConfigError
 
 from ..chance import Z95, standard_error, t_of
-from .against_paper import compared, deviations, lookup
+from .against_paper import as_printed, deviations, lookup
 from .seeds import spread_of
 
 Row = Mapping[str, Any]
@@ -45,17 +45,17 @@ class Verdict:
 
 def verdicts(row: Row) -> list[Verdict]:
     """Of every printed number of a row, in order."""
-    return [judged(metric, printed, ours, row) for metric, printed, ours in compared(row)]
+    return [judged(metric, printed, ours, row) for metric, printed, ours in as_printed(row)]
 
 
-def judged(metric: str, printed: float, ours: float | None, row: Row) -> Verdict:
+def judged(metric: str, text: float | str, ours: float | None, row: Row) -> Verdict:
     """The verdict on one number; `row` tells how many inputs an accuracy is a mean over."""
-    kind = kind_of(metric, row["budget"])
+    kind, printed = kind_of(metric, row["budget"]), float(text) if isinstance(text, str) else text
     if ours is None:
         return Verdict(metric, printed, None, None, MISSING, kind)
     gain = round(direction(metric) * (ours - printed), 9)
     name = metric.split(".")[-1]
-    slack = 0.0 if name.startswith(ACCURACIES) else half_unit(printed)
+    slack = 0.0 if name.startswith(ACCURACIES) else half_unit(text)
     spread, seeds = spread_of(row, lambda one: lookup(one, metric))
     errors = [t_of(seeds) * spread / math.sqrt(seeds), Z95 * deviations(row).get(metric, 0.0)]
     if name == "change":
@@ -91,10 +91,10 @@ def direction(metric: str) -> int:
     raise ConfigError(f"{metric}: whether more of it or less is better is not known")
 
 
-def half_unit(printed: float) -> float:
-    """Half of the last digit of a number as it is printed: 0.005 for 0.36."""
-    exponent = Decimal(repr(printed)).normalize().as_tuple().exponent
-    return 0.5 * 10.0 ** min(int(exponent), 0)
+def half_unit(printed: float | str) -> float:
+    """Half of the last digit of a number as it is printed: 0.005 for 0.36; of a text its zeros count: "0.360"."""
+    number = Decimal(printed) if isinstance(printed, str) else Decimal(repr(printed)).normalize()
+    return 0.5 * 10.0 ** min(int(number.as_tuple().exponent), 0)
 
 
 def overall(row: Row) -> str | None:

@@ -22,7 +22,7 @@ Departures   Body and tables of the paper could not be read: the steps are those
     0.5; here it has the recipe of the Caffe code, whose network has no ReLU there, and no dropout.
   * Settings are the Caffe code's for LeNet-5, in epochs of the 55,000 images that are not held out (theirs: 60,000).
   * Momentum is Nesterov's and restarts with each ADMM iteration, as the learning rate does; that falls at a half and
-    three quarters of an iteration (the code: once, at a quarter).
+    three quarters of an iteration (the code: once, at a quarter for pruning, at a third for quantization).
   * rho is constant, and one for all layers (the code: ten times as large where ip1 is quantized). Later code of the
     group has other rules, kept as options: rho_growth multiplies rho at every update (and divides U, which is scaled by
     it: the code leaves U alone), and several entries of rho are ADMMs in turn, each from Z = Proj(W), U = 0.

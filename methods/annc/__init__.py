@@ -28,7 +28,7 @@ Departures   Equations and settings are those of the authors' code; of the paper
   * live = True removes weights of units that lost all their inputs or all their outputs after each projection, and
     spends their bits where a weight can change an output, on the largest w^2 / (b_l + bits of its position): there w is
     the sum of the gradients of an epoch. Not in the paper; the limit holds, and counts codes alone, as before.
-  * A budget that not one weight meets is refused; theirs goes over it. Layers left without weights, which cuts most
+  * A budget that not one weight meets is refused; theirs fails there. Layers left without weights, which cuts most
     networks, are named in the notes; at_least = k keeps the k largest of each layer (not in the paper).
   * Recipe's weight decay (theirs acts on the scale of batch norm too), Nesterov momentum, warm-up in every step.
   * Inputs keep the scaling that the network was trained with; theirs has MNIST at mean 0 and deviation 1.

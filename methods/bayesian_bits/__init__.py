@@ -20,7 +20,7 @@ Symbols    z e s in core/gated.py; phi phi (bits), phi2 (channels); beta beta; a
 Departures (the paper could not be opened; what is not listed follows the authors' code)
   * Start: the trained network that is given. The MNIST and CIFAR-10 rows of the paper train from scratch, which scratch
     = True does, from what the layers' reset_parameters draws.
-  * autocast = True trains in the task's reduced precision, the paper in float32: bfloat16 has 8 significant bits and
+  * autocast = True trains in the task's reduced precision, the code in float32: bfloat16 has 8 significant bits and
     moves values of an 8-bit grid by up to 0.63 of a step.
   * Training images: 55,000 of MNIST and 45,000 of CIFAR-10, those that are not held out.
   * dead_gates: a bit gate whose phi falls to -2 is closed for good, with all above it. It is in the code, not in the

@@ -35,7 +35,7 @@ class LayerCost:
 
     @property
     def bops(self) -> int:
-        """MACs x operand bits x activation bits (Bayesian Bits, section 4; no accumulator term)."""
+        """MACs x operand bits x activation bits (Bayesian Bits; no accumulator term)."""
         return self.macs * self.operand_bits * self.activation_bits
 
     @property

@@ -1,6 +1,6 @@
 """How wide the two numbers are that a layer multiplies: what every count of bit operations and energy asks.
 
-Bit operations are MACs x b_w x b_a (Bayesian Bits, van Baalen et al. 2020, section 4), where of a layer
+Bit operations are MACs x b_w x b_a (Bayesian Bits, van Baalen et al. 2020), where of a layer
 
     b_w   is the operand width of its weights: the code's on an affine grid, that of the integers on levels, 8 or 16
           for the integer table of a codebook

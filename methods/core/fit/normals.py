@@ -1,6 +1,6 @@
 """What activations are taken for without data: normal distributions per channel, from the batch norms of a network.
 
-Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019, section 4.2. What an
+Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", ICCV 2019. What an
 operation makes of them is exact where the paper says so, else an estimate; None where there is none.
 """
 
