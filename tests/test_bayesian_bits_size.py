@@ -187,7 +187,7 @@ def test_the_file_fits(ratio, tiny, tmp_path):
 
 def test_a_file_that_ends_too_large_loses_its_least_weights(tiny):
     """Widths are fixed and nothing is pruned, so that no mu makes it smaller."""
-    fixed = {"bits": (2, 8), "prune": False, "init": Config().init}
+    fixed = {"bits": (2, 8), "prune": False, "init": Config().init, "mu": Config().mu, "gate_lr": Config().gate_lr}
     whole = run(tiny, 0.9, **fixed)
     bytes_of = whole.notes["size"]["bytes"]
     assert whole.notes["size"]["trimmed"] == 0
@@ -214,6 +214,8 @@ def test_what_cannot_be_turned_or_met_is_refused(tiny):
     with pytest.raises(BudgetError, match=r"size_ratio = 0.01 allows 73 bytes, .* takes \d+: allowed are"):
         run(tiny, 0.01)
     with pytest.raises(BudgetError, match="no file of at most .* allowed are more epochs"):
-        run(tiny, 0.1, bits=(8, 8), prune=False, init=Config().init)
+        run(tiny, 0.1, bits=(8, 8), prune=False, init=Config().init, mu=Config().mu, gate_lr=Config().gate_lr)
+    with pytest.raises(BudgetError, match="no file of at most .* allowed are more epochs"):  # floats, all of it
+        run(tiny, 0.16, init=Config().init, recipe=Recipe(0, 3e-3, "adam", weight_decay=0.0, schedule="constant"))
     with pytest.raises(BudgetError, match="it takes: size_ratio"):
         bayesian_bits.compress(tiny.model(), tiny.task(), Budget(bits=4), Config(), torch.Generator())

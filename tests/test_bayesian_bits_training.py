@@ -16,7 +16,8 @@ from methods.core.budget import Budget
 from methods.core.errors import ConfigError
 from methods.core.file.storage import to_bytes
 from methods.core.train.finetune import Recipe, train
-from methods.core.train.task import First
+from methods.core.train.recipe import Distill
+from methods.core.train.task import First, Task
 
 SHORT = Recipe(epochs=1, lr=1e-3, optimizer="adam", weight_decay=0.0, schedule="constant")
 
@@ -104,6 +105,48 @@ def test_post_training_leaves_the_weights(tiny, learn):
     assert torch.equal(network.beta, beta) is (learn == "gates") and (network.phi != 6.0).any()
 
 
+@pytest.mark.parametrize("setting", [{"learn": "gates"}, {"learn": "gates_ranges"}, {"fast": True}])
+def test_frozen_batch_norms_that_no_layer_is_in_front_of_stay_frozen(setting):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Flatten(),
+                          nn.Linear(128, 4))
+    batches = [(5 * torch.rand(32, 1, 8, 8), torch.arange(32) % 4) for _ in range(4)]
+    out = bayesian_bits.compress(model, Task.from_loader(batches, batches), Budget(),
+                                 Config(recipe=replace(SHORT, epochs=2), **setting), torch.Generator().manual_seed(0))
+    for name in ("2.running_mean", "2.running_var"):
+        torch.testing.assert_close(out.rest[name], model.state_dict()[name])
+
+
+def test_a_batch_norm_of_two_names_is_not_folded(tiny):
+    """What is trained and what is stored see the same weight: that of the convolution as it is."""
+    class Alias(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.fc = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.Linear(288, 4)
+            self.alias = self.bn
+
+        def forward(self, x):
+            return self.fc(torch.flatten(torch.relu(self.bn(self.conv(x))), 1))
+
+    torch.manual_seed(0)
+    model, inputs = Alias().eval(), torch.rand(16, 1, 8, 8)
+    with torch.no_grad():
+        model.bn.weight.uniform_(2, 4)
+        network = GatedNetwork(model, *survey(model, inputs, prune=False, bits=(16, 16))).eval()
+        torch.testing.assert_close(network(inputs), model(inputs), rtol=0.01, atol=0.01)
+        assert torch.equal(network.folded_weights()["conv"], model.conv.weight)
+
+
+def test_a_restarted_network_learns_from_the_one_that_was_given(tiny, monkeypatch):
+    seen = []
+    monkeypatch.setattr(bayesian_bits, "train", lambda model, task, *_, **__: seen.append(task.teacher))
+    model = tiny.model()
+    config = Config(recipe=replace(SHORT, distill=Distill()), scratch=True)
+    bayesian_bits.compress(model, tiny.task(), Budget(), config, torch.Generator().manual_seed(0))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in seen[0].state_dict().items())
+    assert not any(parameter.requires_grad for parameter in seen[0].parameters())
+
+
 def test_post_training_without_training_batches_is_refused(tiny):
     task = replace(tiny.task(), train=None, calibration=tiny.task().train)
     with pytest.raises(ConfigError, match="holds no training batches"):
@@ -170,7 +213,7 @@ def test_a_range_stays_positive_whatever_its_gradient(tiny):
 
 def test_what_is_stored_is_of_after_phase_2(tiny):
     """Ranges that phase 2 moved far: the steps of activations and weights are theirs, not those of before."""
-    before, after = (run(tiny, mu=0.0, bits=(8, 8), prune=False, fixed=fixed, **more)
+    before, after = (run(tiny, bits=(8, 8), prune=False, fixed=fixed, **more)
                      for fixed, more in ((None, {}), (replace(SHORT, epochs=2), {"fixed_range_lr": 0.2})))
     moved = [edge for edge in ("conv2", "conv3", "fc")
              if abs(after.activations[edge].scale / before.activations[edge].scale - 1) > 0.05]
@@ -219,6 +262,8 @@ def test_it_trains_in_float32_unless_told_otherwise(tiny, monkeypatch):
     ({"fixed_range_lr": 0.3}, "fixed_range_lr = 0.3 does nothing: there is no phase 2"),
     ({"bits": (8, 8), "dead_gates": False}, "dead_gates = False does nothing: bits are fixed"),
     ({"learn": "gates", "range_lr": 0.3}, "range_lr = 0.3 does nothing"),
+    ({"bits": (8, 8), "prune": False, "mu": 0.1}, "mu = 0.1 does nothing: there are no gates"),
+    ({"recipe": replace(SHORT, ema=0.9)}, "recipe.ema = 0.9: allowed is 0"),
     ({"learn": "gates", "scratch": True}, "scratch = True with learn = 'gates'"),
     ({"mu": -1.0}, "mu = -1.0"), ({"gate_lr": 0.0}, "gate_lr = 0.0"), ({"hold": 1.5}, "hold = 1.5"),
     ({"recipe": Recipe(3, 0.1)}, "schedule 'cosine'"), ({"bits": (3, 8)}, r"bits = \[3, 8\]"),

@@ -13,7 +13,9 @@ from methods.core.budget import Budget
 from methods.core.errors import BudgetError, CompressError, ConfigError
 from methods.core.file.storage import to_bytes
 from methods.core.fit.rates import entropy_bits
+from methods.core.fit.sensitivity import sensitivities
 from methods.core.graph.build import apply
+from methods.core.train.task import Task
 from methods.rptq.search import Bracket, Trial, search_size
 
 SHORT = rptq.Config(sensitivity_inputs=16, calibration_inputs=48, check_inputs=48, points=20.0)
@@ -66,10 +68,59 @@ def test_a_budget_that_no_code_fits_is_refused_at_once(tiny):
         def least_bytes(self):
             return 100
 
-    with pytest.raises(BudgetError, match=r"size_ratio = 0.05 allows 50 bytes.*takes 100: .* above 0\.1$"):
+    with pytest.raises(BudgetError, match=r"size_ratio = 0.05 allows 50 bytes.*takes 100: .* of 0\.101 or more$"):
         search_size(Never(), 0.05, 1000, None)
-    with pytest.raises(BudgetError, match=r"size_ratio = 0.01 .*allowed are numbers above 0\.\d+$"):
+    with pytest.raises(BudgetError, match=r"size_ratio = 1 .* takes 100: no size_ratio allows as many$"):
+        search_size(Never(), 1.0, 100, None)
+    with pytest.raises(BudgetError, match=r"size_ratio = 0.01 .*allowed are numbers of 0\.\d+ or more$"):
         compress(tiny, Budget(size_ratio=0.01))
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "descent"])
+def test_at_the_coarsest_step_nothing_is_left(rounding):
+    """Correlated inputs: the errors that GPTQ hands on add up beyond the largest weight. So any file that is larger
+    than that of zeros can be met."""
+    torch.manual_seed(0)
+    network, inputs = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), torch.rand(64, 64)
+    config = replace(SHORT, rounding=rounding)
+    quantizer = rptq.Quantizer(network, inputs, config, torch.Generator().manual_seed(0))
+    coarsest = quantizer.trial(quantizer.coarsest)
+    assert not any(bool(tensor.codes.any()) for tensor in coarsest.compressed.weights.values())
+    dense, least = dense_bytes(network), quantizer.least_bytes()
+    for limit in (least + 12, least + 60):
+        made = rptq.compress(network, Task.from_inputs(inputs), Budget(size_ratio=(limit + 0.5) / dense), config,
+                             torch.Generator().manual_seed(0))
+        assert len(to_bytes(made)[0]) <= limit
+
+
+def test_frozen_weights_are_felt_and_stay_frozen(tiny):
+    model = tiny.model().requires_grad_(False)
+    made = compress(tiny, Budget(size_ratio=0.2), model=model)
+    assert to_bytes(made)[0] == to_bytes(compress(tiny, Budget(size_ratio=0.2)))[0]
+    sensitivities(model, tiny.Batches(8, 1).inputs, torch.Generator().manual_seed(0))
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_without_a_budget_outputs_have_to_be_classes():
+    inputs = torch.rand(40, 16)
+    for last in (nn.Linear(8, 1), nn.Sequential(nn.Linear(8, 3), nn.Flatten(0))):
+        network = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), last)
+        task = replace(Task.from_inputs(inputs), held_out=Task.from_inputs(inputs).calibration)
+        with pytest.raises(ConfigError, match=r"outputs of shape \[.*\] have none: allowed is a budget size_ratio"):
+            rptq.compress(network, task, Budget(), SHORT, torch.Generator().manual_seed(0))
+
+
+def test_several_outputs_are_refused_in_one_line():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.fc(x), x
+
+    with pytest.raises(CompressError, match="puts out a tuple: needed is one tensor"):
+        rptq.compress(Two(), Task.from_inputs(torch.rand(40, 16)), Budget(size_ratio=0.5), SHORT, torch.Generator())
 
 
 def test_the_search_survives_bytes_that_jump():

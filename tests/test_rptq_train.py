@@ -9,7 +9,7 @@ from torch import nn
 
 from methods import rptq_train
 from methods.core.budget import Budget
-from methods.core.errors import BudgetError, ConfigError
+from methods.core.errors import BudgetError, CompressWarning, ConfigError
 from methods.core.file.storage import encode, to_bytes
 from methods.core.fit.rates import LAM
 from methods.core.graph.build import apply, weight_layers
@@ -276,10 +276,35 @@ def test_mistakes(tiny):
             replace(SHORT, **config)
     with pytest.raises(BudgetError, match="needs the budget field 'size_ratio'"):
         rptq_train.compress(tiny.model(), tiny.task(), Budget(), SHORT, torch.Generator())
-    with pytest.raises(BudgetError, match="size_ratio = 0.01 .*allowed are numbers above"):
+    with pytest.raises(BudgetError, match="size_ratio = 0.01 .*allowed are numbers of 0"):
         compress(tiny, 0.01)
     with pytest.raises(ConfigError, match="c = 50: every code of this network is 0"):
         compress(tiny, 0.2, c=50.0)
+
+
+def test_a_task_that_cannot_be_trained_on_is_refused_before_anything_is_measured(tiny, monkeypatch):
+    monkeypatch.setattr(rptq_train, "Quantizer", lambda *_: pytest.fail("sensitivities come first"))
+    task = replace(tiny.task(), train=None, calibration=tiny.task().train)
+    with pytest.raises(ConfigError, match="no training batches"):
+        rptq_train.compress(tiny.model(), task, Budget(size_ratio=0.2), SHORT, torch.Generator().manual_seed(0))
+
+
+def test_frozen_weights_do_not_stop_it(tiny):
+    model = tiny.model()
+    model.conv1.weight.requires_grad_(False)
+    made = compress(tiny, 0.2, model=model)
+    assert len(to_bytes(made)[0]) <= 0.2 * dense_bytes(model) and not model.conv1.weight.requires_grad
+
+
+def test_a_layer_that_lost_every_code_is_said():
+    """A budget of a few codes, which one layer takes from the other."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4))
+    batches = [(torch.rand(32, 64), torch.arange(32) % 4) for _ in range(4)]
+    config = replace(SHORT, recipe=Recipe(epochs=6, lr=0.02))
+    with pytest.warns(CompressWarning, match=r"no code is left in 0.*: a longer training, a lower rate or a larger"):
+        rptq_train.compress(network, Task.from_loader(batches, batches), Budget(size_ratio=256 / dense_bytes(network)),
+                            config, torch.Generator().manual_seed(0))
 
 
 def test_a_training_that_loses_every_code_goes_on():

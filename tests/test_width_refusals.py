@@ -30,7 +30,7 @@ REFUSED = [
     ({"mac_ratio": 0.5, "bits": 8}, {"bits": (4, 9)}, ConfigError, "bits = .4, 9.: allowed are"),
     ({"size_ratio": 0.01}, {"inner": Inner("rptq", size_ratio=0.5)}, BudgetError, r"size_ratio = 0.01 .* takes 0\.\d"),
     ({"mac_ratio": 0.5, "bits": 8}, {"inner": Inner("sparq", size_ratio=0.1)}, BudgetError, "size_ratio chooses bits"),
-    ({"mac_ratio": 0.5}, {"inner": Inner("rptq", size_ratio=0.001)}, BudgetError, "allowed are numbers above 0"),
+    ({"mac_ratio": 0.5}, {"inner": Inner("rptq", size_ratio=0.001)}, BudgetError, "allowed are numbers of 0"),
     ({"mac_ratio": 0.5, "bits": 8}, {"criterion": "slim"}, ConfigError, "criterion = 'slim': allowed are l1"),
 ]
 

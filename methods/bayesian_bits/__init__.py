@@ -137,6 +137,9 @@ class Config:
             raise ConfigError(f"bits = {list(self.bits)}: allowed are {', '.join(map(str, FIXED_BITS))}")
         if len(self.init) != len(WIDTHS) or not all(map(math.isfinite, self.init)):
             raise ConfigError(f"init = {list(self.init)}: allowed are {len(WIDTHS)} finite numbers")
+        if self.recipe.ema > 0:
+            raise ConfigError(f"recipe.ema = {self.recipe.ema:g}: allowed is 0: an average of gates opens those that "
+                              "closed (fixed.ema, of phase 2, is free)")
         if self.learn not in LEARN:
             raise ConfigError(f"learn = {self.learn!r}: allowed are {', '.join(LEARN)}")
         if self.learn != "all" and self.fixed is not None:
@@ -160,6 +163,7 @@ class Config:
         if self.bits is not None:
             idle = ("init", "dead_gates", "activation_mu")
             found |= dict.fromkeys(idle, "bits are fixed: there are no bit gates")
+            found |= {} if self.prune else dict.fromkeys(("mu", "gate_lr", "stochastic"), "there are no gates")
         return found
 
 
@@ -174,6 +178,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     skeleton = own_copy(model).cpu()
     model = restarted(skeleton, generator) if config.scratch else copy.deepcopy(skeleton)
     model = task.placed(model).eval()
+    if config.scratch and task.teacher is None:  # the network that is given, not the restarted one
+        task = replace(task, teacher=task.placed(copy.deepcopy(skeleton)).eval().requires_grad_(False))
     task = ready(model, task, config)
     task = task if config.autocast else replace(task, autocast=None)
     inputs = task.calibration_inputs(config.range_inputs).to(task.device)

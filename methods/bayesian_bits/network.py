@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..core.artifact import Topology
 from ..core.errors import CompressError, ConfigError
+from ..core.graph.build import NORMS
 from ..core.graph.channels import find_pairs
-from ..core.graph.fold import fold_batchnorm
+from ..core.graph.fold import fold_batchnorm, norms_after
 from ..core.graph.graph import Graph, Node, trace
 from ..core.graph.operations import MOVES, SAME, count_macs
 from .folding import Moments, folded_weight, linear_map, update_statistics
@@ -151,22 +152,30 @@ class GatedNetwork(nn.Module):
         self.phi = nn.Parameter(torch.tensor(init, dtype=torch.float32, device=device).repeat(len(points), 1))
         self.phi2 = nn.Parameter(torch.full((sum(p.channels for p in points),), PHI2, device=device))
         self.at = {(p.weight, p.name): i for i, p in enumerate(points)}
-        graph = trace(model)
+        graph, self.norms = trace(model), norms_after(model)
         self.graph = Graph([self._quantized(graph, node) for node in graph], graph.output, graph.opaque)
         self.drawn: tuple = ()
         self.taps: dict[str, dict[str, Tensor]] = {}  # {layer: where its output is left}
 
     def _quantized(self, graph: Graph, node: Node) -> Node:
-        run, norms = node.run, [graph.norm_after(layer) for layer in self.wiring.macs]
+        run = node.run
         if node.op in ("conv", "linear"):
-            norm = graph.norm_after(node.name)
+            norm = self.norms.get(node.name)
             module = None if norm is None else graph.nodes[norm].module
             run = lambda x: self.multiply(self.at[True, node.name], node.module, module, x)  # noqa: E731
-        elif node.name in norms:
+        elif node.name in self.norms.values():
             run = lambda x: x  # noqa: E731 - done with the layer before it
         if (False, node.name) not in self.at:
             return replace(node, run=run)
         return replace(node, run=lambda *inputs: self.quantize(self.at[False, node.name], run(*inputs)))
+
+    def train(self, mode: bool = True) -> "GatedNetwork":
+        """As of any module; frozen batch norms, those that no layer is in front of, too, stay as in eval mode."""
+        super().train(mode)
+        for module in self.network.modules() if self.frozen_norms else ():
+            if isinstance(module, NORMS):
+                module.eval()
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         self.drawn = self.draw()
@@ -233,7 +242,7 @@ class GatedNetwork(nn.Module):
         """{layer: weight as the quantizer sees it}."""
         found = {}
         for name in self.wiring.macs:
-            norm = self.graph.norm_after(name)
+            norm = self.norms.get(name)
             norm = None if norm is None else self.graph.nodes[norm].module
             found[name] = folded_weight(self.graph.nodes[name].module, norm)
         return found

@@ -33,11 +33,13 @@ Departures from its specification, and choices that it leaves
   * Biases are stored in 16 bits where they are finite there (`bias_bits`).
   * What is no Conv2d and no Linear of the graph (other convolutions, embeddings, what torch.fx cannot look into) has no
     H and no m: its codes are the nearest.
-  * A layer that the outputs do not depend on gets codes of 0. Codes have at most 16 bits, so that there is a finest c.
+  * A layer that the outputs do not depend on gets codes of 0, as one at the coarsest step does. Codes have at most 16
+    bits, so that there is a finest c.
   * The search for a size starts where plain rounding has that entropy, and ends at 97 to 100 % of the budget. A network
     whose finest file is smaller gets that.
   * Without a budget: the largest c found at which at most `points` per cent of `check_inputs` held-out inputs change
-    their class. That counts every change, to the better too; their labels are not read.
+    their class. That counts every change, to the better too; their labels are not read. Activations are float there:
+    with few `activation_bits` more change.
 """
 
 from collections.abc import Callable
@@ -166,7 +168,10 @@ class Quantizer:
 
         def fit(name: str, weight: Tensor, moments: Moments | None) -> CompressedTensor:
             scale = torch.tensor(steps[name])
-            codes = round_weight(config.rounding, weight, moments, scale, -TOP, TOP, lam=config.lam)
+            if steps[name] >= 4 * self.peaks[name]:  # GPTQ hands errors on, which add up to codes
+                codes = torch.zeros(weight.shape, dtype=torch.int32)
+            else:
+                codes = round_weight(config.rounding, weight, moments, scale, -TOP, TOP, lam=config.lam)
             return CompressedTensor.of(codes, Affine(scale, torch.zeros_like(scale, dtype=torch.int32)), width(codes))
 
         module, weights, ranges = quantize_in_order(
@@ -191,14 +196,21 @@ class Quantizer:
 
     @torch.no_grad()
     def agreement_on(self, inputs: Tensor) -> Callable[[Trial], float]:
-        """Trial -> per cent of `inputs` that it puts into the class of the float network."""
+        """Trial -> per cent of `inputs`, or of places in them, that it puts into the class of the float network.
+
+        ConfigError where outputs are no classes [N, C] or [N, C, ...].
+        """
         batches = inputs.split(64)
-        wanted = torch.cat([self.folded(x).flatten(1).argmax(1) for x in batches])
+        shape = tuple(self.folded(batches[0][:1]).shape)
+        if len(shape) < 2 or shape[1] < 2:
+            raise ConfigError(f"without a budget, inputs are counted that change their class, and outputs of shape "
+                              f"{list(shape)} have none: allowed is a budget size_ratio")
+        wanted = torch.cat([self.folded(x).argmax(1) for x in batches])
 
         @torch.no_grad()
         def agreement(trial: Trial) -> float:
             network = apply(trial.compressed, self.skeleton)
-            found = torch.cat([network(x).flatten(1).argmax(1) for x in batches])
+            found = torch.cat([network(x).argmax(1) for x in batches])
             return 100 * float((found == wanted).float().mean())
 
         return agreement

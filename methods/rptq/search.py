@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.artifact import CompressedModel
 from ..core.errors import BudgetError, CompressError
 from ..core.fit.rates import round_to_rate
-from ..core.fit.size import room
+from ..core.fit.size import enough, room
 from ..core.train.run import Run
 
 LEAST, AIM = 0.97, 0.99  # share of the bytes that is used
@@ -105,11 +105,13 @@ def search_size(quantizer: Quantizes, ratio: float, dense: int, run: Run) -> Tri
         seen.add(trial)
         if seen.done():
             break
-        c = seen.next()
+        before, c = c, seen.next()
+        if c == before:  # an end of the range
+            break
     if seen.best is None:
         smallest = seen.above.bytes
-        raise BudgetError(f"budget size_ratio = {ratio:g} allows {limit} bytes, but the smallest file of {PASSES} "
-                          f"passes takes {smallest}: allowed are numbers of {smallest / dense:.3g} or more")
+        raise BudgetError(f"budget size_ratio = {ratio:g} allows {limit} bytes, but the smallest file of {step} "
+                          f"passes takes {smallest}: {enough(smallest, dense)}")
     return seen.best
 
 
@@ -153,6 +155,6 @@ def search_agreement(quantizer: Quantizes, agreement: Callable[[Trial], float], 
         inside = min(max(c, least * CLOSE**0.5), bad / CLOSE**0.5) if bad < math.inf else c
         c = max(inside, quantizer.finest)
     if good is None:
-        raise CompressError(f"even the finest codes change the class of more than {points} per cent of the inputs: "
-                            "allowed are more points")
+        raise CompressError(f"all of {step} passes, down to c = {bad:.3g}, change the class of more than {points} per "
+                            "cent of the inputs: allowed are more points")
     return good

@@ -58,6 +58,7 @@ Departures from its specification, and choices that it leaves
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,7 +66,7 @@ from torch import Tensor, nn
 
 from ..core.artifact import Affine, CompressedModel, CompressedTensor
 from ..core.budget import Budget
-from ..core.errors import BudgetError, CompressError, ConfigError
+from ..core.errors import BudgetError, CompressError, CompressWarning, ConfigError
 from ..core.fit.calibrate import calibrate, check_calibration
 from ..core.fit.rates import round_to_rate
 from ..core.fit.sixteen_bit import rounded
@@ -154,6 +155,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     model = own_copy(model).cpu()
     trace(model)
     budget.per_layer("size_ratio", weight_layers(model))  # refuses a network without layers
+    task = ready(own_copy(model), task, config)
     start = Quantizer(model, task.calibration_inputs(config.sensitivity_inputs).cpu().contiguous(),
                       Untrained(sensitivity_inputs=config.sensitivity_inputs, bias_bits=config.bias_bits,
                                 activation_bits=config.activation_bits), generator)
@@ -161,8 +163,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     limit = room(budget.size_ratio, float_bytes(model), least)
     c = config.c if config.c is not None else starting_c(start, 8 * (config.start * limit - least))
     check_codes(start, c, config, limit, least)
-    task = ready(model, task, config)
-    student, skeleton = own_copy(model), model.cpu()
+    student, skeleton = own_copy(model), model
     task.placed(student)
     total = config.recipe.epochs * len(task.train) if task.train is not None else 0
     settling = round((1 - config.settling) * total) if total else math.inf
@@ -176,7 +177,12 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         train(student, task, config.recipe, generator, hooks=hooks, run=run.stage("rate"))
         hooks.refresh(steer=False)
     ending = Ending(student.cpu(), skeleton, hooks, config, c)
-    return ending.with_ranges(task.calibration_inputs(config.calibration_inputs).cpu()).fitted(limit)
+    made = ending.with_ranges(task.calibration_inputs(config.calibration_inputs).cpu()).fitted(limit)
+    empty = [name for name, tensor in made.weights.items() if not bool(tensor.codes.any())]
+    if empty:
+        warnings.warn(f"no code is left in {', '.join(empty)}, in a file of {file_bytes(made):,} of {limit:,} bytes: a "
+                      "longer training, a lower rate or a larger file may keep some", CompressWarning, stacklevel=2)
+    return made
 
 
 def starting_c(quantizer: Quantizer, bits: float) -> float:

@@ -6,6 +6,9 @@ y are the outputs (logits). To second order in the outputs an error dW_l of inde
 E |dy|^2 = v F_l: F_l is the trace of the Gauss-Newton matrix, and asks for no labels.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -23,13 +26,15 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
     was_training = model.training
     model.eval()
     layers = weight_layers(model)
+    weights = [layer.weight for layer in layers.values()]
     total = dict.fromkeys(layers, 0.0)
-    with torch.enable_grad():
+    with torch.enable_grad(), thawed(weights):
         for x in inputs.contiguous().split(1):  # channels_last: see `needs_contiguous` of the training
             y = model(x)
+            if not isinstance(y, Tensor):
+                raise CompressError(f"the network puts out a {type(y).__name__}: needed is one tensor")
             signs = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1
-            found = torch.autograd.grad((y * signs).sum(), [layer.weight for layer in layers.values()],
-                                        allow_unused=True)
+            found = torch.autograd.grad((y * signs).sum(), weights, allow_unused=True)
             for name, grad in zip(layers, found, strict=True):
                 total[name] += 0.0 if grad is None else float(grad.square().sum()) / len(inputs)
     model.train(was_training)
@@ -37,3 +42,16 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
         if not value < float("inf"):
             raise CompressError(f"the outputs' sensitivity to the weights of {name} is {value}: look at the inputs")
     return total
+
+
+@contextmanager
+def thawed(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients for weights that were frozen, too; afterwards these are frozen again."""
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    for weight in frozen:
+        weight.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)

@@ -96,8 +96,20 @@ def room(ratio: float, dense: int, least: int) -> int:
     limit = int(ratio * dense)
     if least >= limit:
         raise BudgetError(f"budget size_ratio = {ratio:g} allows {limit} bytes, but the file of this network without "
-                          f"any weight takes {least}: allowed are numbers above {least / dense:.3g}")
+                          f"any weight takes {least}: {enough(least + 1, dense)}")
     return limit
+
+
+def enough(size: int, dense: int) -> str:
+    """What a size_ratio has to be so that `size` bytes of `dense` are allowed, to three digits, rounded up.
+
+    >>> enough(241, 8848), enough(300, 200)
+    ('allowed are numbers of 0.0273 or more', 'no size_ratio allows as many')
+    """
+    if size > dense:
+        return "no size_ratio allows as many"
+    unit = 10.0 ** (math.floor(math.log10(size / dense)) - 2)
+    return f"allowed are numbers of {math.ceil(size / dense / unit) * unit:.3g} or more"
 
 
 def any_ranges(graph: Graph, bits: int) -> dict[str, ActivationQuantizer]:

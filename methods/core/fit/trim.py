@@ -23,6 +23,8 @@ def without_smallest(compressed: CompressedModel, share: float) -> CompressedMod
         orders[name] = least_first(values, generator)
         squares = values[orders[name]].square()
         costs.append((squares / squares.sum()).cummax(0).values if len(squares) else squares)
+    if not costs:
+        return compressed
     cost = torch.cat(costs)
     keep = torch.ones(len(cost), dtype=torch.bool)
     keep[cost.argsort(stable=True)[:int(share * len(cost))]] = False
