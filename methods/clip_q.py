@@ -275,6 +275,8 @@ def search_theta(model: nn.Module, task: Task, spaces: Mapping[str, list[Theta]]
             search_layer(model, task, name, spaces, config, generator, run, trace)
             run.save({"trace": trace, "generator": generator.get_state()})
         best = min(trace[name], key=lambda seen: seen["objective"])
+        if best["objective"] == math.inf:
+            raise CompressError(f"no choice for {name} has a finite error on the held-out data: look at the metric")
         theta[name] = Theta(best["p"], best["bits"])
         probe(model, task, name, theta[name], config)
     for name in theta:
@@ -297,7 +299,7 @@ def search_layer(model: nn.Module, task: Task, name: str, spaces: Mapping[str, l
             error = task.error(model)  # eps(theta)
         stored = stored_bits(layer.weight, space[index].bits, config.index_bits)  # s_i(theta)
         saved = (32 * layer.weight.numel() - stored) / total  # c_i(theta)
-        objective = error - config.lam * saved
+        objective = math.inf if math.isnan(error) else error - config.lam * saved
         trace[name].append({**space[index]._asdict(), "error": error, "saved": saved, "objective": objective})
         run.report(sum(map(len, trace.values())), steps, error=error, saved=saved)
         model.load_state_dict(start)

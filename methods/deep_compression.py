@@ -40,7 +40,7 @@ from torch.nn.utils import parametrize
 from .core.artifact import Codebook, CompressedModel, CompressedTensor
 from .core.budget import Budget
 from .core.errors import BudgetError, ConfigError
-from .core.fit.cluster import INITS, kmeans
+from .core.fit.cluster import INITS, check_cells, kmeans
 from .core.fit.prune import MaskHooks, apply_masks, keep_count, keep_largest
 from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy
@@ -88,6 +88,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     bits = {name: int(b) for name, b in bits.items()}
     if min(bits.values()) < 2:
         raise BudgetError("deep_compression reserves one code for 0: bits must be 2 or more")
+    if config.init == "exact":
+        for name, layer in layers.items():
+            check_cells(keep_count(layer.weight.numel(), density[name]), (1 << bits[name]) - 1)
     task = ready(model, task, config)
     spread = {name: float(layer.weight.detach().std()) for name, layer in layers.items()}
 

@@ -64,6 +64,10 @@ class Config:
     image_size: int | None = None
 
     @property
+    def size_knob(self) -> Knob:
+        return Knob("bits", max(SIZE_KNOB.smallest, self.low_bits), max(SIZE_KNOB.largest, self.low_bits), whole=True)
+
+    @property
     def data(self) -> str:
         """What `compress` needs to see, in place of DATA."""
         return needed_data(self.batchnorm, DATA)

@@ -91,7 +91,10 @@ class Config:
         check_mode(self.batchnorm)
         if not 0 < self.sigmas < math.inf:
             raise ConfigError(f"sigmas = {self.sigmas!r}: allowed is a number above 0")
-        if self.activation_bits is not None and not 1 <= self.activation_bits <= 16:
+        find_scheme(self.scheme)
+        if not 0 <= self.tolerance < math.inf:
+            raise ConfigError(f"tolerance = {self.tolerance!r}: allowed is a number of 0 or more")
+        if self.activation_bits is not None and self.activation_bits not in range(1, 17):
             raise ConfigError(f"activation_bits = {self.activation_bits}: allowed is 1..16 or none")
         if self.rounds < 1:
             raise ConfigError(f"rounds = {self.rounds}: at least 1 is needed")

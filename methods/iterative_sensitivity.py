@@ -135,6 +135,9 @@ class Rounded(nn.Module):
         return weights | {("input", name): INPUT_BITS if name in self.first else WIDTHS[0] for name in inputs}
 
     def least(self, tensor: tuple[str, str]) -> int:
+        """A weight whose operations are not counted saves none: it keeps 16 bits."""
+        if tensor[0] == "weight" and tensor[1] not in self.macs:
+            return WIDTHS[0]
         return INPUT_BITS if tensor[0] == "input" and tensor[1] in self.first else WIDTHS[-1]
 
     def codes(self, name: str, bits: int):

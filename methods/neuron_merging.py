@@ -49,6 +49,7 @@ from .core.graph.build import assemble, own_copy
 from .core.graph.channels import (
     Pair,
     changed_widths,
+    check_criterion,
     count_channels,
     identity_on,
     keep_channels,
@@ -89,9 +90,12 @@ class Config:
 
     def __post_init__(self):
         check_mode(self.batchnorm)
+        check_criterion(self.criterion)
         for name, allowed in (("mode", MODES), ("target", tuple(TARGETS))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
+        if not math.isfinite(self.threshold):
+            raise ConfigError(f"threshold = {self.threshold!r}: allowed is a number, that of a cosine")
         if not 0 <= self.lam <= 1:
             raise ConfigError(f"lam = {self.lam!r}: allowed is a number in [0, 1]")
 

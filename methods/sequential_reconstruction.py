@@ -39,15 +39,16 @@ from torch import Tensor, nn
 
 from .core.artifact import CompressedModel, CompressedTensor, Topology
 from .core.budget import Budget
-from .core.errors import BudgetError, ConfigError
+from .core.errors import BudgetError, CompressError, ConfigError
 from .core.fit.batchnorm import moved, with_statistics
 from .core.fit.grids import ODD, check_grid, on_grid
 from .core.fit.images import distill_images, input_shape
 from .core.fit.merging import least_squares, merge_pairs
 from .core.fit.norms import batch_statistics
+from .core.fit.quantize import find_scheme
 from .core.fit.size import Knob
-from .core.graph.build import assemble, own_copy, weight_layers
-from .core.graph.channels import Filters, Pair, changed_widths, require_pairs
+from .core.graph.build import assemble, own_copy, tensors_of, weight_layers
+from .core.graph.channels import Filters, Pair, changed_widths, check_criterion, require_pairs
 from .core.graph.graph import Graph, Node, trace
 from .core.method import check_call
 from .core.train.run import NullRun, Run
@@ -79,6 +80,7 @@ class Config:
     image_size: int | None = None
 
     def __post_init__(self):
+        check_criterion(self.criterion)
         check_grid(self.scheme)
         for name, least in (("images", 8), ("steps", 1)):
             if getattr(self, name) < least:
@@ -103,12 +105,15 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     if budget.bits is not None:
         bits = budget.every_layer("bits", weight_layers(given), "sequential_reconstruction")
         bits = {name: int(b) for name, b in bits.items()}
+    if config.scheme != ODD:
+        find_scheme(config.scheme, bits.values())
     small, kept = copy.deepcopy(given), {}
     if budget.channel_density is not None:
         pairs = require_pairs(small, "sequential_reconstruction")
         names = [pair.first for pair in pairs]  # what the budget does not name keeps its channels
         densities = {**dict.fromkeys(names, 1.0), **budget.per_layer("channel_density", names)}
         kept = merge_pairs(small, pairs, densities, config.criterion, combination(config.alpha1))
+    check_outputs(given, config)
     images = images_for(given, config, generator, run.stage("images"))
     rows = {name: chosen for pair, chosen in kept.items() for name in (pair.first, pair.norm)}
     ridge, tried = config.ridge, {}
@@ -123,12 +128,22 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
                            "channels": {pair.first: len(channels) for pair, channels in kept.items()}})
 
 
+@torch.no_grad()
+def check_outputs(model: nn.Module, config: Config) -> None:
+    """CompressError, before anything long, where the network puts out something else than one tensor."""
+    outputs = model(torch.zeros(1, *input_shape(model, config.image_size)))
+    if not isinstance(outputs, Tensor):
+        raise CompressError(f"the network puts out a {type(outputs).__name__}: needed is one tensor")
+
+
 def images_for(model: nn.Module, config: Config, generator: torch.Generator, run: Run) -> Tensor:
     """The distilled images; those of the last call again where network, settings and seed are the same."""
     shape, seed = input_shape(model, config.image_size), int(torch.randint(2**62, (), generator=generator))
-    key = hashlib.sha256(repr((config.images, config.steps, shape, seed)).encode())
-    for name, value in model.state_dict().items():
-        key.update(name.encode() + value.numpy().tobytes())
+    computed = [(node.name, node.op, node.inputs, repr(node.module)) for node in trace(model)]
+    said = config.images, config.steps, shape, seed, type(model).__module__, type(model).__qualname__, computed
+    key = hashlib.sha256(repr(said).encode())
+    for name, value in tensors_of(model).items():
+        key.update(name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     if key.digest() not in LAST:
         made = distill_images(model, config.images, config.steps, shape, torch.Generator().manual_seed(seed), run=run)
         LAST.clear()
@@ -211,7 +226,10 @@ class Walk:
     def missing(self, node: Node, wanted: Tensor) -> Tensor:
         """What the other summand of a residual sum lacks, in units of this layer's output."""
         add, index = self.takers[node.name].rsplit(":", 1)
-        theirs, ours = self.values[self.graph.nodes[add].inputs[1 - int(index)]]
+        other = self.graph.nodes[add].inputs[1 - int(index)]
+        if other not in self.values:  # it reads the size of this one, and comes later
+            return torch.zeros_like(wanted)
+        theirs, ours = self.values[other]
         name = self.graph.norm_after(node.name)
         if name is None:
             return theirs - ours
@@ -238,7 +256,7 @@ def in_order(graph: Graph, takers: Mapping[str, str]) -> list[Node]:
     while stack:
         node = graph.nodes[stack[-1]]
         inputs = sorted(zip(node.inputs, node.edges() or node.inputs, strict=True), key=lambda pair: pair[1] in last)
-        waiting = [name for name, _ in inputs if name not in seen]
+        waiting = [name for name in (*(name for name, _ in inputs), *node.shaped_by) if name not in seen]
         if waiting:
             stack.append(waiting[0])
             continue
@@ -286,7 +304,11 @@ def ridge_regression(layer: nn.Module, x: Tensor, y: Tensor, ridge: float) -> Te
     if lam <= 0:  # inputs that never vary
         return layer.weight
     square.diagonal().add_(lam)
-    return torch.cholesky_solve((cross + lam * start).T, torch.linalg.cholesky(square)).T.reshape(layer.weight.shape)
+    root, failed = torch.linalg.cholesky_ex(square)
+    if failed:
+        raise CompressError(f"ridge = {ridge:g} is too small for {count} values of {size} inputs: allowed are larger "
+                            "ones")
+    return torch.cholesky_solve((cross + lam * start).T, root).T.reshape(layer.weight.shape)
 
 
 def windows_of(layer: nn.Module, x: Tensor) -> Tensor:

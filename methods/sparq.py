@@ -117,7 +117,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     graph, window = trace(model), config.window()
     chosen, left = quantized_layers(graph, task.calibration_inputs(1).to(task.device))
     bits = weight_bits(budget, config, list(weight_layers(model)), chosen)
-    chosen = [name for name in chosen if name in bits]
+    acted, chosen = chosen, [name for name in chosen if name in bits]
+    if not chosen:
+        raise BudgetError(f"the budget leaves alone what sparq acts on: allowed are bits for one of {', '.join(acted)}")
     weights = quantize_weights(model, bits, chosen, config.sparse24)
 
     layers = {name: QuantizedLayer(name, model.get_submodule(name), weights[name], config.activation_bits)

@@ -60,6 +60,7 @@ from .core.graph.channels import (
     Filters,
     Pair,
     changed_widths,
+    check_criterion,
     fit_scales,
     read_filters,
     require_pairs,
@@ -102,6 +103,7 @@ class Config:
 
     def __post_init__(self):
         check_mode(self.batchnorm)
+        check_criterion(self.criterion)
         if self.form not in FORMS:
             raise ConfigError(f"form = {self.form!r}: allowed are {', '.join(FORMS)}")
         check_grid(self.scheme)

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import ConfigError
-from ..core.fit.batchnorm import check_mode, renew
+from ..core.fit.batchnorm import check_mode, check_renewal, renew
 from ..core.fit.project import Clusters, Intervals, closest, keep_sparse, project_sparse
 from ..core.fit.prune import MaskHooks, apply_masks, keep_count
 from ..core.fit.size import Knob, without_renewal
@@ -104,9 +104,11 @@ class Config:
         check_mode(self.batchnorm)
         if self.grid not in GRIDS:
             raise ConfigError(f"grid = {self.grid!r}: allowed are {', '.join(GRIDS)}")
-        if not self.steps or self.steps[-1] != 1 or sorted(self.steps, reverse=True) != list(self.steps):
+        if not self.steps or self.steps[-1] != 1 or sorted(self.steps, reverse=True) != list(self.steps) or not (
+                1 <= self.steps[0]):
             raise ConfigError(f"steps = {self.steps}: needed are falling multiples of the density that end with 1")
-        if not all(0 < rho < float("inf") for rho in (*self.rho, *self.quantize_rho, self.rho_growth)):
+        penalties = (*self.rho, *self.quantize_rho, self.rho_growth)
+        if not self.rho or not self.quantize_rho or not all(0 < rho < float("inf") for rho in penalties):
             raise ConfigError(f"rho = {self.rho}, quantize_rho = {self.quantize_rho}, rho_growth = {self.rho_growth}: "
                               "allowed are positive numbers")
         for name in ("prune_iterations", "quantize_iterations", "fix_rounds"):
@@ -120,8 +122,11 @@ class Config:
         check_idle(self)
 
     def idle(self) -> dict[str, str]:
-        return {} if self.grid == "levels" else dict.fromkeys(
+        found = {} if self.grid == "levels" else dict.fromkeys(
             ("refit", "fix_rounds", "fix_fraction"), "grid = 'clusters' refits always, and trains once after ADMM")
+        if self.grid == "levels" and self.fix_rounds == 0:
+            found |= dict.fromkeys(("fix_fraction", "fix"), "fix_rounds = 0 fixes nothing")
+        return found
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
@@ -130,6 +135,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("admm", "density", optional=("bits",))
+    check_renewal(model, config.batchnorm, task)
     given, model = model, task.placed(own_copy(model))
     density = budget.per_layer("density", weight_layers(model))
     widths = None if budget.bits is None else budget.per_layer("bits", weight_layers(model))
@@ -177,9 +183,11 @@ class Training:
 def prune(weights: Weights, density: Mapping[str, float], training: Training) -> dict[str, Tensor]:
     """Prune and retrain in place, in config.steps steps; returns the masks of survivors."""
     config = training.config
-    masks = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    masks = {name: weight.detach() != 0 for name, weight in weights.items()}  # what is given as 0 stays so
+    masks = {name: mask if bool(mask.any()) else torch.ones_like(mask) for name, mask in masks.items()}
     for s, factor in enumerate(config.steps, 1):
-        counts = {name: keep_count(w.numel(), min(factor * density[name], 1.0)) for name, w in weights.items()}
+        shares = {name: min(factor * density[name], 1.0) for name in weights}
+        counts = {name: min(keep_count(w.numel(), shares[name]), int(masks[name].sum())) for name, w in weights.items()}
         active = {name: w for name, w in weights.items() if counts[name] < int(masks[name].sum())}
         if not active:
             continue

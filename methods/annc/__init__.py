@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import BudgetError, ConfigError
-from ..core.fit.batchnorm import check_mode, renew
+from ..core.fit.batchnorm import check_mode, check_renewal, renew
 from ..core.fit.project import SortedValues, nearest
 from ..core.fit.rates import entropy_bits
 from ..core.fit.size import Knob, without_renewal
@@ -113,8 +113,12 @@ class Config:
         if not 0 <= self.rho < math.inf or min(self.at_least, 0 if self.bits_epochs is None else self.bits_epochs) < 0:
             raise ConfigError(f"rho = {self.rho}, at_least = {self.at_least}, bits_epochs = {self.bits_epochs}: "
                               "allowed are numbers of 0 or more")
-        if not self.stages or self.stages[-1] != 1 or sorted(self.stages, reverse=True) != list(self.stages):
+        if not self.stages or self.stages[-1] != 1 or sorted(self.stages, reverse=True) != list(self.stages) or not (
+                1 <= self.stages[0]):
             raise ConfigError(f"stages = {self.stages}: needed are falling multiples of the budget that end with 1")
+        if self.live and self.at_least:
+            raise ConfigError(f"live = True with at_least = {self.at_least}: what changes nothing is given back, be it "
+                              "reserved or not; allowed is one of the two")
         if self.mode == "prune" and self.finetune is not None:
             raise ConfigError("finetune trains codebooks: allowed is None with mode 'prune', which has none")
         if self.recipe.ema:
@@ -124,7 +128,10 @@ class Config:
     def idle(self) -> dict[str, str]:
         found = {"joint": (), "prune": ("rho", "start_bits", "least_bits", "most_bits", "bits_epochs"),
                  "quantize": ("fill", "at_least", "live")}[self.mode]
-        return dict.fromkeys(found, f"mode = {self.mode!r}")
+        idle = dict.fromkeys(found, f"mode = {self.mode!r}")
+        if self.mode == "quantize" and self.bits_epochs != 0:
+            idle["start_bits"] = "widths are chosen before anything is trained with them"
+        return idle
 
 
 def compress(model: nn.Module, task: Task, budget: Budget, config: Config, generator: torch.Generator,
@@ -133,6 +140,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("annc", "data_ratio")
+    check_renewal(model, config.batchnorm, task)
     given, model = model, own_copy(model)
     layers, traces = weight_layers(model), []
     limits = find_limits([layer.weight.numel() for layer in layers.values()], budget.data_ratio, config)

@@ -168,6 +168,8 @@ class Pruning:
         """Other initial weights and statistics, under the same masks."""
         there = self.model.state_dict()
         for name, value in self.anew.items():
+            if not isinstance(value, Tensor):  # a module's own extra state
+                continue
             path, _, attribute = name.rpartition(".")
             master = ".".join([*([path] if path else []), "parametrizations", attribute, "original"])
             there[name if name in there else master].copy_(value)

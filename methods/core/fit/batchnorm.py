@@ -15,7 +15,6 @@ Plain images are wrong for "data" where a network was trained on padded crops: i
 those that it was trained to see. "noise" has no such trap, with real images neither.
 """
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,6 +28,7 @@ from ..errors import CompressError, ConfigError
 from ..graph.build import NORMS, apply
 from ..graph.channels import Pair, find_pairs
 from ..graph.graph import Graph, trace
+from ..graph.wrapped import copy_inside
 from ..train.task import Task
 from .images import input_shape, noise_images
 from .norms import batch_statistics, reestimate_norms
@@ -45,6 +45,30 @@ def check_mode(mode: str) -> None:
     """ConfigError for a mode that there is not."""
     if mode not in MODES:
         raise ConfigError(f"batchnorm = {mode!r}: allowed are {', '.join(MODES)}")
+
+
+def check_renewal(model: nn.Module, mode: str, task: Task | None = None) -> None:
+    """One line where `renew` could not work on a network like `model`: for methods that train before they renew.
+
+    CompressError without a batch norm that `mode` can renew; ConfigError where the task's inputs are not one tensor.
+    """
+    if mode == "keep":
+        return
+    given = copy_inside(model).cpu().eval()
+    if not tracked(given):
+        raise CompressError(f"batchnorm = {mode!r}: the network has no batch norm with statistics to renew")
+    if mode == "noise":
+        statistics_on(given, noise_images(2, input_shape(given, None), torch.Generator().manual_seed(0)))
+    elif mode == "closed":
+        closed_form(given, given, {})
+    elif task is not None:
+        task.training_inputs(2, torch.Generator().manual_seed(0))
+
+
+def tracked(model: nn.Module) -> dict[str, nn.Module]:
+    """{name: batch norm} of those with running statistics."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, NORMS) and module.running_mean is not None}
 
 
 def needed_data(mode: str, otherwise: str) -> str:
@@ -66,8 +90,9 @@ def renew(compressed: CompressedModel, model: nn.Module, mode: str, generator: t
     check_mode(mode)
     if mode == "keep":
         return compressed
-    student, given = apply(compressed, model), copy.deepcopy(model).cpu().eval()
-    norms = {name: module for name, module in student.named_modules() if isinstance(module, NORMS)}
+    given = copy_inside(model).cpu().eval()
+    student = apply(compressed, given)
+    norms = tracked(student)
     if not norms:
         raise CompressError(f"batchnorm = {mode!r}: the compressed network has no batch norm left to renew")
     kept = {} if kept is None else kept
@@ -142,7 +167,7 @@ def with_statistics(norm: nn.Module, x: Tensor, statistics: Statistics) -> Tenso
 def closed_form(given: nn.Module, student: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, Statistics]:
     """Statistics for the batch norm behind the second layer of every pair; W its weight in `given`, V in `student`.
 
-        mu' = mu + sum over taps (V m_S - W m),   v' = v [V (Cov_SS x K) V^T] / [W (Cov x K) W^T]
+        mu' = mu + sum over taps (V m_S - W m) + what the bias moved,   v' = v [V (Cov_SS x K) V^T] / [W (Cov x K) W^T]
 
     m, Cov of the inputs of the second layer, S the kept ones; K correlates the taps. Pools are passed over.
     """
@@ -154,16 +179,24 @@ def closed_form(given: nn.Module, student: nn.Module, kept: Mapping[str, Tensor]
         if pair.norm is None or name is None or old.shape[2] != len(taps):  # the columns of a flatten are no taps
             continue
         mean, covariance = input_moments(given, pair)
-        ours = (new.sum(2) @ mean[chosen], spread(new, covariance[chosen][:, chosen], taps))
-        theirs = (old.sum(2) @ mean, spread(old, covariance, taps))
+        left = kept.get(name, slice(None))  # outputs of the second layer, which may be the first of another pair
+        shift = bias_of(student, pair.second) - bias_of(given, pair.second)[left]
+        ours = (new.sum(2) @ mean[chosen] + shift, spread(new, covariance[chosen][:, chosen], taps))
+        theirs = ((old.sum(2) @ mean)[left], spread(old, covariance, taps)[left])
         norm = given.get_submodule(name)
-        mu, v = norm.running_mean.double(), norm.running_var.double() + norm.eps
+        mu, v = norm.running_mean.double()[left], norm.running_var.double()[left] + norm.eps
         ratio = torch.where(theirs[1] > 0, ours[1] / torch.where(theirs[1] > 0, theirs[1], 1.0), 1.0)
         found[name] = mu + ours[0] - theirs[0], (v * ratio - norm.eps).clamp_min(0)
     if not found:
         raise CompressError("batchnorm = 'closed' needs two convolutions in a row with a batch norm behind each: "
                             f"{type(given).__name__} has none")
     return found
+
+
+def bias_of(model: nn.Module, name: str) -> Tensor:
+    """float64 [C_out], 0 for a layer without a bias."""
+    layer = model.get_submodule(name)
+    return torch.zeros(len(layer.weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
 
 
 def taps_of(model: nn.Module, pair: Pair) -> Tensor:

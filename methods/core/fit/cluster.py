@@ -123,6 +123,13 @@ def _counts(x: np.ndarray, distinct: np.ndarray) -> np.ndarray:
     return np.diff(np.append(np.searchsorted(x, distinct), len(x)))
 
 
+def check_cells(n: int, k: int) -> None:
+    """ConfigError where the exact k-means of n values in k clusters takes more memory than it may."""
+    if n * k > EXACT_CELLS:
+        raise ConfigError(f"init = 'exact' with {n} distinct values and k = {k} needs too much memory; "
+                          f"allowed is up to {EXACT_CELLS // k} values: use init = 'linear'")
+
+
 def exact_cuts(points: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
     """Starts of the k runs of ascending `points` with the least weighted within-run squared error.
 
@@ -130,9 +137,7 @@ def exact_cuts(points: np.ndarray, weights: np.ndarray, k: int) -> np.ndarray:
     monotone in i), all intervals of one depth at once: O(k n log n).
     """
     n = len(points)
-    if n * k > EXACT_CELLS:
-        raise ConfigError(f"init = 'exact' with {n} distinct values and k = {k} needs too much memory; "
-                          f"allowed is up to {EXACT_CELLS // k} values: use init = 'linear'")
+    check_cells(n, k)
     centred = points.astype(np.float64) - points[n // 2]
     w, one, two = (np.concatenate([[0.0], np.cumsum(weights * centred**p)]) for p in (0, 1, 2))
 

@@ -92,7 +92,9 @@ def distill_images(model: nn.Module, count: int, steps: int, shape: tuple[int, i
         optimizer.param_groups[0]["lr"] = lr * 0.5 * (1 + math.cos(math.pi * step / steps))
         terms.clear()
         logits = graph.run(images, see)
-        loss = sum(terms) + weight * F.cross_entropy(logits, torch.arange(count) % logits.shape[1])
+        if logits.ndim == 2:
+            terms.append(weight * F.cross_entropy(logits, torch.arange(count) % logits.shape[1]))
+        loss = sum(terms)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -108,8 +108,13 @@ def enough(size: int, dense: int) -> str:
     """
     if size > dense:
         return "no size_ratio allows as many"
-    unit = 10.0 ** (math.floor(math.log10(size / dense)) - 2)
-    return f"allowed are numbers of {math.ceil(size / dense / unit) * unit:.3g} or more"
+    return f"allowed are numbers of {rounded_up(size / dense)} or more"
+
+
+def rounded_up(share: float) -> str:
+    """A number above 0 with three digits, rounded up: 0.0273 for 0.02724."""
+    unit = 10.0 ** (math.floor(math.log10(share)) - 2)
+    return f"{math.ceil(share / unit) * unit:.3g}"
 
 
 def any_ranges(graph: Graph, bits: int) -> dict[str, ActivationQuantizer]:
@@ -198,7 +203,7 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
         smallest = int(min([smallest, *search.sizes.values()]))
         raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that {knob.name} "
                           f"reaches is about {smallest:,} bytes: allowed are numbers of about "
-                          f"{smallest / float_bytes(model):.3g} or more")
+                          f"{rounded_up(smallest / (1.0 if search.exact else AIM) / float_bytes(model))} or more")
     size, found, value, less = best
     said = {"knob": knob.name, "value": value, "limit": limit, "bytes": size, "cheap_runs": len(search.sizes),
             "whole_runs": len(seen), "trimmed": less}

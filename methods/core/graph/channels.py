@@ -143,19 +143,23 @@ def distance_sum(filters: Tensor) -> Tensor:
 CRITERIA = {"l1": norm_l1, "l2": norm_l2, "gm": distance_sum}
 
 
+def check_criterion(criterion: str) -> None:
+    if criterion not in CRITERIA:
+        raise ConfigError(f"criterion = {criterion!r}: allowed are {', '.join(CRITERIA)}")
+
+
 def count_channels(layer: str, n: int, density: float, rounded: Callable[[float], int] = math.floor) -> int:
     """Kept channels of `n`: floor(n * density), as in int(n * (1 - ratio)); BudgetError if none is left."""
     kept = rounded(round(n * density, 9))  # 50 * (1 - 0.7) is a little above 15, 10 * (1 - 0.9) a little under 1
     if kept < 1:
         raise BudgetError(f"budget channel_density = {density:g} leaves no channel of {layer} (it has {n}); "
-                          f"allowed is {1 / n:.4g} or more")
+                          f"allowed is {math.ceil(1e4 / n) / 1e4:.4g} or more")
     return kept
 
 
 def keep_channels(weight: Tensor, count: int, criterion: str) -> Tensor:
     """Indices, ascending, of the `count` filters [N, ...] of the highest criterion; of equal ones the first."""
-    if criterion not in CRITERIA:
-        raise ConfigError(f"criterion = {criterion!r}: allowed are {', '.join(CRITERIA)}")
+    check_criterion(criterion)
     scores = CRITERIA[criterion](weight.detach().double().reshape(weight.shape[0], -1))
     return torch.sort(scores, descending=True, stable=True).indices[:count].sort().values
 

@@ -5,6 +5,7 @@ What makes a tensor from tensors becomes a node. What only makes numbers (sizes 
 that use it: each computes these itself, from its inputs and the shapes of other values.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,7 +120,8 @@ class Converter:
                     _program(part, self.modules), module, shaped_by=tuple(self.names[one] for one in part.shapes))
         shared = module is not None and self.calls[module] > 1  # a layer that is called twice has no one input
         operands = [self.names[one] for one in _tensors(node) if one in self.names]
-        return made if shared and any(True for _ in module.parameters()) else recognise.refined(
+        held = shared and any(True for _ in itertools.chain(module.parameters(), module.buffers()))
+        return made if held else recognise.refined(
             made, recognise.Call(*self._call(call), operands, whole=call is node, plain=len(part.steps) == 1))  # type: ignore[call-arg]
 
     def _packed(self, node: fx.Node) -> str:

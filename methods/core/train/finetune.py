@@ -64,7 +64,7 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
 
 def _train(model, task, recipe, generator, hooks, objective, run) -> list[dict[str, float]]:
     run = NullRun() if run is None else run
-    optimizers = hooks.optimizers(model, recipe) + hooks.own_optimizers(model, recipe)
+    optimizers = hooks.optimizers(model, recipe) + hooks.own_optimizers(model, recipe) if recipe.epochs > 0 else []
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     average = Average(model, recipe.ema)
     history: list[dict[str, float]] = []

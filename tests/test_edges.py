@@ -1,0 +1,308 @@
+"""Networks and settings at the edge of what methods take: chains, wrappers, norms without statistics, zeros."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from methods import (
+    admm,
+    annc,
+    clip_q,
+    deep_compression,
+    df_mpc,
+    dfq,
+    iterative_sensitivity,
+    neuron_merging,
+    sparq,
+    udfc,
+)
+from methods import sequential_reconstruction as sequential
+from methods.admm import Training, prune
+from methods.core.budget import Budget
+from methods.core.errors import BudgetError, CompressError, ConfigError
+from methods.core.fit.batchnorm import closed_form
+from methods.core.fit.cluster import EXACT_CELLS, check_cells
+from methods.core.fit.size import compress_to_size
+from methods.core.graph.build import apply
+from methods.core.graph.fold import fold_batchnorm
+from methods.core.graph.graph import trace
+from methods.core.train.recipe import Recipe
+from methods.core.train.run import NullRun
+from methods.core.train.task import Task
+
+NONE = Recipe(epochs=0, lr=0.01)
+SMALL = sequential.Config(images=8, steps=2, image_size=8, ridge=0.1)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def chain(width=8, **norm):
+    """Three conv - BN - ReLU in a row and a classifier: the second layer of a pair is the first of the next."""
+    torch.manual_seed(0)
+    layers = [part for i in range(3) for part in (nn.Conv2d(width if i else 3, width, 3, padding=1),
+                                                  nn.BatchNorm2d(width, **norm), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4)).eval()
+
+
+def task(model=None, shape=(3, 8, 8)):
+    batches = [(torch.rand(16, *shape, generator=seeded(i)), torch.arange(16) % 4) for i in range(2)]
+    return Task.from_loader(batches, batches)
+
+
+# --- batch norm renewed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [udfc, neuron_merging])
+def test_closed_form_of_a_chain_that_lost_channels(method):
+    made = method.compress(chain(), None, Budget(channel_density=0.5), method.Config(batchnorm="closed"), seeded())
+    assert made.rest["4.running_mean"].shape == (4,) and apply(made, chain())(torch.rand(2, 3, 8, 8)).isfinite().all()
+
+
+def test_the_closed_form_knows_what_a_bias_moved():
+    """A bias of the second layer moves the mean in front of its batch norm by as much, and no variance."""
+    given = chain()
+    student = copy.deepcopy(given)
+    with torch.no_grad():
+        student[3].bias.add_(torch.arange(8.0))
+    before, after = (closed_form(given, one, {})["4"] for one in (given, student))
+    torch.testing.assert_close(after[0] - before[0], torch.arange(8.0).double())
+    torch.testing.assert_close(after[1], before[1])
+
+
+@pytest.mark.parametrize("mode", ["noise", "closed", "data"])
+def test_a_network_in_a_wrapper_is_renewed(mode):
+    config = admm.Config(prune_iterations=0, retrain=NONE, quantize_iterations=0, fix_rounds=0, batchnorm=mode)
+    one, other = (admm.compress(model, task(), Budget(density=0.5, bits=3), config, seeded())
+                  for model in (chain(), nn.DataParallel(chain())))
+    assert torch.equal(one.rest["4.running_mean"], other.rest["4.running_mean"])
+
+
+def test_norms_without_statistics_are_left_alone():
+    model = chain()
+    model[4] = nn.BatchNorm2d(8, track_running_stats=False)
+    made = udfc.compress(model, task(), Budget(bits=4), udfc.Config(batchnorm="data"), seeded())
+    assert not torch.equal(made.rest["1.running_mean"], model[1].running_mean) and "4.running_mean" not in made.rest
+
+
+@pytest.mark.parametrize("method, config", [
+    (admm, admm.Config(prune=Recipe(1, 0.01), retrain=Recipe(1, 0.01))), (annc, annc.Config(recipe=Recipe(1, 0.01)))])
+@pytest.mark.parametrize("mode", ["noise", "closed", "data"])
+def test_no_norm_to_renew_is_said_before_training(method, config, mode, monkeypatch):
+    monkeypatch.setattr(method, "train", lambda *_, **__: pytest.fail("it trains first"))
+    budget = Budget(data_ratio=0.1) if method is annc else Budget(density=0.5, bits=3)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(CompressError, match=f"batchnorm = '{mode}': the network has no batch norm"):
+        method.compress(flat, task(), budget, replace(config, batchnorm=mode), seeded())
+
+
+# --- networks ----------------------------------------------------------------------------------------------------
+
+
+class Pyramid(nn.Module):
+    """The size of one branch is read before its values are."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.side, self.down, self.top = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.Conv2d(4, 4, 1)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.stem(x)))
+        side = self.side(x)
+        x = F.interpolate(self.top(self.down(x)), size=side.shape[-2:]) + side
+        return self.fc(x.mean((2, 3)))
+
+
+def test_a_size_that_is_read_is_there():
+    model = Pyramid().eval()
+    order = [node.name for node in sequential.in_order(trace(model), {})]
+    assert sorted(order) == sorted(node.name for node in trace(model) if node.op != "input")
+    made = sequential.compress(model, None, Budget(bits=4), SMALL, seeded())
+    assert apply(made, model)(torch.rand(2, 3, 8, 8)).isfinite().all()
+
+
+@pytest.mark.parametrize("last", [nn.Identity(), nn.Unflatten(1, (2, 2)), nn.Flatten(0)])
+def test_reconstruction_takes_outputs_that_are_no_classes(last):
+    sequential.LAST.clear()
+    made = sequential.compress(nn.Sequential(chain(), last), None, Budget(bits=4), SMALL, seeded())
+    assert len(made.weights) == 4
+
+
+def test_reconstruction_refuses_several_outputs_before_it_distils(monkeypatch):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = chain()
+
+        def forward(self, x):
+            return self.inner(x), x
+
+    monkeypatch.setattr(sequential, "distill_images", lambda *_, **__: pytest.fail("it distils first"))
+    with pytest.raises(CompressError, match="puts out a tuple"):
+        sequential.compress(Two(), None, Budget(bits=4), SMALL, seeded())
+    with pytest.raises(ConfigError, match="bits = 1: a symmetric grid"):
+        sequential.compress(chain(), None, Budget(bits=1), replace(SMALL, scheme="symmetric"), seeded())
+
+
+def test_images_are_those_of_what_the_network_computes():
+    """The same tensors behind another activation, and a buffer that numpy does not know."""
+    one, other = chain(), chain()
+    other[2] = other[5] = other[8] = nn.ELU()
+    for model in (one, other):
+        model.register_buffer("sixteen", torch.zeros((), dtype=torch.bfloat16))
+    sequential.LAST.clear()
+    alone = sequential.images_for(other, SMALL, seeded(), NullRun())
+    sequential.images_for(one, SMALL, seeded(), NullRun())
+    assert torch.equal(sequential.images_for(other, SMALL, seeded(), NullRun()), alone)
+    assert not torch.equal(sequential.images_for(one, SMALL, seeded(), NullRun()), alone)
+
+
+def test_a_norm_without_parameters_that_is_used_twice_is_not_folded():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+            self.bn, self.fc = nn.BatchNorm2d(8, affine=False), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.bn(self.a(x)))
+            return self.fc(torch.relu(self.bn(self.b(x))).mean((2, 3)))
+
+    model, x = Twice().eval(), torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(fold_batchnorm(model)[0](x), model(x))
+    assert dfq.compress(model, None, Budget(bits=8), dfq.Config(), seeded()).weights
+
+
+def test_weights_without_counted_operations_keep_16_bits():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.twice, self.spare = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return self.twice(torch.relu(self.twice(torch.relu(self.fc(x)))))
+
+    batches = [(torch.rand(16, 6, generator=seeded()), torch.arange(16) % 4)]
+    made = iterative_sensitivity.compress(Unused(), Task.from_loader(batches, batches), Budget(),
+                                          iterative_sensitivity.Config(bops_percent=2.0, calibration_inputs=16),
+                                          seeded())
+    assert made.weights["fc"].bits < 16 == made.weights["twice"].bits == made.weights["spare"].bits
+
+
+def test_sparq_says_that_nothing_is_left_to_it():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    with pytest.raises(BudgetError, match="leaves alone what sparq acts on: allowed are bits for one of"):
+        sparq.compress(model, task(), Budget(bits={"1": 8, "3": None, "5": None}), sparq.Config(), seeded())
+
+
+# --- weights -----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_given_as_zero_stays_zero_in_admm():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4))
+    with torch.no_grad():
+        model[1].weight[torch.rand(8, 192, generator=seeded()) < 0.7] = 0
+    gone = model[1].weight == 0
+    config = admm.Config(prune_iterations=0, retrain=NONE, quantize_iterations=0, fix_rounds=0)
+    for density, most in ((1.0, int((~gone).sum())), (0.25, 384)):
+        made = admm.compress(model, task(), Budget(density=density, bits=3), config, seeded())
+        mask = made.weights["1"].mask
+        assert not mask[gone].any() and int(mask.sum()) == most <= int((~gone).sum())
+    weights = {"1": model[1].weight}
+    masks = prune(weights, {"1": 1.0}, Training(model, task(), config, seeded(), NullRun(), {}))
+    assert torch.equal(masks["1"], ~gone)
+
+
+def test_a_frozen_network_may_be_compressed_without_training():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4)).requires_grad_(False)
+    config = deep_compression.Config(rounds=1, retrain=NONE, tune=replace(NONE, weight_decay=0.0))
+    assert deep_compression.compress(model, task(), Budget(density=0.5, bits=3), config, seeded()).weights
+    config = deep_compression.Config(rounds=1, retrain=Recipe(1, 0.01), tune=replace(NONE, weight_decay=0.0))
+    with pytest.raises(ConfigError, match="no parameter of the network requires a gradient"):
+        deep_compression.compress(model, task(), Budget(density=0.5, bits=3), config, seeded())
+
+
+def test_an_error_that_is_no_number_never_wins_a_search(monkeypatch):
+    errors = iter([float("nan"), 0.5, 0.1] * 4)
+    monkeypatch.setattr(Task, "error", lambda self, model: next(errors))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4))
+    config = clip_q.Config(search="random", evaluations=3, probe=0, lam=0.0, finetune=NONE)
+    found = clip_q.compress(model, task(), Budget(), config, seeded()).notes
+    for trace_of in found["trace"].values():
+        assert min(one["objective"] for one in trace_of) == 0.1
+        assert sum(one["objective"] == math.inf for one in trace_of) == 1
+    monkeypatch.setattr(Task, "error", lambda self, model: float("nan"))
+    with pytest.raises(CompressError, match="no choice for 1 has a finite error"):
+        clip_q.compress(model, task(), Budget(), config, seeded())
+
+
+# --- settings and advice -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: udfc.Config(criterion="l3"), "criterion = 'l3'"), (lambda: neuron_merging.Config(criterion="l3"), "'l3'"),
+    (lambda: sequential.Config(criterion="l3"), "criterion = 'l3'"),
+    (lambda: neuron_merging.Config(threshold=float("nan")), "threshold = nan"),
+    (lambda: dfq.Config(tolerance=float("nan")), "tolerance = nan"),
+    (lambda: dfq.Config(scheme="odd"), "scheme = 'odd'"),
+    (lambda: dfq.Config(activation_bits=2.5), "activation_bits = 2.5"),
+    (lambda: annc.Config(live=True, at_least=3), "live = True with at_least = 3"),
+    (lambda: annc.Config(stages=(float("nan"), 1.0)), "stages ="),
+    (lambda: admm.Config(steps=(float("nan"), 1.0)), "steps ="),
+    (lambda: annc.Config(mode="quantize", start_bits=5), "start_bits = 5 does nothing"),
+    (lambda: admm.Config(rho=()), r"rho = \(\)"),
+    (lambda: admm.Config(fix_rounds=0, fix_fraction=0.5), "fix_fraction = 0.5 does nothing"),
+    (lambda: check_cells(EXACT_CELLS // 3 + 1, 3), "needs too much memory")])
+def test_what_is_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_exact_k_means_is_refused_before_the_pruning(monkeypatch):
+    monkeypatch.setattr("methods.core.fit.cluster.EXACT_CELLS", 1000)
+    monkeypatch.setattr(deep_compression, "train", lambda *_, **__: pytest.fail("it prunes first"))
+    with pytest.raises(ConfigError, match="needs too much memory"):
+        deep_compression.compress(chain(), task(), Budget(density=0.5, bits=4), deep_compression.Config(init="exact"),
+                                  seeded())
+
+
+@pytest.mark.parametrize("channels", [3, 12, 48, 64, 512])
+def test_the_least_density_that_is_named_is_enough(channels):
+    model = nn.Sequential(nn.Conv2d(1, channels, 1), nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, 4, 1),
+                          nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 4)).eval()
+    with pytest.raises(BudgetError, match="leaves no channel") as caught:
+        udfc.compress(model, None, Budget(channel_density=0.001), udfc.Config(), seeded())
+    density = float(str(caught.value).rpartition("allowed is ")[2].split()[0])
+    assert udfc.compress(model, None, Budget(channel_density={"0": density}), udfc.Config(), seeded()).rest
+
+
+def test_the_least_size_that_is_named_is_enough():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4))
+    config = deep_compression.Config(rounds=1, retrain=NONE, tune=replace(NONE, weight_decay=0.0))
+    with pytest.raises(BudgetError, match="allowed are numbers of about") as caught:
+        compress_to_size(deep_compression, model, task(), Budget(size_ratio=0.02, bits=3), config, seeded())
+    ratio = float(str(caught.value).rpartition("of about ")[2].split()[0])
+    assert compress_to_size(deep_compression, model, task(), Budget(size_ratio=ratio, bits=3), config, seeded()).weights
+
+
+def test_the_bits_that_df_mpc_turns_are_those_that_it_takes():
+    with pytest.raises(BudgetError, match="the smallest file that bits reaches"):
+        compress_to_size(df_mpc, chain(), None, Budget(size_ratio=0.02), df_mpc.Config(low_bits=3), seeded())
+
+
+def test_ridges_that_are_too_small_are_said():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 8),
+                          nn.ReLU(), nn.Linear(8, 4)).eval()
+    with pytest.raises(CompressError, match="ridge = 1e-10 is too small for 8 values of 512 inputs"):
+        sequential.compress(model, None, Budget(bits=4), replace(SMALL, ridge=1e-10), seeded())
