@@ -17,7 +17,8 @@ Departures  There is no single paper. Every conv and linear layer is pruned, the
             that spares them is {layer: density}. Batch norm is folded after quantization, into the scale of each
             channel: the codes are those that folding first would give, and training keeps its batch norm.
             rounding = "gptq" or "descent" (core/fit) chooses the codes on the same grids by the output error of each
-            layer, with what the pruned weights gave to it handed on to the others, and corrects the biases.
+            layer, and corrects the biases; without any training, what the pruned weights gave to a layer is handed
+            on to the others.
 """
 
 from collections.abc import Iterable, Mapping
@@ -106,6 +107,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     if "density" in mean:
         felt = pruning_curves(model, task, generator, layers=list(bits), run=run.stage("rates"))
         masks = keep_local({name: layer_of(model, name).weight for name in bits}, felt.choose(mean["density"]))
+    given = {name: layer_of(model, name).weight.detach().clone() for name in masks}
     apply_masks(model, masks)
     if config.retrain is not None:
         train(model, task, config.retrain, generator, hooks=MaskHooks(masks), run=run.stage("retrain"))
@@ -122,10 +124,15 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     trained = {name: layer_of(model, name).weight for name in bits}
     codes = {name: quantize(weight, fit(weight, bits[name], config.per_channel), bits[name], masks[name])
              for name, weight in trained.items()}
+    if config.rounding != "nearest" and config.retrain is None and config.aware is None:
+        with torch.no_grad():  # what was pruned, for the others to take over
+            for name, weight in trained.items():
+                weight.copy_(given[name])
     folded, weights, topology = fold_codes(model, codes)
     if config.rounding != "nearest":
         inputs = task.calibration_inputs(config.calibration_inputs).cpu()
-        folded, weights, ranges = round_again(folded, weights, config.rounding, inputs, generator,
+        masks = {name: mask.cpu() for name, mask in masks.items()}
+        folded, weights, ranges = round_again(folded, weights, config.rounding, inputs, generator, masks=masks,
                                               bits=config.activation_bits, range_method=config.range_method)
         return assemble(folded, weights, topology=topology, activations=ranges)
     compressed = assemble(folded, weights, topology=topology)
@@ -140,9 +147,10 @@ def choose_masks(model: nn.Module, chosen: Iterable[str], budget: Budget, scope:
     if scope == "local":
         return keep_local(weights, budget.per_layer("density", weight_layers(model)))
     if scope == "global":
-        if not isinstance(budget.density, (int, float)):
+        found = set(budget.per_layer("density", weight_layers(model)).values())
+        if len(found) != 1:
             raise ConfigError(f"scope = 'global' takes one density, not {budget.density!r}")
-        return keep_global(weights, budget.density)
+        return keep_global(weights, found.pop())
     raise ConfigError(f"scope = {scope!r}: allowed are 'local', 'global'")
 
 

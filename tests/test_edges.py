@@ -18,6 +18,7 @@ from methods import (
     dfq,
     iterative_sensitivity,
     neuron_merging,
+    prune_then_quantize,
     sparq,
     udfc,
 )
@@ -220,6 +221,32 @@ def test_what_is_given_as_zero_stays_zero_in_admm():
     weights = {"1": model[1].weight}
     masks = prune(weights, {"1": 1.0}, Training(model, task(), config, seeded(), NullRun(), {}))
     assert torch.equal(masks["1"], ~gone)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "descent"])
+def test_rounding_again_knows_what_was_pruned_and_may_wake_what_was_rounded_to_zero(rounding, monkeypatch):
+    """Without training the float weights outside the mask are handed on, with training there are none; at 3 bits many
+    kept weights are nearest to 0, and the sum of an output may be better with other codes for some."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Linear(16, 4))
+    seen = {}
+
+    def spy(folded, weights, *others, masks, **more):
+        made = real(folded, weights, *others, masks=masks, **more)
+        seen.update(floats=folded.get_submodule("1").weight, mask=masks["1"], near=weights["1"], far=made[1]["1"])
+        return made
+
+    real = prune_then_quantize.round_again
+    monkeypatch.setattr(prune_then_quantize, "round_again", spy)
+    config = prune_then_quantize.Config(rounding=rounding, scheme="mse", calibration_inputs=32)
+    prune_then_quantize.compress(model, task(), Budget(density=0.5, bits=3), config, seeded())
+    assert torch.equal(seen["floats"], model[1].weight) and int(seen["mask"].sum()) == 1536
+    assert not bool(seen["far"].mask[~seen["mask"]].any())
+    prune_then_quantize.compress(model, task(), Budget(density=1.0, bits=3), config, seeded())
+    assert bool((seen["far"].mask & ~seen["near"].mask).any())
+    prune_then_quantize.compress(model, task(), Budget(density=0.5, bits=3),
+                                 replace(config, retrain=Recipe(1, 0.01)), seeded())
+    assert not seen["floats"][~seen["mask"]].any()
 
 
 def test_a_frozen_network_may_be_compressed_without_training():

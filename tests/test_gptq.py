@@ -273,12 +273,12 @@ def test_everything_pruned_leaves_the_mean_in_the_bias(tiny):
 def test_rounding_again_stays_on_the_grid_and_under_the_mask(tiny, scheme, rounding):
     folded, _ = fold_batchnorm(tiny.model())
     inputs = tiny.Batches(60, 5).inputs
-    weights = {name: quantize(layer.weight, find_scheme(scheme)(layer.weight, 3), 3,
-                              torch.rand(layer.weight.shape) > 0.3)
+    masks = {name: torch.rand(layer.weight.shape) > 0.3 for name, layer in weight_layers(folded).items()}
+    weights = {name: quantize(layer.weight, find_scheme(scheme)(layer.weight, 3), 3, masks[name])
                for name, layer in weight_layers(folded).items()}
-    module, found, _ = round_again(folded, weights, rounding, inputs, seeded())
+    module, found, _ = round_again(folded, weights, rounding, inputs, seeded(), masks=masks)
     for name, tensor in found.items():
-        assert tensor.grid is weights[name].grid and not bool((tensor.mask & ~weights[name].mask).any())
+        assert tensor.grid is weights[name].grid and not bool((tensor.mask & ~masks[name]).any())
         assert torch.equal(module.get_submodule(name).weight, tensor.decode())
         if scheme != "asymmetric":
             assert int(tensor.codes.abs().max()) <= 3

@@ -66,12 +66,13 @@ def round_weight(rounding: str, weight: Tensor, moments: Moments | None, scale: 
 
 
 def round_again(model: nn.Module, weights: Mapping[str, CompressedTensor], rounding: str, inputs: Tensor,
-                generator: torch.Generator, *, bits: int = 8, range_method: str = "minmax"
+                generator: torch.Generator, *, masks: Mapping[str, Tensor], bits: int = 8, range_method: str = "minmax"
                 ) -> tuple[nn.Module, dict[str, CompressedTensor], dict[str, ActivationQuantizer]]:
     """`weights` (Affine) with the codes of another rounding on the same grids under the same masks, layer by layer.
 
     model    batch norm folded, with the float weights, those that are pruned included: what they gave to the output
              is then taken over by others. Layers without codes stay as they are.
+    masks    of the weights that are kept; a kept weight whose nearest code is 0 may get another
     Returns a copy of `model` with decoded weights and corrected biases, the tensors, and ranges of `bits` bits.
     """
     lost = sorted(set(weights) - set(weight_layers(model)))
@@ -83,9 +84,9 @@ def round_again(model: nn.Module, weights: Mapping[str, CompressedTensor], round
             return None
         tensor = weights[name]
         low, high = (end - tensor.grid.zero for end in code_range(tensor.grid, tensor.bits))
-        integers = round_weight(rounding, weight, moments, tensor.grid.scale, low, high, tensor.mask)
+        integers = round_weight(rounding, weight, moments, tensor.grid.scale, low, high, masks[name])
         zero = tensor.grid.zero.reshape(-1, *[1] * (weight.ndim - 1)) if tensor.grid.zero.ndim else tensor.grid.zero
-        return CompressedTensor.of(integers + zero, tensor.grid, tensor.bits, tensor.mask)
+        return CompressedTensor.of(integers + zero, tensor.grid, tensor.bits, masks[name])
 
     return quantize_in_order(model, inputs, fit, generator, bits=bits, range_method=range_method,
                              second=rounding != "nearest")
