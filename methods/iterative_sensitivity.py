@@ -79,9 +79,11 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         task = replace(task, held_out=First(task.held_out, examples=config.held_out))
     network = Rounded(folded, task.calibration_inputs(config.calibration_inputs), config.range_method)
     bits = network.start()
-    least = network.bops({tensor: network.least(tensor) for tensor in bits})
+    narrowest = 4 if config.order == "once" else WIDTHS[-1]
+    least = network.bops({tensor: max(network.least(tensor), narrowest) for tensor in bits})
     if least > config.bops_percent:
-        raise BudgetError(f"bops_percent = {config.bops_percent:g}: the narrowest widths take {least:.3g}")
+        ends = "order = 'once' ends at 4 bits everywhere," if config.order == "once" else "the narrowest widths take"
+        raise BudgetError(f"bops_percent = {config.bops_percent:g}: {ends} {least:.3g}")
     task.placed(network)
     steps = Steps(network, task, run)
     rules: dict[str, Callable] = {"each step": steps.each, "once": steps.once}
@@ -205,9 +207,6 @@ class Steps:
                 break
             bits = {**bits, tensor: min(-b, bits[tensor])}
             course.append([*tensor, bits[tensor], self.network.bops(bits), error])
-        if self.network.bops(bits) > limit:
-            raise BudgetError(f"bops_percent = {limit:g}: order = 'once' ends at 4 bits everywhere, "
-                              f"{self.network.bops(bits):.3g}")
         return bits, course
 
 

@@ -18,6 +18,7 @@ from methods import (
     dfq,
     iterative_sensitivity,
     neuron_merging,
+    pipeline,
     prune_then_quantize,
     sparq,
     udfc,
@@ -35,6 +36,7 @@ from methods.core.graph.graph import trace
 from methods.core.train.recipe import Recipe
 from methods.core.train.run import NullRun
 from methods.core.train.task import Task
+from methods.pipeline.pruning import Rewind, started_anew
 
 NONE = Recipe(epochs=0, lr=0.01)
 SMALL = sequential.Config(images=8, steps=2, image_size=8, ridge=0.1)
@@ -247,6 +249,49 @@ def test_rounding_again_knows_what_was_pruned_and_may_wake_what_was_rounded_to_z
     prune_then_quantize.compress(model, task(), Budget(density=0.5, bits=3),
                                  replace(config, retrain=Recipe(1, 0.01)), seeded())
     assert not seen["floats"][~seen["mask"]].any()
+
+
+@pytest.mark.parametrize("criterion", ["taylor", "movement"])
+def test_frozen_weights_have_the_scores_that_others_have(criterion):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4))
+    config = pipeline.Config(order=("prune", "quantize"), prune=pipeline.Prune(criterion=criterion))
+    masks = []
+    for frozen in ((), (1,), (1, 3)):
+        for i in (1, 3):
+            model[i].weight.requires_grad_(i not in frozen)
+            model[i].bias.requires_grad_(len(frozen) < 2)
+        made = pipeline.compress(model, task(), Budget(density=0.5, bits=8), config, seeded())
+        masks.append({name: tensor.mask for name, tensor in made.weights.items()})
+    assert all(torch.equal(one[name], masks[0][name]) for one in masks for name in ("1", "3"))
+    assert int(masks[0]["1"].sum()) > 700 and not torch.equal(masks[0]["1"].flatten(), torch.arange(1536) < 768)
+
+
+def test_a_network_started_anew_draws_all_but_what_is_frozen():
+    model = nn.ModuleDict({"attend": nn.MultiheadAttention(8, 2), "fc": nn.Linear(8, 8), "held": nn.Linear(8, 8)})
+    with torch.no_grad():
+        for value in model.parameters():
+            value.fill_(3.0)
+    model["held"].requires_grad_(False)
+    found = started_anew(model, seeded()).state_dict()
+    for name, value in found.items():
+        assert bool((value == 3).all() if name.startswith("held") else not (value == 3).any()), name
+
+
+def test_a_module_called_quantizer_is_wound_back():
+    model = nn.Sequential()
+    model.add_module("quantizer", nn.Sequential(nn.Linear(2, 2)))
+    model.quantizer.register_buffer("mask", torch.ones(2))
+    assert set(Rewind(model, 0).values) == {"quantizer.0.weight", "quantizer.0.bias", "quantizer.mask"}
+
+
+def test_widths_that_sensitivity_once_cannot_reach_are_refused_at_once(monkeypatch):
+    """2 bits everywhere would do, but it lowers to 4."""
+    monkeypatch.setattr(Task, "error", lambda *_: pytest.fail("it measures first"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4))
+    config = iterative_sensitivity.Config(bops_percent=2.0, order="once", calibration_inputs=16)
+    with pytest.raises(BudgetError, match="bops_percent = 2: order = 'once' ends at 4 bits everywhere"):
+        iterative_sensitivity.compress(model, task(), Budget(), config, seeded())
 
 
 def test_a_frozen_network_may_be_compressed_without_training():

@@ -31,8 +31,8 @@ class Coat(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         used = (weight if self.quantizer is None else self.quantizer(weight, self.mask)) * self.mask
-        if self.watched and used.requires_grad:
-            used.register_hook(self._gather)
+        if self.watched and torch.is_grad_enabled():
+            (used if used.requires_grad else used.requires_grad_()).register_hook(self._gather)  # of frozen ones, too
         return used
 
     def _gather(self, gradient: Tensor) -> None:

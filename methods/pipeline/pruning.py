@@ -84,7 +84,8 @@ class Rewind(Hooks):
     @staticmethod
     def _copy(model: nn.Module) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in model.state_dict().items()
-                if isinstance(value, Tensor) and not name.endswith(".mask") and ".quantizer." not in name}
+                if isinstance(value, Tensor) and not ("parametrizations." in name and (
+                    name.endswith(".mask") or ".quantizer." in name))}
 
     def after_step(self, model: nn.Module, lr: float) -> None:
         self.seen += 1
@@ -187,12 +188,16 @@ CONTROLLED: dict[str, Callable[[Pruning], None]] = {
 
 @torch.no_grad()
 def started_anew(model: nn.Module, generator: torch.Generator) -> nn.Module:
-    """A copy of `model` with the initial weights that its modules draw."""
+    """A copy of `model` with the initial weights that its modules draw; frozen parameters stay as they are."""
     model = copy.deepcopy(model)
+    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for module in model.modules():
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            for reset in ("reset_parameters", "_reset_parameters"):
+                if hasattr(module, reset):
+                    getattr(module, reset)()
+    for name, value in frozen.items():
+        model.get_parameter(name).copy_(value)
     return model
