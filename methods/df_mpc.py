@@ -35,12 +35,13 @@ from torch import Tensor, nn
 from .core.artifact import Affine, CompressedModel, CompressedTensor
 from .core.budget import Budget
 from .core.errors import BudgetError, CompressError, ConfigError
-from .core.fit.batchnorm import check_mode, needed_data, renew
+from .core.fit.batchnorm import check_mode, idle_size, needed_data, renew
 from .core.fit.odd_levels import quantize_odd
 from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, fit_scales, read_filters, require_pairs, scale_outputs
 from .core.method import check_call
+from .core.settings import check_idle
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -79,6 +80,11 @@ class Config:
         for name in ("lambda1", "lambda2"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed is a number of 0 or more")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        found = idle_size(self.batchnorm)
+        return found if self.compensate else found | dict.fromkeys(("lambda1", "lambda2"), "compensate = False")
 
 
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from .core.artifact import ActivationQuantizer, CompressedModel, CompressedTensor, Topology
 from .core.budget import Budget
 from .core.errors import ConfigError
-from .core.fit.batchnorm import check_mode, needed_data, renew
+from .core.fit.batchnorm import check_mode, idle_size, needed_data, renew
 from .core.fit.calibrate import quantizer_of
 from .core.fit.normals import Normal, distributions, read_normal, respond
 from .core.fit.quantize import find_scheme, quantize
@@ -55,6 +55,7 @@ from .core.graph.channels import Pair, find_pairs
 from .core.graph.fold import fold_batchnorm, fold_codes
 from .core.graph.graph import Graph, trace
 from .core.method import check_call
+from .core.settings import check_idle
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -98,6 +99,15 @@ class Config:
             raise ConfigError(f"activation_bits = {self.activation_bits}: allowed is 1..16 or none")
         if self.rounds < 1:
             raise ConfigError(f"rounds = {self.rounds}: at least 1 is needed")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        found = idle_size(self.batchnorm)
+        if not self.equalize:
+            found |= dict.fromkeys(("rounds", "tolerance"), "equalize = False")
+        if self.activation_bits is None:
+            found["sigmas"] = "activations stay float"
+        return found
 
 
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from .core.artifact import CompressedModel, Topology
 from .core.budget import Budget
 from .core.errors import ConfigError
-from .core.fit.batchnorm import check_mode, needed_data, renew
+from .core.fit.batchnorm import check_mode, idle_size, needed_data, renew
 from .core.fit.size import Knob
 from .core.graph.build import assemble, own_copy
 from .core.graph.channels import (
@@ -57,6 +57,7 @@ from .core.graph.channels import (
     require_pairs,
 )
 from .core.method import check_call
+from .core.settings import check_idle
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -98,6 +99,11 @@ class Config:
             raise ConfigError(f"threshold = {self.threshold!r}: allowed is a number, that of a cosine")
         if not 0 <= self.lam <= 1:
             raise ConfigError(f"lam = {self.lam!r}: allowed is a number in [0, 1]")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        found = idle_size(self.batchnorm)
+        return found if self.merge else found | dict.fromkeys(("mode", "threshold", "lam"), "merge = False only prunes")
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from .core.artifact import CompressedModel, CompressedTensor, Topology
 from .core.budget import Budget
 from .core.errors import BudgetError, ConfigError
-from .core.fit.batchnorm import check_mode, needed_data, renew
+from .core.fit.batchnorm import check_mode, idle_size, needed_data, renew
 from .core.fit.grids import ODD, check_grid, on_grid
 from .core.fit.merging import least_squares, least_squares_nonneg, merge_pairs
 from .core.fit.size import Knob
@@ -67,6 +67,7 @@ from .core.graph.channels import (
     scale_outputs,
 )
 from .core.method import check_call
+from .core.settings import check_idle
 from .core.train.run import Run
 from .core.train.task import Task
 
@@ -112,6 +113,11 @@ class Config:
         for name in ("alpha1", "alpha2"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed is a number of 0 or more")
+        check_idle(self)
+
+    def idle(self) -> dict[str, str]:
+        found, without = idle_size(self.batchnorm), ("form", "nonneg", "alpha1", "alpha2")
+        return found if self.reconstruct else found | dict.fromkeys(without, "reconstruct = False compensates nothing")
 
 
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,

@@ -71,6 +71,11 @@ def tracked(model: nn.Module) -> dict[str, nn.Module]:
             if isinstance(module, NORMS) and module.running_mean is not None}
 
 
+def idle_size(mode: str) -> dict[str, str]:
+    """For the `idle` of a method: a side of noise images where there are none."""
+    return {} if mode == "noise" else {"image_size": f"batchnorm = {mode!r} makes up no images"}
+
+
 def needed_data(mode: str, otherwise: str) -> str:
     """The `DATA` of a method that renews batch norm in this mode and has `otherwise` without that."""
     return "calibration" if mode == "data" and otherwise == "none" else otherwise
