@@ -138,7 +138,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     run = NullRun() if run is None else run
     model = own_copy(model)
     spaces = open_choices(model, budget, config.search)
-    task = ready(model, task, config)
+    probing = config.search != "uniform" and config.probe > 0  # trains, whatever epochs there are afterwards
+    task = ready(model, task, replace(config.finetune, epochs=max(config.finetune.epochs, int(probing))))
     if config.search == "uniform":
         theta, trace = {name: choices[0] for name, choices in spaces.items()}, {}
     else:

@@ -29,8 +29,9 @@ from torch import nn
 
 from .core.artifact import CompressedModel
 from .core.budget import Budget
-from .core.errors import ConfigError
+from .core.errors import BudgetError, ConfigError
 from .core.fit.calibrate import calibrate, check_calibration
+from .core.fit.layer_rates import WIDTHS
 from .core.fit.prune import MaskHooks, apply_masks, keep_global, keep_local
 from .core.fit.quantize import FakeQuantize, QuantizationAware, find_scheme, quantize
 from .core.fit.rounding import check_rounding, round_again
@@ -103,6 +104,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     mean = {name: _single(name, values) for name, values, rule in (("density", density, config.rates),
                                                                    ("bits", bits, config.widths))
             if rule == "sensitivity"}
+    if mean.get("bits", min(WIDTHS)) < min(WIDTHS):
+        raise BudgetError(f"budget bits = {mean['bits']:g} with widths = 'sensitivity': allowed is {min(WIDTHS)} or "
+                          "more")
     task = ready(model, task, config)
     if "density" in mean:
         felt = pruning_curves(model, task, generator, layers=list(bits), run=run.stage("rates"))

@@ -33,7 +33,7 @@ from methods.core.fit.size import compress_to_size
 from methods.core.graph.build import apply
 from methods.core.graph.fold import fold_batchnorm
 from methods.core.graph.graph import trace
-from methods.core.train.recipe import Recipe
+from methods.core.train.recipe import Distill, Recipe
 from methods.core.train.run import NullRun
 from methods.core.train.task import Task
 from methods.pipeline.pruning import Rewind, started_anew
@@ -301,6 +301,19 @@ def test_a_frozen_network_may_be_compressed_without_training():
     config = deep_compression.Config(rounds=1, retrain=Recipe(1, 0.01), tune=replace(NONE, weight_decay=0.0))
     with pytest.raises(ConfigError, match="no parameter of the network requires a gradient"):
         deep_compression.compress(model, task(), Budget(density=0.5, bits=3), config, seeded())
+
+
+def test_a_search_that_probes_has_a_teacher_even_if_nothing_is_tuned_afterwards():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4))
+    config = clip_q.Config(search="random", evaluations=2, probe=1, finetune=replace(NONE, distill=Distill()))
+    assert clip_q.compress(model, task(), Budget(), config, seeded()).weights
+
+
+def test_a_mean_width_that_no_choice_has_is_refused_before_training(monkeypatch):
+    monkeypatch.setattr(prune_then_quantize, "train", lambda *_, **__: pytest.fail("it trains first"))
+    config = prune_then_quantize.Config(scheme="asymmetric", widths="sensitivity", retrain=Recipe(1, 0.01))
+    with pytest.raises(BudgetError, match="budget bits = 1 with widths = 'sensitivity': allowed is 2 or more"):
+        prune_then_quantize.compress(chain(), task(), Budget(density=0.5, bits=1), config, seeded())
 
 
 def test_an_error_that_is_no_number_never_wins_a_search(monkeypatch):
