@@ -37,6 +37,7 @@ Departures   Body and tables of the paper could not be read: the steps are those
   * Clusters start even in [min, max] and are then warm-started; an empty one stays. The released solver has kernels
     for clusters but does not call them: what is done here is what they compute.
   * Without the budget's bits, weights are pruned and stay float32. A layer with density 1 is quantized only.
+  * What the given network has as 0 stays 0, as pruned before: levels have no zero, and would give it a value.
 """
 
 from collections.abc import Mapping
