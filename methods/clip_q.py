@@ -142,6 +142,8 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     task = ready(model, task, replace(config.finetune, epochs=max(config.finetune.epochs, int(probing))))
     if config.search == "uniform":
         theta, trace = {name: choices[0] for name, choices in spaces.items()}, {}
+        for name, one in theta.items():  # what clips all of the given weights is said before it is trained
+            encode(name, layer_of(model, name).weight, one, config.split)
     else:
         theta, trace = search_theta(copy.deepcopy(model), task, spaces, config, generator, run.stage("search"))
     fine_tune(model, task, theta, config, generator, run.stage("fine-tune"))

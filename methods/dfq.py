@@ -47,7 +47,7 @@ from .core.budget import Budget
 from .core.errors import ConfigError
 from .core.fit.batchnorm import check_mode, idle_size, needed_data, renew
 from .core.fit.calibrate import quantizer_of
-from .core.fit.normals import Normal, distributions, read_normal, respond
+from .core.fit.normals import Distributions, Normal, read_normal, respond
 from .core.fit.quantize import find_scheme, quantize
 from .core.fit.size import Knob
 from .core.graph.build import apply, assemble, own_copy, weight_layers
@@ -132,9 +132,11 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
                for name, layer in weight_layers(folded).items()}
     given = copy.deepcopy(folded)
     graph = trace(folded)
-    seen = distributions(graph, outputs, exact)
+    activations = Distributions(graph, outputs, exact)
+    seen = activations.seen
     if config.correct:
-        correct_biases(graph, seen, {name: weights[name].decode().double() - exact[name] for name in weights})
+        errors = {name: tensor.decode().double() - exact[name] for name, tensor in weights.items()}
+        correct_biases(graph, activations.placed(), errors)
     ranges = {} if config.activation_bits is None else activation_ranges(graph, seen, config)
     if config.batchnorm != "keep":
         folded, weights = renewed(folded, given, weights, topology, outputs, config, task, generator)
@@ -231,7 +233,7 @@ def absorb_biases(model: nn.Module, pairs: list[Pair], outputs: dict[str, Normal
 
 @torch.no_grad()
 def correct_biases(graph: Graph, seen: Mapping[str, Normal | None], errors: Mapping[str, Tensor]) -> None:
-    """b <- b - eps E[x] for every layer with a bias, in place."""
+    """b <- b - eps E[x] for every layer with a bias that reads channels, in place."""
     for node in graph.layers():
         if node.name in errors and node.module.bias is not None:
             source = seen[node.inputs[0]]

@@ -51,6 +51,7 @@ from .core.graph.build import assemble, own_copy, tensors_of, weight_layers
 from .core.graph.channels import Filters, Pair, changed_widths, check_criterion, require_pairs
 from .core.graph.graph import Graph, Node, trace
 from .core.method import check_call
+from .core.settings import check_idle_without
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
 
@@ -60,6 +61,7 @@ RIDGES = (0.1, 0.3, 1.0)
 LEAST_GAIN = 1e-3  # |gamma| of a channel that takes over its share of the shortcut's error
 LAST: dict[bytes, Tensor] = {}  # images of the last network: the rows of a table share them
 CHUNK = 25  # images whose windows are unfolded at a time
+WITHOUT = {"bits": ("scheme", "per_channel"), "channel_density": ("criterion", "alpha1")}
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     budget.require("sequential_reconstruction", optional=("channel_density", "bits"))
     if budget.channel_density is None and budget.bits is None:
         raise BudgetError("sequential_reconstruction needs the budget field 'channel_density' or 'bits'")
+    check_idle_without(config, budget, WITHOUT)
     given = own_copy(model).cpu().eval().requires_grad_(False)
     bits = {}
     if budget.bits is not None:

@@ -67,13 +67,14 @@ from .core.graph.channels import (
     scale_outputs,
 )
 from .core.method import check_call
-from .core.settings import check_idle
+from .core.settings import check_idle, check_idle_without
 from .core.train.run import Run
 from .core.train.task import Task
 
 DATA = "none"
 SIZE_KNOB = Knob("channel_density", 0.02, 1.0)
 FORMS = ("paper", "folded", "raw")
+WITHOUT = {"bits": ("scheme", "per_channel", "alpha2"), "channel_density": ("criterion", "form", "nonneg", "alpha1")}
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     budget.require("udfc", optional=("channel_density", "bits"))
     if budget.channel_density is None and budget.bits is None:
         raise BudgetError("udfc needs the budget field 'channel_density' or 'bits'")
+    check_idle_without(config, budget, WITHOUT)
     if config.joint and (budget.bits is None or not config.reconstruct):
         raise ConfigError("joint = True needs the budget field 'bits' and reconstruct = True")
     model = own_copy(model).cpu()

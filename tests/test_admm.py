@@ -229,7 +229,8 @@ def test_admm_makes_pruning_hurt_less(tiny):
 
 
 def test_without_bits_weights_stay_float(tiny):
-    out = compress(tiny.model(), tiny.task(), Budget(density=0.25), SHORT, seeded())
+    out = compress(tiny.model(), tiny.task(), Budget(density=0.25), Config(
+        rho=(0.1,), prune_iterations=2, prune=EPOCH, retrain=EPOCH), seeded())
     assert out.weights == {}
     for name in LAYERS:
         weight = out.rest[f"{name}.weight"]
@@ -262,7 +263,7 @@ def test_configs_are_refused_in_one_line(fields):
 
 def test_budgets_are_refused(tiny):
     with pytest.raises(BudgetError, match="names unknown layers"):
-        compress(tiny.model(), tiny.task(), Budget(density={"conv9": 0.5}), SHORT, seeded())
+        compress(tiny.model(), tiny.task(), Budget(density={"conv9": 0.5}, bits=3), SHORT, seeded())
     with pytest.raises(BudgetError, match="needs the budget field 'density'"):
         compress(tiny.model(), tiny.task(), Budget(bits=3), SHORT, seeded())
 

@@ -175,6 +175,7 @@ def test_layers_without_a_weight_are_named(tiny):
     model = tiny.model()
     with torch.no_grad():
         model.conv2.weight.zero_().requires_grad_(False)
-    for grid, bits, empty in (("clusters", 2, ["conv2"]), ("levels", None, ["conv2"]), ("levels", 2, [])):
-        out = compress(model, tiny.task(), Budget(density=0.5, bits=bits), on(grid), seeded())
-        assert out.notes["empty_layers"] == empty, (grid, bits)
+    pruned = Config(rho=(0.1,), prune_iterations=2, prune=EPOCH, retrain=EPOCH)
+    for config, bits, empty in ((on("clusters"), 2, ["conv2"]), (pruned, None, ["conv2"]), (on("levels"), 2, [])):
+        out = compress(model, tiny.task(), Budget(density=0.5, bits=bits), config, seeded())
+        assert out.notes["empty_layers"] == empty, (config.grid, bits)

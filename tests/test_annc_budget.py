@@ -192,7 +192,7 @@ def test_the_budget_holds_after_every_update(tiny, mode, bits_epochs):
     sizes = [w.numel() for w in weights_of(tiny.net()).values()]
     for seed, (share, fields) in enumerate([(0.003, {}), (0.02, {"fill": True, "at_least": 7}), (0.13, {"fill": True}),
                                             (0.5, {"most_bits": 4})]):
-        config = with_effect(replace(SHORT, mode=mode), bits_epochs=bits_epochs, rho=0.5, **fields)
+        config = with_effect(with_effect(replace(SHORT, mode=mode), bits_epochs=bits_epochs, rho=0.5), **fields)
         try:
             limit, = find_limits(sizes, share, config)
         except BudgetError:

@@ -175,8 +175,8 @@ def test_sums_and_layers_without_norm_against_samples():
     folded, topology = fold_batchnorm(model)
     outputs = {layer: read_normal(model.get_submodule(norm)) for layer, norm in topology.folded.items()}
     graph = trace(folded)
-    seen = dfq.distributions(graph, outputs, {name: layer.weight.detach().double()
-                                              for name, layer in weight_layers(folded).items()})
+    seen = dfq.Distributions(graph, outputs, {name: layer.weight.detach().double()
+                                              for name, layer in weight_layers(folded).items()}).seen
     generator = torch.Generator().manual_seed(1)
     drawn = {layer: normal.mean + normal.std * torch.randn(200_000, 5, dtype=torch.float64, generator=generator)
              for layer, normal in outputs.items()}
@@ -218,7 +218,7 @@ def test_a_sum_of_flattened_values():
 
     graph = trace(filled(Block()))
     normal = Normal(torch.arange(4.0).double(), torch.ones(4).double())
-    seen = dfq.distributions(graph, {"conv": normal}, {"fc": torch.zeros(16, 16).double()})
+    seen = dfq.Distributions(graph, {"conv": normal}, {"fc": torch.zeros(16, 16).double()}).seen
     folded = Normal(graph.nodes["bn"].module.bias.double(), graph.nodes["bn"].module.weight.double().abs(), True)
     assert torch.allclose(seen["add"].mean, folded.moments()[0].repeat_interleave(4) + seen["fc"].mean)
     assert torch.allclose(seen["add"].std, folded.moments()[1].repeat_interleave(4).sqrt())

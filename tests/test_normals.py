@@ -9,7 +9,7 @@ from scipy import integrate, stats
 from torch import nn
 
 from methods import Budget, dfq
-from methods.core.fit.normals import Normal, distributions
+from methods.core.fit.normals import Distributions, Normal
 from methods.core.graph.graph import trace
 from methods.engine.exact import IntegerNetwork
 from methods.engine.reference import ReferenceRun
@@ -22,7 +22,7 @@ def seen(run, **layers):
     """What the output of `run` is taken for, whose input is N(MEAN, STD^2)."""
     graph = trace(Net(run, **layers).eval())
     weights = {name: layers[name].weight.detach().double() for name in layers if hasattr(layers[name], "weight")}
-    return distributions(graph, {"a": Normal(MEAN, STD)}, weights)[graph.output]
+    return Distributions(graph, {"a": Normal(MEAN, STD)}, weights).seen[graph.output]
 
 
 def near(normal, mean, std, rtol=0.0):
@@ -87,7 +87,7 @@ def test_a_normalising_head_gives_what_is_taken_as_standardised():
             return self.conv((x - self.mean) / 0.25)
 
     head = Head().eval()
-    found = distributions(trace(head), {}, {"conv": torch.ones(4, 3, 1, 1, dtype=torch.float64)})["conv"]
+    found = Distributions(trace(head), {}, {"conv": torch.ones(4, 3, 1, 1, dtype=torch.float64)}).seen["conv"]
     near(found, head.conv.bias.detach().double(), torch.full((4,), math.sqrt(3), dtype=torch.float64))
 
 

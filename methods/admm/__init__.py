@@ -59,7 +59,7 @@ from ..core.graph.graph import trace
 from ..core.graph.live import give_back
 from ..core.graph.weights import layer_of
 from ..core.method import check_call
-from ..core.settings import check_idle
+from ..core.settings import check_idle, check_idle_without
 from ..core.train.finetune import Hooks, Recipe, train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
@@ -70,6 +70,8 @@ DATA = "train"
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
 quick = without_renewal  # what compress_to_size looks for the size with
 GRIDS = {"levels": Intervals, "clusters": Clusters}
+WITHOUT = {"bits": ("grid", "quantize_rho", "quantize_iterations", "quantize", "refit", "fix_rounds", "fix_fraction",
+                    "fix")}
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     budget.require("admm", "density", optional=("bits",))
+    check_idle_without(config, budget, WITHOUT)
     check_renewal(model, config.batchnorm, task)
     given, model = model, task.placed(own_copy(model))
     density = budget.per_layer("density", weight_layers(model))

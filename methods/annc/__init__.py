@@ -131,6 +131,8 @@ class Config:
         idle = dict.fromkeys(found, f"mode = {self.mode!r}")
         if self.mode == "quantize" and self.bits_epochs != 0:
             idle["start_bits"] = "widths are chosen before anything is trained with them"
+        if self.mode != "prune" and self.bits_epochs == 0:
+            idle |= dict.fromkeys(("least_bits", "most_bits"), "bits_epochs = 0 chooses no widths")
         return idle
 
 

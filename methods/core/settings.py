@@ -4,6 +4,7 @@ A method's Config says which by `idle() -> {setting, or "recipe.setting": why}` 
 """
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import ConfigError
@@ -17,14 +18,26 @@ def is_a(value: Any, kind: type) -> bool:
 
 def check_idle(config: Any) -> None:
     """ConfigError where `config` has another value than the default for a setting that does nothing in it."""
+    _refuse(config, config.idle())
+
+
+def check_idle_without(config: Any, budget: Any, settings: Mapping[str, Sequence[str]]) -> None:
+    """As `check_idle`, of what does nothing with a budget: `settings` {field that it lacks: names of settings}."""
+    for field, names in settings.items():
+        if getattr(budget, field) is None:
+            _refuse(config, dict.fromkeys(names, f"the budget has no {field!r}"))
+
+
+def _refuse(config: Any, idle: Mapping[str, str]) -> None:
+    """A recipe of 0 epochs passes: it says the same."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    for name, why in config.idle().items():
+    for name, why in idle.items():
         first, _, rest = name.partition(".")
         value, usual = getattr(config, first), [defaults[first]]
         if rest and value is not None:  # a recipe written out has the defaults of its class
             usual = [getattr(recipe, rest) for recipe in (type(value), *usual) if recipe is not None]
             value = getattr(value, rest)
-        if value not in usual:
+        if value not in usual and getattr(value, "epochs", 1) != 0:
             raise ConfigError(f"{name} = {value!r} does nothing: {why}; leave it out")
 
 

@@ -42,7 +42,7 @@ from ..core.budget import Budget
 from ..core.errors import CompressError
 from ..core.fit.calibrate import calibrate
 from ..core.fit.criteria import score_weight
-from ..core.fit.layer_rates import WIDTHS, equal_drop, equal_drop_bits
+from ..core.fit.layer_rates import equal_drop, equal_drop_bits
 from ..core.fit.weight_quantizers import find_quantizer
 from ..core.graph.build import apply, assemble, own_copy
 from ..core.graph.fold import fold_codes
@@ -55,7 +55,7 @@ from ..core.train.task import Task
 from .blocks import BlockPruning, Course, of_equal_shape
 from .curves import Sensitivity, density_curves, pruning_curves, quantization_curves, width_curves
 from .dressed import Dressed
-from .plan import Plan, check_data, companions, make_plan
+from .plan import HALF, Plan, check_data, companions, make_plan, widths_of
 from .pruning import RUNS, Masks, Pruning, started_anew
 from .scores import Units, make_scores
 from .settings import FLOAT16, SIZED, Config, Prune, Quantize
@@ -64,7 +64,6 @@ __all__ = ["Config", "Prune", "Quantize", "Sensitivity", "compress", "pruning_cu
 
 DATA = "train"
 SIZE_KNOB = SIZED["weight"]  # by default; Config.size_knob has it for other settings
-HALF = torch.finfo(torch.float16).max
 
 
 def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config, generator: torch.Generator,
@@ -126,10 +125,9 @@ def quantize(model: nn.Module, task: Task | None, dressed: Dressed, plan: Plan, 
     if plan.bits is None:
         return
     kind, bits = find_quantizer(settings.quantizer), {b: plan.bits[b] for b in plan.bits if b in dressed.coats}
-    if settings.widths == "sensitivity":
-        widths = [b for b in WIDTHS if kind.widths[0] <= b <= kind.widths[1]]
-        curves = width_curves(model, task, dressed, widths, settings.scheme, settings.per_channel,
-                              run=run.stage("widths"))
+    if settings.widths == "sensitivity" and bits:
+        curves = width_curves(model, task, dressed, widths_of(settings.quantizer), settings.scheme,
+                              settings.per_channel, run=run.stage("widths"))
         bits = equal_drop_bits(curves, {name: dressed.master(name).numel() for name in curves}, *set(bits.values()))
     dressed.quantize({name: kind(width, settings.scheme, settings.per_channel) for name, width in bits.items()})
     if settings.recipe is not None:

@@ -3,21 +3,25 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from ..core.budget import Budget
 from ..core.errors import BudgetError, CompressError, ConfigError
 from ..core.fit.criteria import CRITERIA, check_scope
+from ..core.fit.layer_rates import WIDTHS
 from ..core.fit.quantize import find_scheme
 from ..core.fit.weight_quantizers import find_quantizer
 from ..core.graph.coupled import Group, find_groups
 from ..core.graph.graph import Graph
-from ..core.graph.weights import weight_layers
+from ..core.graph.weights import Layer, weight_layers
 from ..core.train.finetune import check_trainable
 from ..core.train.task import Task
 from .blocks import removable
 from .pruning import interval_of
-from .settings import Config
+from .settings import FLOAT16, Config
+
+HALF = torch.finfo(torch.float16).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +51,10 @@ def make_plan(model: nn.Module, graph: Graph, budget: Budget, config: Config) ->
             kind = find_quantizer(config.quantize.quantizer, width)
             find_scheme(config.quantize.scheme, [width] if "scheme" in kind.settings else ())
         chosen = list(bits)
-        if config.quantize.widths == "sensitivity" and len(set(bits.values())) > 1:
-            raise ConfigError(f"widths = 'sensitivity' takes one number of bits, not {sorted(set(bits.values()))}")
+        if config.quantize.widths == "sensitivity":
+            check_sensitivity(bits, config.quantize.quantizer)
+    elif config.quantize.quantizer == FLOAT16:
+        check_range(layers)
     if "prune" not in config.order:
         return Plan(chosen, bits, {}, None, {})
     if prune.granularity == "block":
@@ -69,6 +75,29 @@ def make_plan(model: nn.Module, graph: Graph, budget: Budget, config: Config) ->
         raise ConfigError(f"criterion = 'slim' ranks by batch norm, and no affine one follows {bare[0]}: allowed are "
                           "l1, l2, fpgm, taylor, movement, random, or to leave the layer alone")
     return Plan(chosen, bits, densities, groups, norms)
+
+
+def check_sensitivity(bits: Mapping[str, int], quantizer: str) -> None:
+    """An error where widths = "sensitivity" could choose none."""
+    asked, narrowest = sorted(set(bits.values())), min(widths_of(quantizer))
+    if len(asked) != 1:
+        raise ConfigError(f"widths = 'sensitivity' takes one number of bits, not {asked}")
+    if asked[0] < narrowest:
+        raise BudgetError(f"budget bits = {asked[0]} with widths = 'sensitivity': allowed is {narrowest} or more")
+
+
+def widths_of(quantizer: str) -> list[int]:
+    """The widths that widths = "sensitivity" measures."""
+    low, high = find_quantizer(quantizer).widths
+    return [b for b in WIDTHS if low <= b <= high]
+
+
+def check_range(layers: Mapping[str, Layer]) -> None:
+    """CompressError for a weight that is no 16-bit float."""
+    for name, layer in layers.items():
+        largest = float(layer.weight.detach().abs().max()) if layer.weight.numel() else 0.0
+        if largest > HALF:
+            raise CompressError(f"a weight of {name} is {largest:g}: float16 ends at {HALF:g}")
 
 
 def channel_groups(graph: Graph, densities: Mapping[str, float], chosen: list[str]

@@ -190,14 +190,15 @@ CONTROLLED: dict[str, Callable[[Pruning], None]] = {
 def started_anew(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """A copy of `model` with the initial weights that its modules draw; frozen parameters stay as they are."""
     model = copy.deepcopy(model)
-    frozen = {name: value.clone() for name, value in model.named_parameters() if not value.requires_grad}
+    drawn = copy.deepcopy(model).cpu()  # wherever the network lies, the seed says what is drawn
     seed = int(torch.randint(2**62, (), generator=generator))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        for module in model.modules():
+        for module in drawn.modules():
             for reset in ("reset_parameters", "_reset_parameters"):
                 if hasattr(module, reset):
                     getattr(module, reset)()
-    for name, value in frozen.items():
-        model.get_parameter(name).copy_(value)
+    frozen = {name for name, value in model.named_parameters(remove_duplicate=False) if not value.requires_grad}
+    model.load_state_dict({name: value for name, value in drawn.state_dict().items() if name not in frozen},
+                          strict=False)
     return model

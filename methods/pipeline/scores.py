@@ -119,8 +119,8 @@ class Gradients(Scores):
         self.batches += 1
 
     def now(self) -> dict[str, Tensor]:
-        shape = (lambda w: w.shape[:1]) if self.channels else (lambda w: w.shape)
-        zeros = {name: torch.zeros(shape(self.dressed.master(name))) for name in self.layers}
+        zeros = {name: torch.zeros_like(self.dressed.master(name)) for name in self.layers}
+        zeros = {name: per_channel(zero) if self.channels else zero for name, zero in zeros.items()}
         return {name: self.sums.get(name, zeros[name]) / max(self.batches, 1) for name in self.layers}
 
     def ready(self) -> bool:

@@ -110,6 +110,8 @@ class Prune:
             found["score_batches"] = f"criterion = {self.criterion!r} sees no gradients"
         if self.criterion != "slim":
             found["penalty"] = f"criterion = {self.criterion!r} penalises nothing"
+        elif self.schedule == "one_shot" and self.before is None:
+            found["penalty"] = f"{chosen} without `before` trains nothing before it chooses masks"
         return found
 
 

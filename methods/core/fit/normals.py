@@ -61,20 +61,18 @@ def read_normal(norm: nn.Module) -> Normal:
     return Normal(norm.bias.detach().cpu().double(), norm.weight.detach().cpu().double().abs())
 
 
-def distributions(graph: Graph, outputs: Mapping[str, Normal], weights: Mapping[str, Tensor]
-                  ) -> dict[str, Normal | None]:
-    """{node: what its output is taken for}, from its batch norms, folded or not; None where nothing is known."""
-    return Distributions(graph, outputs, weights).seen
-
-
 class Distributions:
-    """Node by node; `moved` {node: [1, ...] which channel of `seen` lies where} of values that were moved about."""
+    """What the output of every node is taken for, from the batch norms, folded or not, of a network.
+
+    outputs  {layer: Normal} of those whose batch norm is folded;  weights  {layer: weight}
+    seen     {node: Normal}, None where nothing is known
+    moved    {node: [1, ...] which channel of `seen` lies where} of values that were moved about
+    """
 
     def __init__(self, graph: Graph, outputs: Mapping[str, Normal], weights: Mapping[str, Tensor]):
         self.outputs, self.weights = outputs, weights
         self.seen: dict[str, Normal | None] = {}
         self.moved: dict[str, Tensor] = {}
-        self.shapes: dict[str, torch.Size] = {}
         self.raw: set[str] = set()  # the network's input, and what is computed from it alone: standardised
         rules = {"conv": self._multiplied, "linear": self._multiplied, "add": self._added, "bn": self._normalised,
                  "cat": self._joined, "view": self._placed, "identity": self._placed, "squash": self._sampled,
@@ -89,6 +87,10 @@ class Distributions:
                 inputs = [self.seen[name] for name in node.inputs]
                 rule = rules.get(node.op, self._passed if node.on_codes or node.op == "avgpool" else self._unknown)
                 self.seen[node.name] = rule(node, inputs)
+
+    def placed(self) -> dict[str, Normal | None]:
+        """`seen`, and None where the channels lie in no dimension of their own: a layer reads something else there."""
+        return {name: None if self._unplaced(name) else normal for name, normal in self.seen.items()}
 
     def _unplaced(self, name: str) -> bool:
         """Whether nothing is known of a value, or its channels lie in no dimension of their own."""
