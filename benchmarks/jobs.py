@@ -1,6 +1,5 @@
 """A job is one row: a method with a budget and a configuration, on a task and network; where jobs are written down."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from methods.core.budget import Budget
 from methods.core.errors import ConfigError
 from methods.core.file.layouts import INDEX_BITS
 
-from .metrics import OF_A_LAYER, OF_A_ROW, unknown_metric
+from .metrics import OF_A_LAYER, OF_A_ROW, number_of, unknown_metric
 from .networks import find
 from .rows import LARGEST, ROOT, shortened, slug, stem
 from .settings import build, read_toml
@@ -143,11 +142,6 @@ def _check_numbers(table: Mapping[str, Any], where: str, path: str, known: tuple
         fault = unknown_metric(f"{path}{key}", known)
         if fault is not None:
             raise ConfigError(f"{where}: {fault}")
-
-
-def number_of(value: Any) -> Any:
-    """The number that a text with a 0 as its last decimal spells; anything else as it is."""
-    return float(value) if isinstance(value, str) and re.fullmatch(r"-?\d+\.\d*0", value) else value
 
 
 def all_tables() -> list[Table]:

@@ -1,6 +1,8 @@
 """The numbers of a row that a paper may print, by their dotted paths; others under `paper` are refused as typos."""
 
+import re
 from difflib import get_close_matches
+from typing import Any
 
 from .accounting import COUNTED
 
@@ -26,3 +28,13 @@ def unknown_metric(path: str, known: tuple[str, ...]) -> str | None:
         return None
     near = get_close_matches(path, known, 3, 0.5)
     return f"there is no metric {path!r}; near: {', '.join(near if near else known[:4])}"
+
+
+def number_of(value: Any) -> Any:
+    """The number that a text with a 0 as its last decimal spells, as tables have it for printed zeros; anything else as
+    it is.
+
+    >>> number_of("0.060"), number_of(0.36), number_of("0.06")
+    (0.06, 0.36, '0.06')
+    """
+    return float(value) if isinstance(value, str) and re.fullmatch(r"-?\d+\.\d*0", value) else value

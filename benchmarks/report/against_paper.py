@@ -6,6 +6,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ..metrics import number_of
 from ..rows import visible
 from .seeds import over_seeds, spread_of
 from .table import in_markdown
@@ -28,7 +29,7 @@ def lookup(row: Row, path: str) -> float | None:
 
 def compared(row: Row) -> list[tuple[str, float, float | None]]:
     """(metric, paper, ours) for every printed number: of the row, then of each layer."""
-    return [(metric, float(text) if isinstance(text, str) else text, ours) for metric, text, ours in as_printed(row)]
+    return [(metric, number_of(text), ours) for metric, text, ours in as_printed(row)]
 
 
 def as_printed(row: Row) -> list[tuple[str, float | str, float | None]]:

@@ -18,6 +18,7 @@ from typing import Any
 from methods.core.errors import ConfigError
 
 from ..chance import Z95, standard_error, t_of
+from ..metrics import number_of
 from .against_paper import as_printed, deviations, lookup
 from .seeds import spread_of
 
@@ -50,7 +51,7 @@ def verdicts(row: Row) -> list[Verdict]:
 
 def judged(metric: str, text: float | str, ours: float | None, row: Row) -> Verdict:
     """The verdict on one number; `row` tells how many inputs an accuracy is a mean over."""
-    kind, printed = kind_of(metric, row["budget"]), float(text) if isinstance(text, str) else text
+    kind, printed = kind_of(metric, row["budget"]), number_of(text)
     if ours is None:
         return Verdict(metric, printed, None, None, MISSING, kind)
     gain = round(direction(metric) * (ours - printed), 9)
