@@ -93,3 +93,13 @@ def test_the_picture_has_each_row_at_its_loss():
     assert (0.75, 1.25) in [tuple(map(float, line.get_xdata())) for line in panels["4x smaller"].lines]
     texts = [text.get_text() for text in panels["another size"].texts]
     assert texts == ["6.15x", "9.0 at 2.00x →"] and figure.axes[0].yaxis_inverted()
+
+
+def test_the_picture_names_the_seeds_of_a_mean():
+    def three(name, change, size):
+        return over_seeds([lost(name, "df_mpc", change + shift, size=size, seed=seed)
+                           for seed, shift in enumerate((-0.25, 0.0, 0.25))])
+
+    rows = [*ROWS, *three("four, 4x", -1.5, 1000), *three("four", -1.0, 700), *three("five", -15.25, 700)]
+    texts = [text.get_text() for panel in equal.ways_plot(rows).axes for text in panel.texts]
+    assert sorted(one for one in texts if "seeds" in one) == ["15.2 at 5.71x, 3 seeds →", "3 seeds", "5.71x, 3 seeds"]

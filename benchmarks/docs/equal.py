@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ..report.seeds import paired_interval
 from ..report.table import in_markdown
 from .figures import bottom_of, series
-from .words import DATA, Row, look, points, points_lost, times
+from .words import DATA, Row, look, points, points_lost, seeds_of, times
 
 ALIKE = 0.9  # of the largest file: sizes that count as one
 SEVERAL = 3  # methods that a size needs to be a column
@@ -94,7 +94,7 @@ def ways_table(rows: Sequence[Row]) -> str:
 def _lost(row: Row, best: bool = False) -> str:
     text, between = points(points_lost(row)), limits(row)
     text = f"**{text}**" if best else text
-    seeds = f", {len(row['seeds'])} seeds" if "seeds" in row else ""
+    seeds = f", {seeds_of(row)}" if seeds_of(row) else ""
     return text + seeds if between is None else f"{text} ({points(between[0])} to {points(between[1])}{seeds})"
 
 
@@ -111,8 +111,8 @@ def ways_plot(rows: Sequence[Row]) -> Figure:
     for y, (_, cells, rest) in enumerate(found.lines):
         for panel, cell in zip(panels, [*cells, rest], strict=False):
             for row in cell:
-                text = times(smaller(row)) if cell is rest else ""
-                _mark(panel, row, y, edge, look(row["method"], methods), text)
+                size = times(smaller(row)) if cell is rest else ""
+                _mark(panel, row, y, edge, look(row["method"], methods), size)
     for panel, head in zip(panels, heads, strict=True):
         panel.set_title(head, fontsize=9)
         panel.axvline(0, color="0.4", lw=1, ls="--")
@@ -125,17 +125,18 @@ def ways_plot(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _mark(panel: Axes, row: Row, y: float, edge: float, shape: tuple[str, str], text: str) -> None:
-    lost, between = points_lost(row), limits(row)
-    (colour, marker), far = shape, lost > edge
-    if far:
-        text = f"{lost:.1f}" if not text else f"{lost:.1f} at {text}"
+def _mark(panel: Axes, row: Row, y: float, edge: float, shape: tuple[str, str], size: str) -> None:
+    """A row, with its size and its seeds, if there are several, in words."""
+    lost, between, (colour, marker) = points_lost(row), limits(row), shape
+    if lost > edge:
+        text = ", ".join(filter(None, (f"{lost:.1f} at {size}" if size else f"{lost:.1f}", seeds_of(row))))
         panel.annotate(f"{text} →", (edge + 0.4, y), xytext=(-3, 0), textcoords="offset points", fontsize=7,
                        ha="right", va="center", color=colour)
         return
     if between is not None:
         panel.plot(between, (y, y), color=colour, lw=1.2, solid_capstyle="butt")
     panel.plot([lost], [y], color=colour, marker=marker, ms=5, ls="none")
+    text = ", ".join(filter(None, (size, seeds_of(row))))
     if text:
         end = lost if between is None else max(between[1], lost)
         panel.annotate(text, (end, y), xytext=(5, 0), textcoords="offset points", fontsize=7, va="center")

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from ..chance import Z95
 from ..report.seeds import paired_interval
-from .words import Row, count, look, method_name, points_lost, size
+from .words import Row, count, look, method_name, points_lost, seeds_of, size
 
 AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = {  # label, cost of a row, of a tick
     "bytes": ("size of the file", lambda r: r["bytes"], size),
@@ -84,6 +84,7 @@ def front_plot(rows: Sequence[Row], axis: str, *, wide: bool = False) -> Figure:
     panel.grid(alpha=0.25)
     _ticks(panel, tick)
     names = [r["name"] if len(methods) == 1 else series(r) or method_name(r["method"]) for r in rows]
+    names = [", ".join(filter(None, (name, seeds_of(r)))) for name, r in zip(names, rows, strict=True)]
     named = [(cost(r), points_lost(r), name) for r, name in zip(rows, names, strict=True)]
     figure.draw_without_rendering()
     _name_points(panel, [one for one in named if one[1] <= bottom])
