@@ -269,7 +269,7 @@ def test_the_wanted_size_falls_and_stays():
 
 def test_mistakes(tiny):
     for config, message in (({"c": 0.0}, "above 0"), ({"falling": 1.5}, "together are at most 1"),
-                            ({"settling": 0.6}, "at most 1"),
+                            ({"settling": 0.6}, "at most 1"), ({"holding": 1.5}, "holding = 1.5: allowed is a share"),
                             ({"c": 0.1, "start": 3.0}, "start = 3.0 does nothing: it looks for c"),
                             ({"damping": -1.0}, "damping = -1.0: allowed"), ({"bias_bits": 8}, "16, 32")):
         with pytest.raises(ConfigError, match=message):

@@ -1,4 +1,4 @@
-"""Dead codes in rate-aware training: gone for good, nobody counts them, and no output changes."""
+"""Dead codes in rate-aware training are gone for good, nobody counts them, and no output changes; zeros may be held."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from methods import rptq_train
 from methods.core.file.storage import to_bytes
 from methods.core.graph.build import weight_layers
-from methods.rptq_train.rated import RateAware
+from methods.rptq_train.rated import RateAware, Rated
 from tests.perceptron import Plain, entropy
 
 
@@ -77,3 +77,32 @@ def test_a_resumed_training_remembers_what_is_dead():
             second.load_state_dict(weights)
             again.restore(state)
             assert not again.quantizers["a"].codes(torch.ones(112, 192))[50:].any()
+
+
+@pytest.mark.parametrize("contexts", [False, True])
+def test_zeros_that_are_held_stay_and_no_more_come(contexts):
+    torch.manual_seed(0)
+    weight = torch.randn(20, 30)
+    quantizer = Rated(weight, 1.0, contexts)
+    before = quantizer.codes(weight)
+    quantizer.hold(weight)
+    assert torch.equal(quantizer.codes(weight), before) and 0 < int((before == 0).sum()) < 600
+    moved = torch.randn(20, 30) * 2
+    after = quantizer.codes(moved)
+    assert torch.equal(after != 0, before != 0)
+    kept = before != 0
+    assert torch.equal(after[kept], (moved.abs().add(0.5).floor().clamp_min(1) * moved.sign())[kept])
+
+
+def test_zeros_are_held_from_the_step_that_was_asked_for():
+    """At 3 of 6 steps; before, any weight may become one."""
+    model, seen = Plain(), []
+    with RateAware(model, dict.fromkeys(weight_layers(model), 0.05), 1e4, 0, False, holding=3) as hooks:
+        for step in range(6):
+            with torch.no_grad():
+                weight = hooks.behind("a")
+                weight.copy_(0.05 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(step)))
+            hooks.after_step(model, 0.0)
+            seen.append(hooks.quantizers["a"].codes(hooks.behind("a")) != 0)
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+    assert torch.equal(seen[2], seen[3]) and torch.equal(seen[3], seen[5])

@@ -78,9 +78,11 @@ def test_what_is_weighed_has_the_bytes_of_what_is_stored(tiny, hooked, bits):
     assert stored - len(to_bytes(replace(made, activations={}))[0]) > 8 * len(made.activations)
 
 
-def test_a_training_cut_while_prices_stay_goes_on_with_the_same_prices(tiny):
-    """24 steps; prices are set last after step 12 and used for new thresholds at step 24, after the cut at 20."""
-    config = {"recipe": Recipe(epochs=6, lr=0.1), "falling": 0.3, "settling": 0.34}
+@pytest.mark.parametrize("holding", [0.0, 0.3])
+def test_a_training_cut_while_prices_stay_goes_on_with_the_same_prices_and_zeros(holding, tiny):
+    """24 steps; prices are set last after step 12 and used for new thresholds at step 24, after the cut at 20; zeros
+    stay from step 17."""
+    config = {"recipe": Recipe(epochs=6, lr=0.1), "falling": 0.3, "settling": 0.34, "holding": holding}
     counted = tiny.Run()
     whole = compress(tiny, 0.12, run=counted, **config)
     saves = [i for i, (_, what) in enumerate(counted.calls) if what == "save"]

@@ -96,6 +96,7 @@ class Config:
 
     falling       share of the training in which the wanted size falls from the start's to the budget's
     settling      share of the training, its last part, in which prices stay
+    holding       share of the training, its last part, in which zeros stay, and no more come
     damping       how fast weights go back to the value of their code, in units of the learning rate
     contexts      price zeros by the use of their row and column, so that units die
     sensitivity_inputs, calibration_inputs   for the steps, for ranges
@@ -106,6 +107,7 @@ class Config:
     start: float = 1.1
     falling: float = 0.5
     settling: float = 0.1
+    holding: float = 0.0
     damping: float = 0.0
     contexts: bool = False
     activation_bits: int = 8
@@ -126,6 +128,8 @@ class Config:
         if not (0 <= self.falling and 0 <= self.settling and self.falling + self.settling <= 1):
             raise ConfigError(f"falling = {self.falling}, settling = {self.settling}: allowed are shares of the "
                               "training that together are at most 1")
+        if not 0 <= self.holding <= 1:
+            raise ConfigError(f"holding = {self.holding}: allowed is a share of the training, 0 to 1")
         if self.bias_bits not in (16, 32):
             raise ConfigError(f"bias_bits = {self.bias_bits}: allowed are 16, 32")
         if self.recipe.ema > 0:
@@ -167,12 +171,13 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     task.placed(student)
     total = config.recipe.epochs * len(task.train) if task.train is not None else 0
     settling = round((1 - config.settling) * total) if total else math.inf
+    holding = round((1 - config.holding) * total) if total and config.holding > 0 else math.inf
 
     def weigh(hooks: RateAware) -> int:
         return Ending(hooks.bare(), skeleton, hooks, config, c).expected()
 
     hooks = RateAware(student, start.steps(c), 8 * (limit - least), round(config.falling * total), config.contexts,
-                      settling=settling, damping=config.damping, weigh=weigh, limit=AIM * limit)
+                      settling=settling, holding=holding, damping=config.damping, weigh=weigh, limit=AIM * limit)
     with hooks:
         train(student, task, config.recipe, generator, hooks=hooks, run=run.stage("rate"))
         hooks.refresh(steer=False)

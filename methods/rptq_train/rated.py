@@ -28,6 +28,7 @@ class Rated(nn.Module):
     [C_out, C_in, 1, ...] those of code 1, where contexts price each place on its own, else empty
     bits   [top + 1] of each magnitude; zero, other [C_out, C_in] of "is 0" and "is not", in contexts
     live   bool, shape of the weight: elsewhere the code is 0 and no file holds it
+    held   bool, shape of the weight: elsewhere the code is 0, there it is not; empty before `hold`
     """
 
     def __init__(self, weight: Tensor, step: float | Tensor, contexts: bool):
@@ -37,6 +38,7 @@ class Rated(nn.Module):
         top = min(max(2 * int((weight.abs().cpu() / self.step).max().round()), 7), TOP)
         self.register_buffer("edges", torch.arange(top) + 0.5)
         self.register_buffer("live", torch.ones_like(weight, dtype=torch.bool, device="cpu"))
+        self.register_buffer("held", torch.empty(0, dtype=torch.bool), persistent=False)
         bits, one = self.edges.new_zeros(top + 1), weight.new_zeros(1, 1)
         for name, value in (("bits", bits), ("zero", one), ("other", one)):
             self.register_buffer(name, value, persistent=False)
@@ -48,7 +50,13 @@ class Rated(nn.Module):
         codes = torch.bucketize(size, self.edges, right=True)
         if self.first.numel():
             codes = torch.where(size >= self.first, codes.clamp_min(1), 0)
+        if self.held.numel():
+            codes = torch.where(self.held, codes.clamp_min(1), 0)
         return codes * weight.detach().sign() * self.live
+
+    def hold(self, weight: Tensor) -> None:
+        """From now on what is 0 in `weight` stays 0, and nothing else becomes it."""
+        self.held = self.codes(weight) != 0
 
     def above(self, weight: Tensor) -> Tensor:
         """How far |w| / step is above the threshold of code 1."""
@@ -105,6 +113,7 @@ class RateAware(Hooks):
     units    {layer: step of the folded weight};  goal  bits of all codes at the end;  falling  steps until then
     settling  step from which prices stay: weights gather at the thresholds, and these must not move away from them.
              lam may rise, so that the size stays below the goal
+    holding  step from which zeros stay, and no more come
     damping  how fast weights go back to the value of their code, in units of the learning rate
     weigh    bytes of the file as it would be now; `limit` bytes are what it may take: after each epoch the goal is
              corrected by what the file takes besides and less, and codes that reach no output are gone for good: else
@@ -114,10 +123,11 @@ class RateAware(Hooks):
     """
 
     def __init__(self, model: nn.Module, units: Mapping[str, float], goal: float, falling: int, contexts: bool, *,
-                 settling: float = math.inf, damping: float = 0.0,
+                 settling: float = math.inf, holding: float = math.inf, damping: float = 0.0,
                  weigh: Callable[["RateAware"], int] | None = None, limit: float = 0.0):
         self.model, self.units, self.goal, self.falling = model, dict(units), goal, falling
-        self.settling, self.damping, self.weigh, self.limit = settling, damping, weigh, limit
+        self.settling, self.holding, self.damping = settling, holding, damping
+        self.weigh, self.limit = weigh, limit
         self.before, self.norms = copy.deepcopy(model).cpu(), norms_after(model)
         self.quantizers = {name: Rated(layer.weight.detach(), self.step_of(name), contexts)
                            for name, layer in weight_layers(model).items()}
@@ -135,6 +145,7 @@ class RateAware(Hooks):
             parametrize.register_parametrization(*place_of(layer), quantizer.to(layer.weight.device))
         self.refresh(steer=False)
         self.start = max(self.entropy, self.goal)
+        self.hold()
         return self
 
     def __exit__(self, *error):
@@ -190,9 +201,15 @@ class RateAware(Hooks):
 
     def after_step(self, model: nn.Module, lr: float) -> None:
         self.steps += 1
+        self.hold()
         if self.steps % EVERY == 0:
             self.damp(lr)
             self.refresh()
+
+    def hold(self) -> None:
+        """Hold the zeros, if it is time."""
+        for name, quantizer in self.quantizers.items() if self.steps == self.holding else ():
+            quantizer.hold(self.behind(name))
 
     @torch.no_grad()
     def damp(self, lr: float) -> None:
@@ -230,7 +247,7 @@ class RateAware(Hooks):
                         mean.sub_(constant.to(mean))
 
     def state(self) -> dict:
-        prices = {name: (x.bits, x.zero, x.other) for name, x in self.quantizers.items()}
+        prices = {name: (x.bits, x.zero, x.other, x.held) for name, x in self.quantizers.items()}
         return {**{key: getattr(self, key) for key in ("lam", "steps", "start", "entropy", "goal")}, "prices": prices}
 
     def restore(self, state: dict) -> None:
@@ -238,5 +255,6 @@ class RateAware(Hooks):
             state[key] for key in ("lam", "steps", "start", "entropy", "goal"))
         for name, prices in state["prices"].items():
             quantizer = self.quantizers[name]
-            quantizer.bits, quantizer.zero, quantizer.other = (x.to(quantizer.edges.device) for x in prices)
+            quantizer.bits, quantizer.zero, quantizer.other, quantizer.held = (
+                x.to(quantizer.edges.device) for x in prices)
 
