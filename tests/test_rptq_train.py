@@ -283,7 +283,7 @@ def test_mistakes(tiny):
 
 
 def test_a_task_that_cannot_be_trained_on_is_refused_before_anything_is_measured(tiny, monkeypatch):
-    monkeypatch.setattr(rptq_train, "Quantizer", lambda *_: pytest.fail("sensitivities come first"))
+    monkeypatch.setattr(rptq_train, "begin", lambda *_: pytest.fail("sensitivities come first"))
     task = replace(tiny.task(), train=None, calibration=tiny.task().train)
     with pytest.raises(ConfigError, match="no training batches"):
         rptq_train.compress(tiny.model(), task, Budget(size_ratio=0.2), SHORT, torch.Generator().manual_seed(0))

@@ -66,12 +66,11 @@ from torch import Tensor, nn
 
 from ..core.artifact import Affine, CompressedModel, CompressedTensor
 from ..core.budget import Budget
-from ..core.errors import BudgetError, CompressError, CompressWarning, ConfigError
+from ..core.errors import BudgetError, CompressWarning, ConfigError
 from ..core.fit.calibrate import calibrate, check_calibration
-from ..core.fit.rates import round_to_rate
 from ..core.fit.sixteen_bit import rounded
-from ..core.fit.size import any_ranges, file_bytes, room
-from ..core.graph.build import apply, assemble, float_bytes, own_copy, weight_layers
+from ..core.fit.size import any_ranges, file_bytes
+from ..core.graph.build import apply, assemble, own_copy, weight_layers
 from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after, scale_channels
 from ..core.graph.graph import trace
 from ..core.graph.shrink import shrink
@@ -82,9 +81,9 @@ from ..core.train.recipe import Distill, Recipe
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import Task
-from ..rptq import Config as Untrained
-from ..rptq import Quantizer, width, with_half_biases
+from ..rptq import width, with_half_biases
 from .rated import RateAware
+from .start import begin, retrained
 
 DATA = "train"
 LEAST, AIM, TRIES = 0.99, 0.98, 24
@@ -94,6 +93,7 @@ LEAST, AIM, TRIES = 0.99, 0.98, 24
 class Config:
     """recipe: of the training, with its teacher; c: of the steps, or none for a start at `start` times the budget.
 
+    retrain       of the float weights before it, without those whose codes at the start are 0; none: the given weights
     falling       share of the training in which the wanted size falls from the start's to the budget's
     settling      share of the training, its last part, in which prices stay
     holding       share of the training, its last part, in which zeros stay, and no more come
@@ -103,6 +103,7 @@ class Config:
     """
 
     recipe: Recipe = Recipe(epochs=6, lr=0.005, weight_decay=0.0, distill=Distill(temperature=2.0, alpha=0.1))
+    retrain: Recipe | None = None
     c: float | None = None
     start: float = 1.1
     falling: float = 0.5
@@ -160,13 +161,10 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     trace(model)
     budget.per_layer("size_ratio", weight_layers(model))  # refuses a network without layers
     task = ready(own_copy(model), task, config)
-    start = Quantizer(model, task.calibration_inputs(config.sensitivity_inputs).cpu().contiguous(),
-                      Untrained(sensitivity_inputs=config.sensitivity_inputs, bias_bits=config.bias_bits,
-                                activation_bits=config.activation_bits), generator)
-    least = start.least_bytes()
-    limit = room(budget.size_ratio, float_bytes(model), least)
-    c = config.c if config.c is not None else starting_c(start, 8 * (config.start * limit - least))
-    check_codes(start, c, config, limit, least)
+    start, c, limit, least = begin(model, task, budget, config, generator)
+    if config.retrain is not None:
+        model = retrained(model, task, start.masks(c), config.retrain, generator, run.stage("retrain"))
+        start, c, limit, least = begin(model, task, budget, config, generator)
     student, skeleton = own_copy(model), model
     task.placed(student)
     total = config.recipe.epochs * len(task.train) if task.train is not None else 0
@@ -188,37 +186,6 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
         warnings.warn(f"no code is left in {', '.join(empty)}, in a file of {file_bytes(made):,} of {limit:,} bytes: a "
                       "longer training, a lower rate or a larger file may keep some", CompressWarning, stacklevel=2)
     return made
-
-
-def starting_c(quantizer: Quantizer, bits: float) -> float:
-    """c at which rounding with prices gives codes of `bits` bits in all."""
-    low, high = math.log(quantizer.finest), math.log(quantizer.coarsest)
-    for _ in range(14):
-        middle = (low + high) / 2
-        low, high = (middle, high) if coded_bits(quantizer, math.exp(middle)) > bits else (low, middle)
-    return math.exp((low + high) / 2)
-
-
-def coded_bits(quantizer: Quantizer, c: float) -> float:
-    """What the codes of all layers take together, rounded with prices at the steps of `c`."""
-    steps = quantizer.steps(c)
-    return sum(round_to_rate(w / steps[name])[1] for name, w in quantizer.weights.items())
-
-
-def check_codes(quantizer: Quantizer, c: float, config: Config, limit: int, least: int) -> None:
-    """ConfigError where no code but 0 is left at the steps of `c`, about what chose it: config.c, or config.start."""
-    if coded_bits(quantizer, c) > 0:
-        return
-    if coded_bits(quantizer, quantizer.finest) == 0:
-        raise CompressError("no weight of this network that is not 0 changes an output: there is nothing to code")
-    if config.c is not None:
-        raise ConfigError(f"c = {c:g}: every code of this network is 0 at such steps; allowed are smaller values")
-    edge = starting_c(quantizer, 0.0)  # about where the last codes become 0
-    while coded_bits(quantizer, edge) == 0:
-        edge = max(0.99 * edge, quantizer.finest)
-    share = (least + coded_bits(quantizer, edge) / 8) / limit
-    raise ConfigError(f"start = {config.start:g}: every code of this network is 0 in a file of {config.start:g} times "
-                      f"the budget; allowed are numbers above {math.ceil(1000 * share) / 1000:g}")
 
 
 class Ending:
