@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..core.budget import Budget
 from ..core.errors import CompressError, ConfigError
+from ..core.fit.project import keep_sparse
 from ..core.fit.prune import MaskHooks, apply_masks
 from ..core.fit.rates import round_to_rate
 from ..core.fit.size import room
@@ -27,7 +28,7 @@ class Start(Quantizer):
     """RPTQ's quantizer, where prices alone round."""
 
     def rounded(self, c: float) -> dict[str, tuple[Tensor, float]]:
-        """{layer: (codes, their bits)} at the steps of `c`."""
+        """{layer: (counts of magnitudes, bits)} of its codes at the steps of `c`."""
         steps = self.steps(c)
         return {name: round_to_rate(w / steps[name]) for name, w in self.weights.items()}
 
@@ -35,7 +36,9 @@ class Start(Quantizer):
         return sum(bits for _, bits in self.rounded(c).values())
 
     def masks(self, c: float) -> dict[str, Tensor]:
-        return {name: codes != 0 for name, (codes, _) in self.rounded(c).items()}
+        """{layer: True where its code is not 0}: the largest weights."""
+        return {name: keep_sparse(self.weights[name], int(counts[1:].sum()))
+                for name, (counts, _) in self.rounded(c).items()}
 
 
 def begin(model: nn.Module, task: Task, budget: Budget, config: "Config", generator: torch.Generator
