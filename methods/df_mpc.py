@@ -18,7 +18,8 @@ Symbols    r_j = gamma_j / sigma_j w_j: Filters.r;  y_j = beta_j - gamma_j mu_j 
 Departures
   * alpha and max|W|, which the paper drops because batch norm absorbs them, are kept, and batch norm is left as it is:
     how the paper re-calibrates mu^ and sigma^ is not published. Then y^ = y. batchnorm = "noise" (no data) or "data"
-    renews it before c is fitted, which then has mu^ and sigma^ as the formula says, and once more afterwards.
+    renews it after c is fitted. (Renewed before, too, so that y^ differs from y as in the formula, c is no better with
+    data and worse on noise.)
   * Pairs are taken greedily in forward order; a 1 x 1 convolution is never the low-bit layer. This gives the paper's
     choice: conv1 of a basic block, the 3 x 3 convolution of a bottleneck, every other layer of a plain network.
   * A channel for which the denominator of c is 0 (a dead filter) keeps c = 1.
@@ -38,7 +39,7 @@ from .core.errors import BudgetError, CompressError, ConfigError
 from .core.fit.batchnorm import check_mode, idle_size, needed_data, renew
 from .core.fit.odd_levels import quantize_odd
 from .core.fit.size import Knob
-from .core.graph.build import apply, assemble, own_copy, weight_layers
+from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.channels import Pair, fit_scales, read_filters, require_pairs, scale_outputs
 from .core.method import check_call
 from .core.settings import check_idle
@@ -104,15 +105,10 @@ def compress(model: nn.Module, task: Task | None, budget: Budget, config: Config
     low = {pair.first: config.low_bits for pair in pairs}
     weights = {name: quantize(layer.weight, low[name], None) if name in low else quantize_odd(layer.weight, bits[name])
                for name, layer in layers.items()}
-
-    def renewed() -> CompressedModel:
-        compressed = assemble(model, weights, notes={"low": list(low)})
-        return renew(compressed, given, config.batchnorm, generator, task=task, size=config.image_size)
-
     if config.compensate:
-        own = model if config.batchnorm == "keep" else apply(renewed(), given)
-        compensate(model, own, pairs, weights, config)
-    return renewed()
+        compensate(model, pairs, weights, config)
+    compressed = assemble(model, weights, notes={"low": list(low)})
+    return renew(compressed, given, config.batchnorm, generator, task=task, size=config.image_size)
 
 
 def choose_pairs(model: nn.Module, pairs: list[Pair]) -> list[Pair]:
@@ -145,14 +141,10 @@ def ternary(weight: Tensor, factors: Tensor | None) -> CompressedTensor:
     return CompressedTensor.of(weight.sign().to(torch.int32), grid, 2, mask)
 
 
-def compensate(model: nn.Module, own: nn.Module, pairs: list[Pair], weights: dict[str, CompressedTensor],
-               config: Config) -> None:
-    """c of every pair into the batch norms of `model`, or, where there is none, into scales of `weights` and biases.
-
-    own  the same network with mu^, sigma^: the statistics that the quantized layers have
-    """
+def compensate(model: nn.Module, pairs: list[Pair], weights: dict[str, CompressedTensor], config: Config) -> None:
+    """c of every pair into the batch norms of `model`, or, where there is none, into scales of `weights` and biases."""
     for pair in pairs:
-        have = read_filters(own, pair, weights[pair.first].decode())
+        have = read_filters(model, pair, weights[pair.first].decode())
         factors = fit_scales(read_filters(model, pair), have, config.lambda1, config.lambda2)
         if pair.norm is not None:
             scale_outputs(model, pair, factors)

@@ -63,28 +63,6 @@ def test_coefficients_are_one_dimensional_least_squares(lambda1, lambda2):
         assert ((stack[:, 0] * best - target) ** 2).sum() <= ((stack[:, 0] - target) ** 2).sum() + 1e-12
 
 
-def test_with_renewed_batch_norm_the_quantized_layer_has_statistics_of_its_own():
-    """mu^, sigma^ as the network without c has them after the same noise; afterwards they are renewed once more."""
-    model = net(seed=2)
-    rough, small = (df_mpc.compress(model, None, Budget(bits=6), Config(compensate=c, batchnorm="noise"),
-                                    torch.Generator().manual_seed(0)) for c in (False, True))
-    eps, gamma, beta = model[1].eps, model[1].weight.detach().double(), model[1].bias.detach().double()
-
-    def filters(weight, mean, variance):
-        gain = gamma / (variance.double() + eps).sqrt()
-        return gain[:, None] * weight.detach().double().reshape(6, -1), beta - gain * mean.double()
-
-    r, y = filters(model[0].weight, model[1].running_mean, model[1].running_var)
-    r_hat, y_hat = filters(rough.weights["0"].decode(), rough.rest["1.running_mean"], rough.rest["1.running_var"])
-    assert not torch.allclose(y, y_hat, rtol=0.05)
-    for j in range(6):
-        stack = torch.cat([r_hat[j], 0.5**0.5 * y_hat[j:j + 1]])
-        target = torch.cat([r[j], 0.5**0.5 * y[j:j + 1]])
-        best = max(float(stack @ target / (stack @ stack)), 0.0)
-        assert float(small.rest["1.weight"][j]) == pytest.approx(float(gamma[j]) * best, rel=1e-5)
-        assert float(small.rest["1.bias"][j]) == pytest.approx(float(beta[j]) * best, rel=1e-5)
-
-
 def test_an_exact_low_bit_layer_needs_no_compensation():
     model = net()
     with torch.no_grad():
