@@ -174,7 +174,9 @@ def closed_form(given: nn.Module, student: nn.Module, kept: Mapping[str, Tensor]
 
         mu' = mu + sum over taps (V m_S - W m) + what the bias moved,   v' = v [V (Cov_SS x K) V^T] / [W (Cov x K) W^T]
 
-    m, Cov of the inputs of the second layer, S the kept ones; K correlates the taps. Pools are passed over.
+    m, Cov of the inputs of the second layer, S the kept ones; K correlates the taps. Pools are passed over. What a
+    method puts into gamma and beta of the first norm (s tilde of UDFC, c of DF-MPC) makes up for what codes took from
+    the outputs of the first layer, so that m and Cov are those of the given network.
     """
     graph, found = trace(given), {}
     for pair in find_pairs(given):
