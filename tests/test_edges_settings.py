@@ -18,6 +18,7 @@ from methods import (
     neuron_merging,
     pipeline,
     prune_then_quantize,
+    rptq,
     udfc,
 )
 from methods import sequential_reconstruction as sequential
@@ -26,6 +27,7 @@ from methods.core.budget import Budget
 from methods.core.errors import BudgetError, CompressError, ConfigError
 from methods.core.fit.cluster import EXACT_CELLS, check_cells
 from methods.core.fit.size import compress_to_size
+from methods.core.graph.build import apply
 from methods.core.train.recipe import Distill, Recipe
 from methods.core.train.run import NullRun
 from methods.core.train.task import Task
@@ -223,3 +225,24 @@ def test_ridges_that_are_too_small_are_said():
                           nn.ReLU(), nn.Linear(8, 4)).eval()
     with pytest.raises(CompressError, match="ridge = 1e-10 is too small for 8 values of 512 inputs"):
         sequential.compress(model, None, Budget(bits=4), replace(SMALL, ridge=1e-10), seeded())
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("method, budget, config", [
+    (deep_compression, {"density": 0.5, "bits": 3}, deep_compression.Config(rounds=1, retrain=NONE, tune=replace(
+        NONE, weight_decay=0.0))),
+    (prune_then_quantize, {"density": 0.5, "bits": 3}, prune_then_quantize.Config(calibration_inputs=16)),
+    (rptq, {"size_ratio": 0.3}, rptq.Config(sensitivity_inputs=16, calibration_inputs=16)),
+    (dfq, {"bits": 8}, dfq.Config())])
+def test_a_layer_without_a_single_weight_is_left_alone(method, budget, config):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.none = nn.Linear(192, 8), nn.Linear(8, 4), nn.Linear(8, 0)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(torch.flatten(x, 1))))
+
+    torch.manual_seed(0)
+    made = method.compress(Net(), task(), Budget(**budget), config, seeded())
+    assert set(made.weights) == {"a", "b"} and apply(made, Net())(torch.rand(2, 3, 8, 8)).shape == (2, 4)

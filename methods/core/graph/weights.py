@@ -40,14 +40,15 @@ Layer = nn.Module | Packed
 
 
 def weight_layers(model: nn.Module) -> dict[str, Layer]:
-    """{name: layer with a `weight`} of every layer whose weight methods code, in definition order.
+    """{name: layer with a `weight`} of every layer whose weight methods code, in definition order. Not of those without
+    a single weight.
 
     >>> list(weight_layers(nn.Sequential(nn.Conv1d(3, 4, 3), nn.ReLU(), nn.MultiheadAttention(4, 2))))
     ['0', '2.in_proj_weight', '2.out_proj']
     """
     found: dict[str, Layer] = {}
     for name, module in model.named_modules():
-        if isinstance(module, WEIGHTED):
+        if isinstance(module, WEIGHTED) and module.weight.numel() > 0:
             found[name] = module
         elif isinstance(module, nn.MultiheadAttention):
             found |= {f"{name}.{attribute}".removeprefix("."): Packed(module, attribute) for attribute in PACKED
