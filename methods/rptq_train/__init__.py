@@ -45,6 +45,8 @@ Departures from its specification, and choices that it leaves
     its own step is: noise of the gradients is enlarged, the more the higher the rate. From the coarse steps ResNet-18
     ends better with 0.02 than with 0.01, ResNet-20 worse with 0.005 than with 0.002 (paper_configs/rptq_train.toml):
     the default is low, and a trial of another one pays.
+  * Zeros may be held from some step on (`holding`), as methods with fixed masks have them. ResNet-20 ends worse so,
+    at two rates (the same table): weights that come back are worth more than the noise that they make.
   * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
     weights gather at the thresholds, and a little less lam moves many codes at once. For the same reason a file that is
     too large loses single codes, by their distance, and lam stays.
