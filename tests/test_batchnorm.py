@@ -156,6 +156,9 @@ def test_closed_form_on_a_layer_written_out():
         model[1].bias.copy_(torch.tensor([0.5, 0.2, -0.4, 0.0, 1.0]))
         kept = torch.tensor([0, 2, 4])
         small = chain(4, 3, 1)
+        for i in (0, 1):
+            small[i].load_state_dict({name: value[kept] if value.ndim else value
+                                      for name, value in model[i].state_dict().items()})
     filters = model[0].weight.detach().double().flatten(1)
     z = torch.randn(400_000, 4, dtype=torch.float64, generator=seeded()) @ (filters / filters.norm(dim=1)[:, None]).T
     x = (model[1].weight.detach() * z + model[1].bias.detach()).relu()
@@ -168,6 +171,30 @@ def test_closed_form_on_a_layer_written_out():
     moved = (small[3].bias - model[3].bias).detach().double()
     assert torch.allclose(got[0], (new - old).mean(0) + moved, atol=2e-2)
     assert torch.allclose(got[1] + 1e-5, (1 + 1e-5) * new.var(0) / old.var(0), rtol=3e-2)
+
+
+@torch.no_grad()
+def test_closed_form_knows_other_filters_and_what_the_norm_makes_of_them():
+    """1 x 1 convolutions, inputs of mean m: filters that shrank or grew, with parts at right angles to w and m, behind a
+    norm that makes up for some of it, as s tilde and c do."""
+    model, m = chain(4, 5, 1), torch.tensor([1.0, -2.0, 0.5, 1.5])
+    model[1].weight.copy_(torch.tensor([1.0, -0.5, 0.8, 1.2, 0.3]))
+    model[1].bias.copy_(torch.tensor([0.5, 0.2, -0.4, 0.0, 1.0]))
+    filters = model[0].weight.flatten(1)
+    model[1].running_mean.copy_(filters @ m + model[0].bias)
+    model[1].running_var.copy_(filters.square().sum(1))
+    small = copy.deepcopy(model)
+    shares, scales = torch.tensor([0.5, 1.5, 1.0, 0.7, 0.9]), torch.tensor([2.0, 0.6, 1.0, 1.0, 1.3])
+    for row, w in enumerate(filters):
+        axes = torch.linalg.qr(torch.stack([w, m]).T, mode="complete").Q  # the last two are at right angles to both
+        small[0].weight[row] = (shares[row] * w + 0.6 * w.norm() * axes[:, 2])[:, None, None]
+    small[1].weight.mul_(scales)
+    small[1].bias.mul_(scales)
+    x = (m + torch.randn(300_000, 4, generator=seeded()))[:, :, None, None]
+    before, after = (net[3](net[:3](x))[:, :, 0, 0].double() for net in (model, small))
+    got = closed_form(model, small, {})["4"]
+    assert torch.allclose(got[0] - model[4].running_mean, after.mean(0) - before.mean(0), atol=2e-2)
+    assert torch.allclose(got[1] / model[4].running_var, after.var(0) / before.var(0), rtol=3e-2)
 
 
 # --- data -------------------------------------------------------------------------------------------------------

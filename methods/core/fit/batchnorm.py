@@ -174,9 +174,8 @@ def closed_form(given: nn.Module, student: nn.Module, kept: Mapping[str, Tensor]
 
         mu' = mu + sum over taps (V m_S - W m) + what the bias moved,   v' = v [V (Cov_SS x K) V^T] / [W (Cov x K) W^T]
 
-    m, Cov of the inputs of the second layer, S the kept ones; K correlates the taps. Pools are passed over. What a
-    method puts into gamma and beta of the first norm (s tilde of UDFC, c of DF-MPC) makes up for what codes took from
-    the outputs of the first layer, so that m and Cov are those of the given network.
+    m, Cov of the inputs of the second layer, in `student` m_S, Cov_S after its own filters (`response`) and norm; K
+    correlates the taps. Pools are passed over.
     """
     graph, found = trace(given), {}
     for pair in find_pairs(given):
@@ -186,9 +185,10 @@ def closed_form(given: nn.Module, student: nn.Module, kept: Mapping[str, Tensor]
         if pair.norm is None or name is None or old.shape[2] != len(taps):  # the columns of a flatten are no taps
             continue
         mean, covariance = input_moments(given, pair)
+        mean_s, covariance_s = input_moments(student, pair, response(given, student, pair, chosen))
         left = kept.get(name, slice(None))  # outputs of the second layer, which may be the first of another pair
         shift = bias_of(student, pair.second) - bias_of(given, pair.second)[left]
-        ours = (new.sum(2) @ mean[chosen] + shift, spread(new, covariance[chosen][:, chosen], taps))
+        ours = (new.sum(2) @ mean_s + shift, spread(new, covariance_s, taps))
         theirs = ((old.sum(2) @ mean)[left], spread(old, covariance, taps)[left])
         norm = given.get_submodule(name)
         mu, v = norm.running_mean.double()[left], norm.running_var.double()[left] + norm.eps
@@ -227,10 +227,32 @@ def spread(weight: Tensor, covariance: Tensor, taps: Tensor) -> Tensor:
     return (mixed * weight).sum((1, 2))
 
 
-def input_moments(model: nn.Module, pair: Pair) -> tuple[Tensor, Tensor]:
+def response(given: nn.Module, student: nn.Module, pair: Pair, chosen: Tensor | slice) -> Statistics:
+    """What the first layer of a pair gives in `student`, in the unit of its norm: mean and standard deviation [N].
+
+    Its filters are a share of the given ones and what is at right angles to these, which has the mean 0. Where inputs
+    went, too, others make up for them, and the outputs are those of the given layer.
+    """
+    old, new = (model.get_submodule(pair.first) for model in (given, student))
+    before, norm = given.get_submodule(pair.norm), student.get_submodule(pair.norm)
+    share = ratio = torch.ones(len(new.weight), dtype=torch.float64)
+    if new.weight.shape[1:] == old.weight.shape[1:]:
+        wanted, have = old.weight.detach().double().flatten(2)[chosen], new.weight.detach().double().flatten(2)
+        taps = tap_correlation(old)
+        size = (wanted @ taps * wanted).sum((1, 2))
+        alive, size = size > 0, torch.where(size > 0, size, 1.0)
+        share, ratio = (torch.where(alive, (have @ taps * one).sum((1, 2)) / size, 1.0) for one in (wanted, have))
+    mean = share * (before.running_mean.double()[chosen] - bias_of(given, pair.first)[chosen])
+    mean = mean + bias_of(student, pair.first) - norm.running_mean.double()
+    variance, unit = ratio * (before.running_var.double()[chosen] + before.eps), norm.running_var.double() + norm.eps
+    return mean / unit.sqrt(), (variance / unit).sqrt()
+
+
+def input_moments(model: nn.Module, pair: Pair, first: Statistics | None = None) -> tuple[Tensor, Tensor]:
     """Mean [N] and covariance [N, N] of what the second layer of a pair reads, from the first one's batch norm.
 
     Outputs of the first are as much alike as its filters, w_i^T (I x K) w_j: those of inputs of equal variance.
+    first  mean and standard deviation of what the norm makes of them before gamma and beta; None: 0 and 1
     """
     layer, norm = model.get_submodule(pair.first), model.get_submodule(pair.norm)
     weight = layer.weight.detach().double().flatten(2)
@@ -238,9 +260,11 @@ def input_moments(model: nn.Module, pair: Pair) -> tuple[Tensor, Tensor]:
     size = alike.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     gamma, beta = norm.weight.detach().double(), norm.bias.detach().double()
     rho = (alike / torch.outer(size, size) * torch.outer(gamma.sign(), gamma.sign())).clamp(-1, 1)
+    mean, std = (torch.zeros_like(beta), torch.ones_like(beta)) if first is None else first
+    mean, std = gamma * mean + beta, gamma.abs() * std
     if pair.rectified:
-        return rectified_moments(beta, gamma.abs(), rho)
-    return beta, rho * torch.outer(gamma, gamma).abs()
+        return rectified_moments(mean, std, rho)
+    return mean, rho * torch.outer(std, std)
 
 
 def rectified_moments(beta: Tensor, sigma: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
