@@ -62,8 +62,11 @@ def test_an_unchanged_network_keeps_its_statistics(tiny):
     model = chain(3, 6, 3)
     model[4].running_mean.copy_(torch.tensor([1.0, -2.0, 0.5]))
     closed = closed_form(model, copy.deepcopy(model), {})
-    assert list(closed) == ["4"] and torch.allclose(closed["4"][0], model[4].running_mean.double(), rtol=1e-10)
-    assert torch.allclose(closed["4"][1], model[4].running_var.double(), rtol=1e-10)
+    assert list(closed) == ["1", "4"]
+    for name, (mean, variance) in closed.items():
+        norm = model.get_submodule(name)
+        assert torch.allclose(mean, norm.running_mean.double(), rtol=1e-10, atol=1e-8)
+        assert torch.allclose(variance, norm.running_var.double(), rtol=1e-10)
 
 
 def test_scaled_and_shifted_filters_are_made_good(tiny):
@@ -175,8 +178,8 @@ def test_closed_form_on_a_layer_written_out():
 
 @torch.no_grad()
 def test_closed_form_knows_other_filters_and_what_the_norm_makes_of_them():
-    """1 x 1 convolutions, inputs of mean m: filters that shrank or grew, with parts at right angles to w and m, behind a
-    norm that makes up for some of it, as s tilde and c do."""
+    """1 x 1 convolutions, inputs of mean m: filters that shrank or grew, with parts at right angles to w and m, before
+    a norm that was scaled, as s tilde and c do."""
     model, m = chain(4, 5, 1), torch.tensor([1.0, -2.0, 0.5, 1.5])
     model[1].weight.copy_(torch.tensor([1.0, -0.5, 0.8, 1.2, 0.3]))
     model[1].bias.copy_(torch.tensor([0.5, 0.2, -0.4, 0.0, 1.0]))
@@ -191,10 +194,15 @@ def test_closed_form_knows_other_filters_and_what_the_norm_makes_of_them():
     small[1].weight.mul_(scales)
     small[1].bias.mul_(scales)
     x = (m + torch.randn(300_000, 4, generator=seeded()))[:, :, None, None]
+    found = closed_form(model, small, {})
+    first = small[0](x)[:, :, 0, 0].double()
+    assert torch.allclose(found["1"][0], first.mean(0), atol=2e-2)
+    assert torch.allclose(found["1"][1], first.var(0), rtol=2e-2)
+    small[1].running_mean.copy_(found["1"][0])
+    small[1].running_var.copy_(found["1"][1])
     before, after = (net[3](net[:3](x))[:, :, 0, 0].double() for net in (model, small))
-    got = closed_form(model, small, {})["4"]
-    assert torch.allclose(got[0] - model[4].running_mean, after.mean(0) - before.mean(0), atol=2e-2)
-    assert torch.allclose(got[1] / model[4].running_var, after.var(0) / before.var(0), rtol=3e-2)
+    assert torch.allclose(found["4"][0] - model[4].running_mean, after.mean(0) - before.mean(0), atol=2e-2)
+    assert torch.allclose(found["4"][1] / model[4].running_var, after.var(0) / before.var(0), rtol=3e-2)
 
 
 # --- data -------------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ the given network, m, u the same of a batch, where every norm normalises with th
 
     "noise"   mu' = mu + (m_student - m_given) sqrt(v / u_given),  v' = v u_student / u_given  on made-up inputs:
               the noise is wrong for both networks alike, and only what sets them apart is carried over
-    "closed"  the same differences at the second layer of every pair, from E x and Cov x of its inputs, x = ReLU(y)
-              with y ~ N(beta, gamma^2): no layer is run
+    "closed"  no layer is run: behind the first layer of a pair from how its filters changed, behind the second the
+              same differences from E x and Cov x of its inputs, x = ReLU(y) with y ~ N(beta, gamma^2)
     "data"    means over batches of training inputs, augmented as in training
     "keep"    nothing
 
@@ -170,12 +170,12 @@ def with_statistics(norm: nn.Module, x: Tensor, statistics: Statistics) -> Tenso
 
 
 def closed_form(given: nn.Module, student: nn.Module, kept: Mapping[str, Tensor]) -> dict[str, Statistics]:
-    """Statistics for the batch norm behind the second layer of every pair; W its weight in `given`, V in `student`.
+    """Statistics for the batch norms behind both layers of every pair: behind the first `response`, behind the second
 
-        mu' = mu + sum over taps (V m_S - W m) + what the bias moved,   v' = v [V (Cov_SS x K) V^T] / [W (Cov x K) W^T]
+        mu' = mu + sum over taps (V m_S - W m) + what the bias moved,   v' = v [V (Cov_S x K) V^T] / [W (Cov x K) W^T]
 
-    m, Cov of the inputs of the second layer, in `student` m_S, Cov_S after its own filters (`response`) and norm; K
-    correlates the taps. Pools are passed over.
+    W its weight in `given`, V in `student`; m, Cov of its inputs, m_S, Cov_S of those in `student`, whose first norm is
+    renewed: gamma and beta may be others (s tilde of UDFC, c of DF-MPC). K correlates the taps. Pools are passed over.
     """
     graph, found = trace(given), {}
     for pair in find_pairs(given):
@@ -185,7 +185,9 @@ def closed_form(given: nn.Module, student: nn.Module, kept: Mapping[str, Tensor]
         if pair.norm is None or name is None or old.shape[2] != len(taps):  # the columns of a flatten are no taps
             continue
         mean, covariance = input_moments(given, pair)
-        mean_s, covariance_s = input_moments(student, pair, response(given, student, pair, chosen))
+        if pair.norm not in found:  # it is when the first layer is the second of another pair
+            found[pair.norm] = response(given, student, pair, chosen)
+        mean_s, covariance_s = input_moments(student, pair)  # its norm renewed
         left = kept.get(name, slice(None))  # outputs of the second layer, which may be the first of another pair
         shift = bias_of(student, pair.second) - bias_of(given, pair.second)[left]
         ours = (new.sum(2) @ mean_s + shift, spread(new, covariance_s, taps))
@@ -228,13 +230,13 @@ def spread(weight: Tensor, covariance: Tensor, taps: Tensor) -> Tensor:
 
 
 def response(given: nn.Module, student: nn.Module, pair: Pair, chosen: Tensor | slice) -> Statistics:
-    """What the first layer of a pair gives in `student`, in the unit of its norm: mean and standard deviation [N].
+    """Mean and variance [N] of the outputs of the first layer of a pair in `student`.
 
     Its filters are a share of the given ones and what is at right angles to these, which has the mean 0. Where inputs
     went, too, others make up for them, and the outputs are those of the given layer.
     """
     old, new = (model.get_submodule(pair.first) for model in (given, student))
-    before, norm = given.get_submodule(pair.norm), student.get_submodule(pair.norm)
+    norm = given.get_submodule(pair.norm)
     share = ratio = torch.ones(len(new.weight), dtype=torch.float64)
     if new.weight.shape[1:] == old.weight.shape[1:]:
         wanted, have = old.weight.detach().double().flatten(2)[chosen], new.weight.detach().double().flatten(2)
@@ -242,17 +244,15 @@ def response(given: nn.Module, student: nn.Module, pair: Pair, chosen: Tensor | 
         size = (wanted @ taps * wanted).sum((1, 2))
         alive, size = size > 0, torch.where(size > 0, size, 1.0)
         share, ratio = (torch.where(alive, (have @ taps * one).sum((1, 2)) / size, 1.0) for one in (wanted, have))
-    mean = share * (before.running_mean.double()[chosen] - bias_of(given, pair.first)[chosen])
-    mean = mean + bias_of(student, pair.first) - norm.running_mean.double()
-    variance, unit = ratio * (before.running_var.double()[chosen] + before.eps), norm.running_var.double() + norm.eps
-    return mean / unit.sqrt(), (variance / unit).sqrt()
+    mean = share * (norm.running_mean.double()[chosen] - bias_of(given, pair.first)[chosen])
+    variance = ratio * (norm.running_var.double()[chosen] + norm.eps) - norm.eps
+    return mean + bias_of(student, pair.first), variance.clamp_min(0)
 
 
-def input_moments(model: nn.Module, pair: Pair, first: Statistics | None = None) -> tuple[Tensor, Tensor]:
+def input_moments(model: nn.Module, pair: Pair) -> tuple[Tensor, Tensor]:
     """Mean [N] and covariance [N, N] of what the second layer of a pair reads, from the first one's batch norm.
 
     Outputs of the first are as much alike as its filters, w_i^T (I x K) w_j: those of inputs of equal variance.
-    first  mean and standard deviation of what the norm makes of them before gamma and beta; None: 0 and 1
     """
     layer, norm = model.get_submodule(pair.first), model.get_submodule(pair.norm)
     weight = layer.weight.detach().double().flatten(2)
@@ -260,11 +260,9 @@ def input_moments(model: nn.Module, pair: Pair, first: Statistics | None = None)
     size = alike.diagonal().clamp_min(torch.finfo(torch.float64).tiny).sqrt()
     gamma, beta = norm.weight.detach().double(), norm.bias.detach().double()
     rho = (alike / torch.outer(size, size) * torch.outer(gamma.sign(), gamma.sign())).clamp(-1, 1)
-    mean, std = (torch.zeros_like(beta), torch.ones_like(beta)) if first is None else first
-    mean, std = gamma * mean + beta, gamma.abs() * std
     if pair.rectified:
-        return rectified_moments(mean, std, rho)
-    return mean, rho * torch.outer(std, std)
+        return rectified_moments(beta, gamma.abs(), rho)
+    return beta, rho * torch.outer(gamma, gamma).abs()
 
 
 def rectified_moments(beta: Tensor, sigma: Tensor, rho: Tensor) -> tuple[Tensor, Tensor]:
