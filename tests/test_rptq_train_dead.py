@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from methods import rptq_train
-from methods.core.budget import Budget
 from methods.core.file.storage import to_bytes
-from methods.core.graph.build import float_bytes, weight_layers
-from methods.core.train.recipe import Recipe
+from methods.core.graph.build import weight_layers
 from methods.rptq_train.rated import RateAware, Rated
 from tests.perceptron import Plain, entropy
 
@@ -108,25 +106,3 @@ def test_zeros_are_held_from_the_step_that_was_asked_for():
             seen.append(hooks.quantizers["a"].codes(hooks.behind("a")) != 0)
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
     assert bool(seen[2].any()) and torch.equal(seen[2], seen[3]) and torch.equal(seen[3], seen[5])
-
-
-def test_a_training_in_float_first_keeps_only_the_weights_that_have_codes(tiny, monkeypatch):
-    """Of the start, at `start` times the budget."""
-    seen = []
-
-    def spy(model, task, masks, recipe, generator, run):
-        seen.extend([masks, real(model, task, masks, recipe, generator, run)])
-        return seen[1]
-
-    real = rptq_train.retrained
-    monkeypatch.setattr(rptq_train, "retrained", spy)
-    config = rptq_train.Config(retrain=Recipe(epochs=2, lr=0.02), recipe=Recipe(epochs=2, lr=1e-9), holding=1.0,
-                               sensitivity_inputs=16, calibration_inputs=48)
-    model = tiny.model()
-    made = rptq_train.compress(model, tiny.task(), Budget(size_ratio=0.15), config, torch.Generator().manual_seed(0))
-    assert len(to_bytes(made)[0]) <= 0.15 * float_bytes(model)
-    masks, sparse = seen
-    assert 0 < sum(int(mask.sum()) for mask in masks.values()) < sum(mask.numel() for mask in masks.values())
-    for name, mask in masks.items():
-        weight = weight_layers(sparse)[name].weight
-        assert not weight[~mask].any() and not torch.equal(weight[mask], weight_layers(model)[name].weight[mask])

@@ -85,7 +85,7 @@ from ..core.train.start import ready
 from ..core.train.task import Task
 from ..rptq import width, with_half_biases
 from .rated import RateAware
-from .start import begin, retrained
+from .start import begin
 
 DATA = "train"
 LEAST, AIM, TRIES = 0.99, 0.98, 24
@@ -95,7 +95,6 @@ LEAST, AIM, TRIES = 0.99, 0.98, 24
 class Config:
     """recipe: of the training, with its teacher; c: of the steps, or none for a start at `start` times the budget.
 
-    retrain       of the float weights before it, without those whose codes at the start are 0; none: the given weights
     falling       share of the training in which the wanted size falls from the start's to the budget's
     settling      share of the training, its last part, in which prices stay
     holding       share of the training, its last part, in which zeros stay, and no more come
@@ -105,7 +104,6 @@ class Config:
     """
 
     recipe: Recipe = Recipe(epochs=6, lr=0.005, weight_decay=0.0, distill=Distill(temperature=2.0, alpha=0.1))
-    retrain: Recipe | None = None
     c: float | None = None
     start: float = 1.1
     falling: float = 0.5
@@ -164,9 +162,6 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     budget.per_layer("size_ratio", weight_layers(model))  # refuses a network without layers
     task = ready(own_copy(model), task, config)
     start, c, limit, least = begin(model, task, budget, config, generator)
-    if config.retrain is not None:
-        model = retrained(model, task, start.masks(c), config.retrain, generator, run.stage("retrain"))
-        start, c, limit, least = begin(model, task, budget, config, generator)
     student, skeleton = own_copy(model), model
     task.placed(student)
     total = config.recipe.epochs * len(task.train) if task.train is not None else 0

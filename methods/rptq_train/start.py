@@ -1,21 +1,16 @@
-"""How rate-aware training begins: the steps of RPTQ for a given size, and which weights the codes at them keep."""
+"""How rate-aware training begins: the steps of RPTQ for a given size."""
 
 import math
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..core.budget import Budget
 from ..core.errors import CompressError, ConfigError
-from ..core.fit.project import keep_sparse
-from ..core.fit.prune import MaskHooks, apply_masks
 from ..core.fit.rates import round_to_rate
 from ..core.fit.size import room
-from ..core.graph.build import float_bytes, own_copy
-from ..core.train.finetune import train
-from ..core.train.recipe import Recipe
-from ..core.train.run import Run
+from ..core.graph.build import float_bytes
 from ..core.train.task import Task
 from ..rptq import Config as Untrained
 from ..rptq import Quantizer
@@ -27,18 +22,10 @@ if TYPE_CHECKING:
 class Start(Quantizer):
     """RPTQ's quantizer, where prices alone round."""
 
-    def rounded(self, c: float) -> dict[str, tuple[Tensor, float]]:
-        """{layer: (counts of magnitudes, bits)} of its codes at the steps of `c`."""
-        steps = self.steps(c)
-        return {name: round_to_rate(w / steps[name]) for name, w in self.weights.items()}
-
     def bits(self, c: float) -> float:
-        return sum(bits for _, bits in self.rounded(c).values())
-
-    def masks(self, c: float) -> dict[str, Tensor]:
-        """{layer: True where its code is not 0}: the largest weights."""
-        return {name: keep_sparse(self.weights[name], int(counts[1:].sum()))
-                for name, (counts, _) in self.rounded(c).items()}
+        """What the codes of all layers take together at the steps of `c`."""
+        steps = self.steps(c)
+        return sum(round_to_rate(w / steps[name])[1] for name, w in self.weights.items())
 
 
 def begin(model: nn.Module, task: Task, budget: Budget, config: "Config", generator: torch.Generator
@@ -52,16 +39,6 @@ def begin(model: nn.Module, task: Task, budget: Budget, config: "Config", genera
     c = config.c if config.c is not None else starting_c(start, 8 * (config.start * limit - least))
     check_codes(start, c, config, limit, least)
     return start, c, limit, least
-
-
-def retrained(model: nn.Module, task: Task, masks: dict[str, Tensor], recipe: Recipe, generator: torch.Generator,
-              run: Run) -> nn.Module:
-    """A copy of `model`, trained in float with only the weights of `masks`."""
-    model = own_copy(model)
-    task.placed(model)
-    apply_masks(model, masks)
-    train(model, task, recipe, generator, hooks=MaskHooks(masks), run=run)
-    return model.cpu()
 
 
 def starting_c(quantizer: Start, bits: float) -> float:
