@@ -134,7 +134,8 @@ def summary(one: Paper, parts: Mapping[str, Mapping[str, Any]]) -> dict:
     first: dict[str, list[dict]] = {}
     for line in lines:
         if line["first"] and line["short"] is not None:
-            first.setdefault(f"{line['row']} ({line['network']})", []).append(line)
+            name = line["row"].removesuffix(f", {line['network']}")
+            first.setdefault(f"{name} ({line['network']})", []).append(line)
     return {**vars(one), "counts": counts, "printed": len(lines), "tables": found, "rows": sum(found.values()),
             "first": first}
 

@@ -76,11 +76,19 @@ COLUMNS = (
 
 
 def told_apart(rows: Sequence[Row]) -> list[Row]:
-    """`rows`, seeds in one row (see `seeds`), where names that occur more than once say the network."""
+    """`rows`, seeds in one row (see `seeds`), where names that occur more than once say the network, and the seed if
+    that does not tell them apart."""
     rows = over_seeds(rows)
-    names = [row["name"] for row in rows]
-    return [row if names.count(row["name"]) == 1 else {**row, "name": f"{row['name']}, {row['network']}, "
-            + (f"{len(row['seeds'])} seeds" if "seeds" in row else f"seed {row['seed']}")} for row in rows]
+
+    def told(row: Row) -> Row:
+        same = [other for other in rows if other["name"] == row["name"]]
+        alike = [other for other in same if other["network"] == row["network"]]
+        parts = [row["name"], *([row["network"]] if len(alike) < len(same) else [])]
+        if len(alike) > 1:
+            parts.append(f"{len(row['seeds'])} seeds" if "seeds" in row else f"seed {row['seed']}")
+        return {**row, "name": ", ".join(parts)} if len(parts) > 1 else row
+
+    return [told(row) for row in rows]
 
 
 def with_spread(row: Row, key: str) -> str:
