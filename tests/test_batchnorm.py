@@ -191,6 +191,7 @@ def test_closed_form_knows_other_filters_and_what_the_norm_makes_of_them():
     for row, w in enumerate(filters):
         axes = torch.linalg.qr(torch.stack([w, m]).T, mode="complete").Q  # the last two are at right angles to both
         small[0].weight[row] = (shares[row] * w + 0.6 * w.norm() * axes[:, 2])[:, None, None]
+    small[0].bias.add_(0.3)
     small[1].weight.mul_(scales)
     small[1].bias.mul_(scales)
     x = (m + torch.randn(300_000, 4, generator=seeded()))[:, :, None, None]

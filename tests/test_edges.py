@@ -49,6 +49,19 @@ def test_the_closed_form_knows_what_a_bias_moved():
     torch.testing.assert_close(after[1], before[1])
 
 
+def test_a_layer_between_two_others_is_renewed_once_in_closed_form():
+    """The norm behind the second layer of a pair knows what that pair reads, also if it begins another pair."""
+    given = chain()
+    student = copy.deepcopy(given)
+    with torch.no_grad():
+        for i in (0, 3, 6):
+            student[i].weight.mul_(0.5).add_(0.01 * torch.randn(student[i].weight.shape, generator=seeded(i)))
+    whole, alone = closed_form(given, student, {}), closed_form(given[:5], student[:5], {})
+    assert set(whole) == {"1", "4", "7"} and set(alone) == {"1", "4"}
+    for name in alone:
+        torch.testing.assert_close(whole[name], alone[name])
+
+
 @pytest.mark.parametrize("mode", ["noise", "closed", "data"])
 def test_a_network_in_a_wrapper_is_renewed(mode):
     config = admm.Config(prune_iterations=0, retrain=NONE, quantize_iterations=0, fix_rounds=0, batchnorm=mode)
