@@ -17,7 +17,7 @@ Symbols    r_j = gamma_j / sigma_j w_j: Filters.r;  y_j = beta_j - gamma_j mu_j 
 
 Departures
   * alpha and max|W|, which the paper drops because batch norm absorbs them, are kept, and batch norm is left as it is:
-    how the paper re-calibrates mu^ and sigma^ is not published. Then y^ = y. batchnorm = "data", or without data "noise"
+    how the paper re-calibrates mu^ and sigma^ is not published. Then y^ = y. batchnorm = "data", or without any "noise"
     or "closed", renews it after c is fitted; for ResNet-56 none of them reaches what is printed. (Renewed before, too,
     so that y^ differs from y as in the formula, c is no better with data and worse on noise.)
   * Pairs are taken greedily in forward order; a 1 x 1 convolution is never the low-bit layer. This gives the paper's
