@@ -43,8 +43,9 @@ Departures from its specification, and choices that it leaves
     them together and change what is rare and dear, and the network hardly recovers.
   * The rate has to fit the network. A weight that crosses a threshold moves what is read by a whole s, however small
     its own step is: noise of the gradients is enlarged, the more the higher the rate. From the coarse steps ResNet-18
-    ends better with 0.02 than with 0.01, ResNet-20 worse with 0.005 than with 0.002 (paper_configs/rptq_train.toml):
-    the default is low, and a trial of another one pays.
+    ends better with 0.02 than with 0.01, ResNet-20 worse with 0.005 than with 0.002 (paper_configs/rptq_train.toml);
+    without a teacher, whose gradients are less noisy, it is best with 0.001. The default is low, and a trial of another
+    one pays.
   * Zeros may be held from some step on (`holding`), as methods with fixed masks have them. ResNet-20 ends worse so,
     at two rates (the same table): weights that come back are worth more than the noise that they make.
   * Prices stay in the last tenth, and codes are those of the training, even if the file could be a little larger:
