@@ -142,7 +142,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     task = ready(model, task, replace(config.finetune, epochs=max(config.finetune.epochs, int(probing))))
     if config.search == "uniform":
         theta, trace = {name: choices[0] for name, choices in spaces.items()}, {}
-        for name, one in theta.items():  # what clips all of the given weights is said before it is trained
+        for name, one in theta.items() if config.finetune.epochs > 0 else ():  # a refusal comes before the training
             encode(name, layer_of(model, name).weight, one, config.split)
     else:
         theta, trace = search_theta(copy.deepcopy(model), task, spaces, config, generator, run.stage("search"))

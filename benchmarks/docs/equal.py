@@ -11,10 +11,10 @@ from statistics import median
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..report.seeds import paired_interval
+from ..report.seeds import paired_interval, seeds_of
 from ..report.table import in_markdown
 from .figures import bottom_of, series
-from .words import DATA, Row, look, points, points_lost, seeds_of, times
+from .words import DATA, Row, look, points, points_lost, times
 
 ALIKE = 0.9  # of the largest file: sizes that count as one
 SEVERAL = 3  # methods that a size needs to be a column

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from ..chance import Z95
-from ..report.seeds import paired_interval
-from .words import Row, count, look, method_name, points_lost, seeds_of, size
+from ..report.seeds import paired_interval, seeds_of
+from .words import Row, count, look, method_name, points_lost, size
 
 AXES: dict[str, tuple[str, Callable[[Row], float], Callable[[float], str]]] = {  # label, cost of a row, of a tick
     "bytes": ("size of the file", lambda r: r["bytes"], size),

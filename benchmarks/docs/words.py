@@ -99,12 +99,3 @@ def short_metric(path: str) -> str | None:
 def points_lost(row: Row) -> float:
     """Top-1 of the float32 baseline minus that in integer arithmetic."""
     return row["baseline_top1"] - row["top1_integer"]
-
-
-def seeds_of(row: Row) -> str:
-    """"3 seeds" of a mean over three rows, "" of one row.
-
-    >>> seeds_of({"seeds": [{}, {}, {}]}), seeds_of({})
-    ('3 seeds', '')
-    """
-    return f"{len(row['seeds'])} seeds" if "seeds" in row else ""

@@ -45,3 +45,12 @@ def spread_of(row: Row, look: Callable[[Row], float | None]) -> tuple[float, int
     """(sample deviation of a number over the seeds of a row, their number); `look` finds it in a row."""
     known = [value for value in map(look, row.get("seeds", [row])) if value is not None]
     return (mean_and_deviation(known)[1], len(known)) if known else (0.0, 1)
+
+
+def seeds_of(row: Row) -> str:
+    """"3 seeds" of a mean over three rows, "" of one row.
+
+    >>> seeds_of({"seeds": [{}, {}, {}]}), seeds_of({})
+    ('3 seeds', '')
+    """
+    return f"{len(row['seeds'])} seeds" if "seeds" in row else ""

@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from ..rows import visible
-from .seeds import over_seeds, spread_of
+from .seeds import over_seeds, seeds_of, spread_of
 
 Row = Mapping[str, Any]
 
@@ -85,7 +85,7 @@ def told_apart(rows: Sequence[Row]) -> list[Row]:
         alike = [other for other in same if other["network"] == row["network"]]
         parts = [row["name"], *([row["network"]] if len(alike) < len(same) else [])]
         if len(alike) > 1:
-            parts.append(f"{len(row['seeds'])} seeds" if "seeds" in row else f"seed {row['seed']}")
+            parts.append(seeds_of(row) if "seeds" in row else f"seed {row['seed']}")
         return {**row, "name": ", ".join(parts)} if len(parts) > 1 else row
 
     return [told(row) for row in rows]

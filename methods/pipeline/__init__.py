@@ -39,7 +39,6 @@ from torch import nn
 
 from ..core.artifact import Affine, CompressedModel, Topology, tensor_name
 from ..core.budget import Budget
-from ..core.errors import CompressError
 from ..core.fit.calibrate import calibrate
 from ..core.fit.criteria import score_weight
 from ..core.fit.layer_rates import equal_drop, equal_drop_bits
@@ -55,7 +54,7 @@ from ..core.train.task import Task
 from .blocks import BlockPruning, Course, of_equal_shape
 from .curves import Sensitivity, density_curves, pruning_curves, quantization_curves, width_curves
 from .dressed import Dressed
-from .plan import HALF, Plan, check_data, companions, make_plan, widths_of
+from .plan import Plan, check_data, check_half, companions, make_plan, widths_of
 from .pruning import RUNS, Masks, Pruning, started_anew
 from .scores import Units, make_scores
 from .settings import FLOAT16, SIZED, Config, Prune, Quantize
@@ -162,6 +161,5 @@ def finish(model: nn.Module, given: nn.Module, task: Task | None, dressed: Dress
 
 
 def _half(name: str, weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    if float(weight.abs().max()) > HALF:
-        raise CompressError(f"a weight of {name} is {float(weight.abs().max()):g}: float16 ends at {HALF:g}")
+    check_half(name, weight)
     return torch.where(mask.cpu(), weight, 0.0).half()

@@ -14,7 +14,7 @@ from ..core.fit.quantize import find_scheme
 from ..core.fit.weight_quantizers import find_quantizer
 from ..core.graph.coupled import Group, find_groups
 from ..core.graph.graph import Graph
-from ..core.graph.weights import Layer, weight_layers
+from ..core.graph.weights import weight_layers
 from ..core.train.finetune import check_trainable
 from ..core.train.task import Task
 from .blocks import removable
@@ -54,7 +54,8 @@ def make_plan(model: nn.Module, graph: Graph, budget: Budget, config: Config) ->
         if config.quantize.widths == "sensitivity":
             check_sensitivity(bits, config.quantize.quantizer)
     elif config.quantize.quantizer == FLOAT16:
-        check_range(layers)
+        for name, layer in layers.items():
+            check_half(name, layer.weight)
     if "prune" not in config.order:
         return Plan(chosen, bits, {}, None, {})
     if prune.granularity == "block":
@@ -92,12 +93,11 @@ def widths_of(quantizer: str) -> list[int]:
     return [b for b in WIDTHS if low <= b <= high]
 
 
-def check_range(layers: Mapping[str, Layer]) -> None:
-    """CompressError for a weight that is no 16-bit float."""
-    for name, layer in layers.items():
-        largest = float(layer.weight.detach().abs().max()) if layer.weight.numel() else 0.0
-        if largest > HALF:
-            raise CompressError(f"a weight of {name} is {largest:g}: float16 ends at {HALF:g}")
+def check_half(name: str, weight: Tensor) -> None:
+    """CompressError for a weight of the layer `name` that is no 16-bit float."""
+    largest = float(weight.detach().abs().max())
+    if largest > HALF:
+        raise CompressError(f"a weight of {name} is {largest:g}: float16 ends at {HALF:g}")
 
 
 def channel_groups(graph: Graph, densities: Mapping[str, float], chosen: list[str]
