@@ -56,6 +56,7 @@ from ..core.artifact import CompressedModel
 from ..core.budget import Budget
 from ..core.errors import ConfigError
 from ..core.fit.calibrate import calibrate, check_calibration
+from ..core.fit.correction import correction_of
 from ..core.fit.size import room
 from ..core.graph.build import apply, float_bytes, own_copy
 from ..core.graph.shrink import shrink
@@ -205,7 +206,11 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     others = calibrate(apply(compressed, skeleton), task.calibration_inputs(config.calibration_inputs), INPUT_BITS)
     compressed = replace(compressed, activations=store_activations(fixed, list(compressed.weights), others),
                          notes=describe(fixed, compressed, first.bops))
-    return compressed if steering is None else fitted(shrink(compressed, skeleton), steering)
+    if steering is None:
+        return compressed
+    small = shrink(compressed, skeleton)
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return fitted(small, steering, correction_of(small, skeleton, task, seed))
 
 
 def restarted(model: nn.Module, generator: torch.Generator) -> nn.Module:

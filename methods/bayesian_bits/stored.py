@@ -9,7 +9,9 @@ from torch import nn
 
 from ..core.artifact import MAX_BITS, ActivationQuantizer, Affine, CompressedModel, CompressedTensor, Topology
 from ..core.errors import BudgetError
-from ..core.fit.size import any_ranges, file_bytes, trimmed
+from ..core.file.storage import file_bytes
+from ..core.fit.size import any_ranges
+from ..core.fit.trim import Change, trimmed
 from ..core.graph.build import assemble
 from ..core.graph.graph import trace
 from ..core.graph.shrink import shrink
@@ -30,11 +32,12 @@ def weigh(network: GatedNetwork, skeleton: nn.Module, weights: bool = True) -> i
     return file_bytes(shrink(replace(made, activations=any_ranges(trace(skeleton), INPUT_BITS)), skeleton))
 
 
-def fitted(compressed: CompressedModel, steering: Steering) -> CompressedModel:
-    """`compressed` without as few of its least weights as it takes to fit; BudgetError where it would lose most."""
+def fitted(compressed: CompressedModel, steering: Steering, correct: Change) -> CompressedModel:
+    """`compressed` without as few of its least weights as it takes to fit, corrected for them; BudgetError where it
+    would lose most."""
     size, less, limit = file_bytes(compressed), 0.0, steering.limit
     if size > limit:
-        compressed, size, less = trimmed(compressed, limit, most=MOST_TRIMMED)
+        compressed, size, less = trimmed(compressed, limit, MOST_TRIMMED, correct=correct)
     if size > limit:
         raise BudgetError(f"no file of at most {limit:,} bytes came out of the training; without {MOST_TRIMMED:.0%} of "
                           f"its weights it takes {size:,}: allowed are more epochs, a higher gate_lr or larger files")

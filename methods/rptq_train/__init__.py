@@ -70,9 +70,10 @@ from torch import Tensor, nn
 from ..core.artifact import Affine, CompressedModel, CompressedTensor
 from ..core.budget import Budget
 from ..core.errors import BudgetError, CompressWarning, ConfigError
+from ..core.file.storage import file_bytes
 from ..core.fit.calibrate import calibrate, check_calibration
 from ..core.fit.sixteen_bit import rounded
-from ..core.fit.size import any_ranges, file_bytes
+from ..core.fit.size import any_ranges
 from ..core.graph.build import apply, assemble, own_copy, weight_layers
 from ..core.graph.fold import fold_batchnorm, norm_ratio, norms_after, scale_channels
 from ..core.graph.graph import trace

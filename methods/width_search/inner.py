@@ -9,7 +9,8 @@ from torch import nn
 from .. import data_of, find_method
 from ..core.artifact import CompressedModel
 from ..core.budget import OTHERS, Budget
-from ..core.fit.size import any_ranges, compress_to_size, file_bytes, untrained
+from ..core.file.storage import file_bytes
+from ..core.fit.size import any_ranges, compress_to_size, untrained
 from ..core.graph.build import assemble, float_bytes
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task

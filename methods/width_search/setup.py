@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..core.artifact import CompressedModel
 from ..core.budget import FLOAT_BITS, Budget
 from ..core.errors import BudgetError, CompressError
-from ..core.fit.size import file_bytes
+from ..core.file.storage import file_bytes
 from ..core.graph.coupled import Group, find_groups
 from ..core.graph.graph import Graph
 from ..core.graph.narrow import Channels

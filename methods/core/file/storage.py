@@ -82,6 +82,11 @@ def to_bytes(compressed: CompressedModel, *, mode: str = "best",
     return data, sizes
 
 
+def file_bytes(compressed: CompressedModel) -> int:
+    """Bytes of the file that `encode` writes."""
+    return len(to_bytes(compressed)[0])
+
+
 def from_bytes(data: bytes, name: str = "the data", *, max_elements: int | None = None) -> CompressedModel:
     """The model in the bytes of a file; `name` is for the FormatError, `max_elements` as in `decode`."""
     with damage_named(name):

@@ -16,7 +16,7 @@ those that it was trained to see. "noise" has no such trap, with real images nei
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -27,7 +27,7 @@ from ..artifact import CompressedModel
 from ..errors import CompressError, ConfigError
 from ..graph.build import NORMS, apply
 from ..graph.channels import Pair, find_pairs
-from ..graph.graph import Graph, trace
+from ..graph.graph import trace
 from ..graph.wrapped import copy_inside
 from ..train.task import Task
 from .images import input_shape, noise_images
@@ -144,20 +144,28 @@ def moved(norm: nn.Module, chosen: Tensor | slice, ours: Statistics, theirs: Sta
 
 @torch.no_grad()
 def statistics_on(model: nn.Module, inputs: Tensor) -> dict[str, Statistics]:
-    """Mean and variance of one batch at every batch norm, each of which normalizes with them."""
-    found: dict[str, Statistics] = {}
+    """Mean and variance of one batch at every batch norm of `tracked`, each of which normalizes with them.
 
-    def watched(node):
-        def run(x: Tensor) -> Tensor:
-            found[node.name] = batch_statistics(x)
-            return with_statistics(node.module, x, found[node.name])
-        return run
+    Means over its calls where one runs more than once. CompressError where none runs.
+    """
+    found: dict[str, list[Statistics]] = {}
 
-    graph = trace(model)
-    if not any(node.op == "bn" for node in graph):
-        raise CompressError(f"{graph.why_opaque()}no batch norm is found in {type(model).__name__}")
-    Graph([replace(node, run=watched(node)) if node.op == "bn" else node for node in graph], graph.output).run(inputs)
-    return found
+    def watched(name: str) -> Callable:
+        def hook(norm: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+            found.setdefault(name, []).append(batch_statistics(args[0]))
+            return with_statistics(norm, args[0], found[name][-1])
+        return hook
+
+    hooks = [norm.register_forward_hook(watched(name)) for name, norm in tracked(model).items()]
+    try:
+        model.eval()(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not found:
+        raise CompressError(f"no batch norm runs in {type(model).__name__}")
+    return {name: tuple(torch.stack(parts).mean(0) for parts in zip(*calls, strict=True))
+            for name, calls in found.items()}
 
 
 def with_statistics(norm: nn.Module, x: Tensor, statistics: Statistics) -> Tensor:

@@ -9,11 +9,12 @@ The rule. The limit is size_ratio x 4 bytes x every float of the network, and th
 1. The knob is solved for on a *cheap run* of the method: every recipe of its configuration at 0 epochs, or what its
    `quick(config)` says. A method that does not train is its own cheap run. What `finish` adds is measured once.
 2. It is run in full at that value, once.
-3. A file of 97 to 100 % of the limit is taken. One that is up to `TRIM` too large loses the weights that take least of
-   their layers (trim.py) until it fits; that is part of the rule for methods that train, since another training costs
-   more than a few of the least weights. `trimmed` in the notes is the share that went. Any other ratio
-   of file to cheap file corrects the goal, and the search goes on from 1, up to `RUNS` times; of the files that fit
-   the largest is taken.
+3. A file of 97 to 100 % of the limit is taken. One that is a little too large loses the weights that take least of
+   their layers (trim.py) until it fits, and what they took along is corrected (correction.py): up to `TRIM` where batch
+   norm is left, which makes it good, up to `TRIM_FOLDED` where only biases are. That is part of the rule for methods
+   that train: another training costs more. `trimmed` in the notes is the share that went. Any other ratio of file to
+   cheap file corrects the goal, and the search goes on from 1, up to `RUNS` times; of the files that fit the largest is
+   taken.
 
 A knob of whole numbers (bits) takes the largest that fits, however much it leaves. BudgetError, with the smallest size
 that was seen, where no value fits. Every run draws from the same seed, so that equal arguments give equal bytes.
@@ -31,7 +32,7 @@ from torch import nn
 from ..artifact import ActivationQuantizer, CompressedModel
 from ..budget import Budget
 from ..errors import BudgetError, ConfigError
-from ..file.storage import to_bytes
+from ..file.storage import file_bytes
 from ..graph.build import float_bytes
 from ..graph.graph import Graph
 from ..graph.wrapped import check_network
@@ -39,11 +40,12 @@ from ..method import check_budget, check_generator
 from ..train.loaders import describe
 from ..train.run import NullRun, Run
 from ..train.task import Task
-from .trim import without_smallest
+from .correction import correction_of, has_norms
+from .trim import trimmed
 
 USED = 0.97  # of the limit, at least
 AIM, CLOSE = 0.995, 0.99  # of the limit, for the cheap run; of that, where the search for it ends
-TRIM, RUNS = 0.05, 4  # see above
+TRIM, TRIM_FOLDED, RUNS = 0.05, 0.01, 4  # see above
 
 Finish = Callable[[CompressedModel], CompressedModel]
 Spread = Callable[[float], Mapping[str, float]]
@@ -81,11 +83,6 @@ class Knob:
 def knob_of(method: ModuleType, config: Any) -> Knob | None:
     """`config.size_knob` of a method whose settings choose what it turns, else its SIZE_KNOB, if it has one."""
     return config.size_knob if hasattr(config, "size_knob") else getattr(method, "SIZE_KNOB", None)
-
-
-def file_bytes(compressed: CompressedModel) -> int:
-    """Bytes of the file that `encode` writes."""
-    return len(to_bytes(compressed)[0])
 
 
 def room(ratio: float, dense: int, least: int) -> int:
@@ -190,15 +187,16 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
             break
         seen.add(value)
         found = search.whole_run(value)
-        size, less = file_bytes(finish(found)), 0.0
-        if limit < size <= (1 + TRIM) * limit and not search.exact:
-            found, size, less = trimmed(found, limit, finish)
+        size = trained_size = file_bytes(finish(found))
+        less = 0.0
+        if limit < size <= (1 + search.most_trimmed(found)) * limit:
+            found, size, less = search.trimmed(found, limit, finish)
         smallest = min(smallest, size)
         if size <= limit and (best is None or size > best[0]):
             best = size, found, value, less
         if USED * limit <= size <= limit or size <= limit and value == knob.largest:
             break
-        correction = size / search.cheap_bytes(value)
+        correction = trained_size / search.cheap_bytes(value)
     if best is None:
         smallest = int(min([smallest, *search.sizes.values()]))
         raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that {knob.name} "
@@ -251,6 +249,14 @@ class _Search:
             return self.cheap_run(value)
         return self._call(self.config, value, self.run.stage(f"at {self.knob.name} {value:.6g}"))
 
+    def most_trimmed(self, found: CompressedModel) -> float:
+        """The share of the limit by which a result of a whole run may be too large."""
+        return 0.0 if self.exact else TRIM if has_norms(found, self.model) else TRIM_FOLDED
+
+    def trimmed(self, found: CompressedModel, limit: int, finish: Finish) -> tuple[CompressedModel, int, float]:
+        correct = correction_of(found, self.model, self.task, self.seed)
+        return trimmed(found, limit, 2 * TRIM, finish, correct)
+
     def solve(self, goal: float) -> float | None:
         """The value with the largest cheap file of at most `goal` bytes; None if there is none."""
         knob = self.knob
@@ -281,23 +287,3 @@ class _Search:
             except BudgetError:
                 continue
         return 1.0
-
-
-def trimmed(compressed: CompressedModel, limit: int, finish: Finish = lambda found: found, most: float = 2 * TRIM
-            ) -> tuple[CompressedModel, int, float]:
-    """`compressed` without its least weights, as few of them as it takes to fit, its bytes, and their share.
-
-    Halving the step ends within 0.1 % of the kept weights. Where the share `most` is too few, that is what goes.
-    """
-    low, high = 0.0, most  # shares of the kept weights: too few, enough
-    found = without_smallest(compressed, high)
-    size = file_bytes(finish(found))
-    while size <= limit and high - low > 1e-3:
-        middle = (low + high) / 2
-        fewer = without_smallest(compressed, middle)
-        bytes_left = file_bytes(finish(fewer))
-        if bytes_left <= limit:
-            high, found, size = middle, fewer, bytes_left
-        else:
-            low = middle
-    return found, size, high

@@ -1,11 +1,59 @@
 """A few more weights of a compressed network pruned, where its file is a little too large (see size.py)."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..artifact import CompressedModel, CompressedTensor
+from ..file.storage import file_bytes
+
+ROUNDS = 4  # of `trimmed`: what it corrects may take a few bytes more
+
+Change = Callable[[CompressedModel], CompressedModel]
+
+
+def unchanged(compressed: CompressedModel) -> CompressedModel:
+    """The same."""
+    return compressed
+
+
+def trimmed(compressed: CompressedModel, limit: int, most: float, finish: Change = unchanged,
+            correct: Change = unchanged) -> tuple[CompressedModel, int, float]:
+    """`compressed` without its least weights, as few of them as it takes to fit, its bytes, and their share.
+
+    most     share of the kept weights; where that is too few, it is what goes
+    finish   what is done to the result before it is written
+    correct  what is done to the result, once, in a trade for the weights that went (correction.py)
+    """
+    goal = limit
+    for _ in range(ROUNDS):
+        found, size, share = _fewer(compressed, goal, most, finish)
+        if size > goal:
+            break
+        found = correct(found)
+        size = file_bytes(finish(found))
+        if size <= limit:
+            break
+        goal -= size - limit
+    return found, size, share
+
+
+def _fewer(compressed: CompressedModel, limit: int, most: float, finish: Change) -> tuple[CompressedModel, int, float]:
+    """Halving the step ends within 0.1 % of the kept weights."""
+    low, high = 0.0, most  # shares of the kept weights: too few, enough
+    found = without_smallest(compressed, high)
+    size = file_bytes(finish(found))
+    while size <= limit and high - low > 1e-3:
+        middle = (low + high) / 2
+        fewer = without_smallest(compressed, middle)
+        bytes_left = file_bytes(finish(fewer))
+        if bytes_left <= limit:
+            high, found, size = middle, fewer, bytes_left
+        else:
+            low = middle
+    return found, size, high
 
 
 def without_smallest(compressed: CompressedModel, share: float) -> CompressedModel:
