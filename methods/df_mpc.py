@@ -18,8 +18,7 @@ Symbols    r_j = gamma_j / sigma_j w_j: Filters.r;  y_j = beta_j - gamma_j mu_j 
 Departures
   * alpha and max|W|, which the paper drops because batch norm absorbs them, are kept, and batch norm is left as it is:
     how the paper re-calibrates mu^ and sigma^ is not published. Then y^ = y. batchnorm = "data", or without any "noise"
-    or "closed", renews it after c is fitted; for ResNet-56 none of them reaches what is printed. (Renewed before, too,
-    so that y^ differs from y as in the formula, c is no better with data and worse on noise.)
+    or "closed", renews it after c is fitted; for ResNet-56 none of them reaches what is printed.
   * Pairs are taken greedily in forward order; a 1 x 1 convolution is never the low-bit layer. This gives the paper's
     choice: conv1 of a basic block, the 3 x 3 convolution of a bottleneck, every other layer of a plain network.
   * A channel for which the denominator of c is 0 (a dead filter) keeps c = 1.

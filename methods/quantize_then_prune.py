@@ -1,8 +1,8 @@
 """Quantize, then prune: the plain combination in the other order.
 
 Uniform post-training quantization first, then magnitude pruning among the integer codes. At 8 bits this equals
-prune-then-quantize; at 4 bits it is worse, because codes that rounding already sent to 0 take the first places
-of the ranking. With retraining it is quantization-aware training of float master weights under the mask.
+prune-then-quantize; at 4 bits the ranking is coarser: codes that rounding already sent to 0 take its first places.
+With retraining it is quantization-aware training of float master weights under the mask.
 
 Algorithm
     s_l, z_l from W_l;  q_l = clamp(round(W_l / s_l) + z_l);  batch norm folded into s_l and the bias

@@ -40,6 +40,16 @@ def judged(rows, pairs=(("a", "b"),)):
     return put_to(Claim("text", "t", pairs), {"t": rows})
 
 
+def test_a_start_that_one_of_them_lacks_is_said():
+    """Of two baselines each with one of its own: the shared one is judged, the others are not dropped in silence."""
+    rows = [row("a", range(20)), row("a", range(300), start="q"), row("b", range(60)), row("b", range(10), start="r")]
+    for pairs in ((("a", "b"),), (("b", "a"),)):
+        found = judged(rows, pairs)
+        assert sorted(one.verdict for one in found) == sorted([UNLIKE, UNLIKE, YES if pairs[0][0] == "a" else NO])
+        assert "2 not comparable" in told_of(found)
+    assert verdict(put_to(Claim("text", "t", (("a", "b"),), all=True), {"t": rows}), every=True) == CANNOT_TELL
+
+
 def test_a_pair_is_judged_on_the_same_inputs():
     (one,) = judged([row("a", range(20), size=50), row("b", range(60))])
     assert one.change.change == pytest.approx(4.0) and one.change.interval()[0] > 0 and one.verdict == YES
@@ -237,7 +247,7 @@ def test_the_readme_shows_answers_and_counts_the_rest():
          "lines": [{**line, "verdict": MISSING}]}])
     assert "| First \\| claim | yes (2 of 3 pairs) | +1.00, (+1.00) at 0.48x bytes | digits \\| net |" in text
     assert "- First \\| claim: of a kind\n" in text and "Second" not in text and "not seen" not in text
-    assert "1 more claims await their rows." in text
+    assert "1 more claim without rows yet." in text
 
 
 @pytest.mark.parametrize("text, fault", [

@@ -272,7 +272,8 @@ def test_a_story_goes_on_after_the_command(command, tmp_path):
 
 @pytest.mark.parametrize("name, command", [
     ("orders_resnet20", "sweep paper_configs/orders_resnet20.toml --seeds 3"),
-    ("sequential_reconstruction", "reproduce paper_configs/sequential_reconstruction.toml --checkpoint FILE"),
+    ("sequential_reconstruction", "reproduce paper_configs/sequential_reconstruction.toml --network resnet56 "
+     "--checkpoint FILE"),
     ("rptq_train", "reproduce paper_configs/rptq_train.toml"),
     ("imagenet_sparq", "reproduce paper_configs/imagenet_sparq.toml")])
 def test_a_page_says_the_command_of_its_configuration(name, command):

@@ -127,9 +127,10 @@ def test_courses(method, notes, titles):
 
 
 def test_rows_of_one_name_are_told_apart_by_what_differs():
-    """Rows of two networks by these, of two baselines of one network by their seeds; a mean over seeds says so."""
+    """Rows of two networks by these, of two baselines of one network by these; a mean over seeds says so."""
     other = {"checkpoint": {"digest": "e"}}
     rows = [row("a"), row("a", network="wide"), row("b"), row("b", **other), row("c"), row("c", seed=1), row("d"),
             row("d", network="wide"), row("d", network="wide", **other)]
     assert [found["name"] for found in table.told_apart(rows)] == [
-        "a, net", "a, wide", "b, seed 0", "b, seed 0", "c", "d, net", "d, wide, seed 0", "d, wide, seed 0"]
+        "a, net", "a, wide", "b, baseline d", "b, baseline e", "c", "d, net", "d, wide, baseline d",
+        "d, wide, baseline e"]

@@ -12,6 +12,7 @@ from benchmarks import provenance as origins
 from benchmarks.jobs import all_tables, prepare
 from benchmarks.networks import label
 from benchmarks.provenance import joined, provenance
+from benchmarks.report.seeds import over_seeds
 from benchmarks.rows import FORM, RESULTS, SUPERSEDED, Row, finished, read_row, read_rows, stem, tables, write_row
 from benchmarks.settings import plain, same_settings
 from methods.core.errors import CompressError
@@ -230,3 +231,11 @@ def test_without_git_the_environment_speaks(tmp_path, monkeypatch):
     monkeypatch.setenv("JOINTCOMPRESS_COMMIT", "abc")
     assert (provenance()["commit"], provenance()["dirty"]) == ("abc", False)
     assert json.dumps(provenance())
+
+
+def test_committed_seeds_of_a_row_are_one_row():
+    """Names of a table, on one network, baseline and data set: whatever seeds there are, they make one line."""
+    for folder in tables(RESULTS):
+        rows = read_rows(folder, silent)
+        wanted = {(one["name"], one["network"], one["checkpoint"]["digest"], one["data"]) for one in rows}
+        assert len(over_seeds(rows)) == len(wanted), folder.name

@@ -134,11 +134,26 @@ def test_seeds_of_a_row_are_one_line():
     assert table.cells(table.listed(rows)[1])[:3] == ["a", "91.25 ± 1.00", "91.00 ± 1.00"]
     others = [{"budget": {"bits": 3}}, {"config": {"lr": 0.1}}, {"data": "e"}]
     assert [len(over_seeds([rows[0], {**rows[1], **other}])) for other in others] == [2, 2, 2]
+    alike = [{"budget": {"bits": None}}, {"densities": "uniform"}]  # what older rows do not have, left as it is
+    assert [len(over_seeds([rows[0], {**rows[1], **other}])) for other in alike] == [1, 1]
+    assert len(over_seeds([rows[0], {**rows[1], "densities": "global"}])) == 2
     (paper,) = over_seeds([one | {"paper": {"top1_integer": 92, "bytes": [990, 1]}} for one in rows])
     assert against_paper.texts(paper)[:2] == [("top1_integer", "92", "91 ± 1 (3 seeds)", "-1"),
                                               ("bytes", "990 ± 1", "1002 ± 2.6 (3 seeds)", "+12")]
     # 1.96 x hypot(1 / sqrt 3, sqrt(0.91 x 0.09 / 10,000)) = 1.26 points; of the bytes 1.96 hypot(2.6 / sqrt 3, 1) = 3.6
     assert [one.verdict for one in verdicts(paper)] == ["cannot tell", "not reached"]
+
+
+def test_settings_that_do_nothing_make_no_other_row():
+    """One-shot pruning has no `until`: rows from before its default changed are seeds of the same."""
+    def pruned(seed, **prune):
+        return made("a", seed=seed, method="pipeline", config={"order": ["prune", "quantize"], "prune": {
+            "schedule": "one_shot", "criterion": "level", **prune}})
+
+    recipe = {"epochs": 1, "lr": 0.1}
+    assert len(over_seeds([pruned(0, until=0.75), pruned(1, until=0.25), pruned(2)])) == 1
+    assert len(over_seeds([pruned(0, recipe=None), pruned(1, recipe=recipe)])) == 2
+    assert len(over_seeds([pruned(0, recipe=recipe), pruned(1, recipe={**recipe, "lr": 0.2})])) == 2
 
 
 @pytest.mark.parametrize("metric, budget, kind", [
@@ -148,7 +163,11 @@ def test_seeds_of_a_row_are_one_line():
     ("ip1 bits", {"bits": 4}, "given"), ("accounting.ratios.data_only", {"data_ratio": 0.1}, "given"),
     ("accounting.ratios.data_only", {"density": 0.1, "bits": 4}, "given"),
     ("accounting.ratios.data_only", {"density": 0.1, "bits": None}, "counted"),
-    ("accounting.ratios.with_index", {"density": 0.1, "bits": 4, "data_ratio": 0.1}, "counted")])
+    ("accounting.ratios.with_index", {"density": 0.1, "bits": 4, "data_ratio": 0.1}, "counted"),
+    ("bytes", {"size_ratio": 0.1}, "given"), ("size_ratio", {"size_ratio": 0.1}, "given"),
+    ("cost.macs", {"mac_ratio": 0.5}, "given"), ("cost.bops", {"bop_ratio": 0.5}, "given"),
+    ("cost.bops", {"size_ratio": 0.5}, "counted"),
+    ("accounting.ratios.data_only_fractional", {"data_ratio": 0.1}, "given")])
 def test_what_a_budget_gives_is_no_result(metric, budget, kind):
     assert judged(metric, 1.0, 1.0, row(budget=budget)).kind == kind
 

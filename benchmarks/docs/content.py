@@ -14,7 +14,7 @@ from ..report.verdicts import verdicts
 from .equal import ways, ways_plot
 from .figures import AXES, as_svg, bytes_plot, front_plot, has_axis
 from .tables import table_of
-from .words import Row, metric, short_metric, size, times
+from .words import DATA, Row, metric, short_metric, size, times
 
 FACTS = ("note", "file", "file_digest", "task", "network", "seed", "budget", "config", "setup", "checkpoint", "data",
          "ranges_by", "commit", "dirty", "mixed", "device", "threads", "torch", "numpy", "python", "cpu", "gpu",
@@ -29,7 +29,10 @@ def table_part(rows: Sequence[Row], name: str, title: str, command: str, story: 
     """What the templates table.html and paper.html take for one table. `others`, `first`: see `jobs.Table`."""
     methods = Counter(row["method"] for row in rows)
     rows = told_apart([{**row, "own": row["name"] not in others, "first": row["name"] in first} for row in rows])
+    data = {method: list(dict.fromkeys(DATA.get(row["difficulty"]["data"], row["difficulty"]["data"])
+                                       for row in rows if row["method"] == method)) for method in methods}
     return {"title": title, "file": f"table_{name}.html", "command": command, "story": story, "methods": methods,
+            "data": data,
             **tallied([{**line, "own": row["own"], "first": row["first"], "network": row["network"]}
                        for row in rows for line in verdict_lines(row)]),
             "figures": pictures(rows, title), "table": table_of(rows, title, name),

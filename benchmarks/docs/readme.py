@@ -24,7 +24,7 @@ from .words import Row
 BLOCK = re.compile(r"(<!-- (headline|rows|papers|claims|baselines): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 OF_TABLE = ("headline", "rows")
 SHOWN = ("row", "points lost", "95 % interval", "top-1, integer", "top-1, float", "file", "smaller",
-         "BOPs, zeros skipped", "energy", "cycles", "data", "CPU s")
+         "trimmed", "BOPs, zeros skipped", "energy", "cycles", "data", "CPU s")
 RowsOf = Mapping[str, Sequence[Row]]
 
 
@@ -66,7 +66,7 @@ def headline(rows: Sequence[Row]) -> str:
 
 def every_row(rows: Sequence[Row], name: str) -> str:
     """A GitHub table of the columns in SHOWN: the largest files first, of files of one size the least lost."""
-    whole = table_of(sum(blocks(rows), []), name, name)
+    whole = table_of(sum(blocks(told_apart(rows)), []), name, name)
     kept = [i for i, column in enumerate(whole.columns) if column.header in SHOWN]
     lines = [type(line)(line.kind, [line.cells[i] for i in kept]) for line in whole.lines]
     return markdown(Table(whole.caption, whole.stem, [whole.columns[i] for i in kept], lines))
@@ -101,7 +101,7 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
     missing are counted.
     """
     out = "| claim | answer | changes in points of top-1 | on |\n| --- | --- | --- | --- |\n"
-    open_ones = [one for one in found if one["verdict"] in claims.SILENT]
+    open_ones = [one for one in found if one["verdict"] == claims.MISSING]
     answered = [one for one in found if one not in open_ones]
     for one in answered:
         there = [line for line in one["lines"] if line["verdict"] not in claims.SILENT]
@@ -113,8 +113,8 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
         on = "; ".join(dict.fromkeys(line["on"] for line in there))
         out += f"| {in_markdown(one['text'])} | {answer} | {', '.join(shown)} | {in_markdown(on)} |\n"
     notes = "".join(f"- {in_markdown(one['text'])}: {in_markdown(one['note'])}\n" for one in answered if one["note"])
-    return (out + (f"\n{notes}" if notes else "")
-            + (f"\n{len(open_ones)} more claims await their rows.\n" if open_ones else ""))
+    waiting = f"\n{len(open_ones)} more claim{'s' * (len(open_ones) > 1)} without rows yet.\n" if open_ones else ""
+    return out + (f"\n{notes}" if notes else "") + waiting
 
 
 def baseline_lines(trained: Sequence[Mapping[str, Any]]) -> str:

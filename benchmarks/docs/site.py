@@ -127,7 +127,7 @@ def paper_page(site: Site, one: Paper, configs: Sequence[Table], parts: Mapping[
 def summary(one: Paper, parts: Mapping[str, Mapping[str, Any]]) -> dict:
     """A paper's line on the index: {table: rows of its method}, and what came of the numbers printed for them, by kind;
     numbers of other methods, and those that the budget gives, are not counted. `first`: the numbers of the rows that
-    stand for the paper, {"row (network)": their lines}."""
+    stand for the paper, {"row (network)": their lines}. `data`: what its rows saw."""
     lines = [line for part in parts.values() for line in part["verdicts"] if line["own"] and line["kind"] != GIVEN]
     counts = {kind: Counter(line["verdict"] for line in lines if line["kind"] == kind) for kind in (ACCURACY, COUNTED)}
     found = {name: part["methods"][one.method] for name, part in parts.items() if part["methods"][one.method]}
@@ -136,8 +136,9 @@ def summary(one: Paper, parts: Mapping[str, Mapping[str, Any]]) -> dict:
         if line["first"] and line["short"] is not None:
             name = line["row"].removesuffix(f", {line['network']}")
             first.setdefault(f"{name} ({line['network']})", []).append(line)
-    return {**vars(one), "counts": counts, "printed": len(lines), "tables": found, "rows": sum(found.values()),
-            "first": first}
+    seen = [text for part in parts.values() for text in part["data"].get(one.method, [])]
+    return {**vars(one), "data": "; ".join(dict.fromkeys(seen)) if seen else one.data, "counts": counts,
+            "printed": len(lines), "tables": found, "rows": sum(found.values()), "first": first}
 
 
 def headline_of(rows: Sequence[Row], name: str) -> dict:

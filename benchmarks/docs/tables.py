@@ -69,6 +69,11 @@ def _printed(row: Row) -> str | None:
     return found[0] if found else None
 
 
+def _trimmed(row: Row) -> float | None:
+    share = row.get("notes", {}).get("size", {}).get("trimmed", 0.0)
+    return 100 * share if share > 0 else None
+
+
 COLUMNS = (
     Column("row", lambda r: r["name"], str, "name of the row in its configuration", True),
     Column("method", lambda r: r["method"], method_name, "the method that made it", True),
@@ -85,6 +90,8 @@ COLUMNS = (
     Column("kept", lambda r: 100 * r["cost"]["density"], lambda v: f"{plain(v)} %",
            "kept share of the uncompressed network's weights"),
     Column("bits", lambda r: r["cost"]["mean_bits"], plain, "mean code width of a kept weight"),
+    Column("trimmed", _trimmed, lambda v: f"{plain(v)} %",
+           "of the kept weights, lost after the training so that the file fits; — : none"),
     Column("BOPs", lambda r: r["cost"]["bops"], count, "sum of MACs x weight bits x activation bits"),
     Column("BOPs, zeros skipped", lambda r: r["cost"]["sparse_bops"], count, "the same x density"),
     Column("energy", lambda r: r.get("hardware", {}).get("energy_ratio_skipping"), plain,

@@ -108,14 +108,15 @@ def put_to(claim: Claim, rows_of: RowsOf) -> list[Found]:
 
 
 def _paired(better: str, than: str, network: str, mine: Sequence[Row], others: Sequence[Row]) -> list[Found]:
-    """Of the rows of two names on one network: those that start from one network and were tested on the same."""
+    """Of the rows of two names on one network: those that start from one network and were tested on the same. A start
+    or a test that only one of the names has is UNLIKE; once, where they share none."""
     if not mine or not others:
         return [Found(better, than, network)]
-    grounds = list(dict.fromkeys(map(_ground, mine)))
+    grounds = list(dict.fromkeys(map(_ground, [*mine, *others])))
     found = [_changed(better, than, *({row["seed"]: row for row in rows if _ground(row) == ground and "right" in row}
                                       for rows in (mine, others))) for ground in grounds]
-    kept = [one for one in found if one is not None]
-    return kept if kept else [Found(better, than, network, UNLIKE)]
+    kept = [Found(better, than, network, UNLIKE) if one is None else one for one in found]
+    return kept if any(found) else kept[:1]
 
 
 def _ground(row: Row) -> tuple[str, str, int]:

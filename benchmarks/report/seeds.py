@@ -1,12 +1,15 @@
 """Rows that differ in nothing but the seed, as one: means, and the sample deviation of any number."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from methods import find_method
+from methods.core.errors import ConfigError
+
 from ..chance import mean_and_deviation
 from ..chance import over_seeds as mean_change
+from ..settings import build, same_settings
 
 Row = Mapping[str, Any]
 
@@ -14,12 +17,36 @@ Row = Mapping[str, Any]
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
     """`rows` with the seeds of one name, network, baseline, data and settings in one row: the means of all numbers, and
     `seeds`."""
-    groups: dict[tuple, list[Row]] = {}
+    groups: list[list[Row]] = []
     for row in rows:
-        settings = json.dumps([row.get(key) for key in ("data", "budget", "config")], sort_keys=True)
-        key = row["name"], row["task"], row["network"], row["checkpoint"]["digest"], settings
-        groups.setdefault(key, []).append(row)
-    return [group[0] if len(group) == 1 else {**_mean(group), "seeds": group} for group in groups.values()]
+        same = next((group for group in groups if _alike(group[0], row)), None)
+        if same is None:
+            groups.append([row])
+        else:
+            same.append(row)
+    return [group[0] if len(group) == 1 else {**_mean(group), "seeds": group} for group in groups]
+
+
+def _alike(one: Row, other: Row) -> bool:
+    """Whether two rows differ in nothing but the seed, as far as it has an effect."""
+    keys = "name", "task", "network", "method", "data"
+    return (all(one.get(key) == other.get(key) for key in keys)
+            and one.get("densities", "uniform") == other.get("densities", "uniform")
+            and one["checkpoint"]["digest"] == other["checkpoint"]["digest"] and _budget(one) == _budget(other)
+            and (one.get("config") == other.get("config") or _as(one, other) or _as(other, one)))
+
+
+def _budget(row: Row) -> dict[str, Any]:
+    return {name: value for name, value in row.get("budget", {}).items() if value is not None}
+
+
+def _as(one: Row, other: Row) -> bool:
+    """Whether the settings of `other` are those of `one` wherever they have an effect: settings that are younger than a
+    row are as it had them. False where the method of today would not take those of `one`."""
+    try:
+        return same_settings(build(find_method(one["method"]).Config, one.get("config", {})), other.get("config", {}))
+    except ConfigError:
+        return False
 
 
 def _mean(values: Sequence[Any]) -> Any:

@@ -76,15 +76,18 @@ COLUMNS = (
 
 
 def told_apart(rows: Sequence[Row]) -> list[Row]:
-    """`rows`, seeds in one row (see `seeds`), where names that occur more than once say the network, and the seed if
-    that does not tell them apart."""
+    """`rows`, seeds in one row (see `seeds`), where names that occur more than once say the network, and the baseline
+    and the seed if that does not tell them apart."""
     rows = over_seeds(rows)
 
     def told(row: Row) -> Row:
         same = [other for other in rows if other["name"] == row["name"]]
         alike = [other for other in same if other["network"] == row["network"]]
         parts = [row["name"], *([row["network"]] if len(alike) < len(same) else [])]
-        if len(alike) > 1:
+        started = [other for other in alike if other["checkpoint"]["digest"] == row["checkpoint"]["digest"]]
+        if len(started) < len(alike):
+            parts.append(f"baseline {row['checkpoint']['digest'][:8]}")
+        if len(started) > 1:
             parts.append(seeds_of(row) if "seeds" in row else f"seed {row['seed']}")
         return {**row, "name": ", ".join(parts)} if len(parts) > 1 else row
 

@@ -79,7 +79,9 @@ def kind_of(metric: str, budget: Mapping[str, Any]) -> str:
         return ACCURACY
     asked = {field for field, value in budget.items() if value is not None}
     needs = {"density": [{"density"}], "kept_weights": [{"density"}], "bits": [{"bits"}], "mean_bits": [{"bits"}],
-             "data_only": [{"data_ratio"}, {"density", "bits"}]}
+             "data_only": [{"data_ratio"}, {"density", "bits"}], "data_only_fractional": [{"data_ratio"}],
+             "bytes": [{"size_ratio"}], "size_ratio": [{"size_ratio"}], "macs": [{"mac_ratio"}],
+             "bops": [{"bop_ratio"}]}
     return GIVEN if any(fields <= asked for fields in needs.get(name, [])) else COUNTED
 
 

@@ -36,8 +36,8 @@ Departures from its specification, and choices that it leaves
   * A code is never dearer than the next larger one, so that every threshold is k + 1/2 at least: else zeros that became
     rare become rarer with every look, until a layer has none.
   * Scales of channels are rounded to 16 bits where `bias_bits` = 16. One scale a layer would be less, but s_o would
-    then have to follow gamma and sigma, and sigma follows s_o: tried, it never settles, and the batch norm's statistics
-    are behind when the training ends.
+    then have to follow gamma and sigma, and sigma follows s_o: the two chase each other, and batch norm's statistics
+    would be behind when the training ends.
   * c = none starts at `start` times the budget, near it; wanted falls geometrically. From fine steps (1.5, the
     specification's) lam has to rise far. Weights gather at the thresholds; where these move much, whole layers cross
     them together and change what is rare and dear, and the network hardly recovers.
