@@ -35,8 +35,8 @@ BROKEN = {
     "which adds take accumulators": lambda patch: patch.setattr(IntegerNetwork, "_pending", lambda self: {}),
     "shifts": lambda patch: patch.setattr(IntegerNetwork, "_epilogue", lambda self, node, of=IntegerNetwork._epilogue: (
         of(self, node)[0], of(self, node)[1] + 0.5)),
-    "tables": lambda patch: patch.setattr(weights, "integer_table", lambda values, used, of=weights.integer_table: (
-        of(values, used)[0].flip(0), *of(values, used)[1:])),
+    "tables": lambda patch: patch.setattr(weights, "integer_table", lambda values, codes, of=weights.integer_table: (
+        of(values, codes)[0].flip(0), *of(values, codes)[1:])),
 }
 
 
@@ -56,7 +56,8 @@ def test_layers_in_float_are_compared_too():
     (Affine(torch.tensor(0.3), torch.tensor(-2).int()), 4), (Levels(torch.tensor(0.3), torch.tensor([-4, -1, 2]).int()),
                                                             2),
     (Codebook(torch.tensor([0, 0.5, -1.0, 0.25])), 2), (Codebook(torch.tensor([0, 1.0, 0.003, 1e-9])), 2),
-    (Codebook(torch.tensor([0, 1.0, 0.9995, -0.3])), 2)])
+    (Codebook(torch.tensor([0, 1.0, 0.9995, -0.3])), 2), (Codebook(torch.tensor([0, 1.0, 0.61, -0.3])), 2),
+    (Codebook(torch.randn(16)), 4), (Codebook(torch.randn(200) ** 3), 8)])
 def test_integers_are_those_of_the_kernels(grid, bits):
     generator = torch.Generator().manual_seed(0)
     low, high = grid.code_range(bits)

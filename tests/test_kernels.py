@@ -250,7 +250,34 @@ def test_tables_lose_no_weight(values, width):
 def test_only_used_entries_decide_the_table():
     values = torch.tensor([0, 1.0, 0.5, 1000.0, 1e-6])
     table, scale, width = integer_table(values, torch.tensor([1, 2]))
-    assert width == 8 and scale == 1 / 127 and table[1:3].tolist() == [127, 64]
+    assert width == 8 and scale == 1 / 126 and table[1:3].tolist() == [126, 63]  # 127 has no half
+
+
+def test_the_scale_of_a_table_has_the_least_error_over_the_weights():
+    """Brute force over the 64 largest integers; the entries that many weights have decide."""
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(20):
+        values = torch.cat([torch.zeros(1), torch.randn(7, generator=generator)])
+        codes = torch.multinomial(torch.rand(8, generator=generator), 500, replacement=True, generator=generator)
+        codes = codes[codes > 0]
+        table, scale, width = integer_table(values, codes)
+        weights, peak = values[codes].double(), values[codes].abs().max().double()
+        tries = {}
+        for top in range(64, 128):
+            near = (weights * top / peak).round()
+            if len(near.unique()) == len(weights.unique()) and not bool((near == 0).any()):
+                tries[top] = float((near * peak / top - weights).square().mean())
+        assert width == (8 if 127 in tries else 16)
+        if width == 16:
+            continue
+        error = float((table[codes].double() * scale - weights).square().mean())
+        assert error == pytest.approx(min(tries.values()))
+        assert round(float(peak) / scale) in tries and tries[127] >= min(tries.values())
+    few = torch.tensor([0, 1.0, 0.1004, 0.3333])  # 0.1004 is 12.75 of 127 and 12.05 of 120, 0.3333 is 42.3 and 40.0
+    for code, share in ((2, 0.1004), (3, 0.3333)):
+        table, scale, _ = integer_table(few, torch.tensor([1] + [code] * 1000 + [5 - code]))
+        best = min((abs(round(share * top) / top - share), -top) for top in range(64, 128))
+        assert abs(float(table[code]) * scale - share) < 2 * best[0] + 1e-5
 
 
 def test_random_codebooks_keep_every_kept_weight():

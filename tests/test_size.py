@@ -165,6 +165,28 @@ def test_training_changes_sizes(tiny, larger, whole_runs):
     assert kept == pytest.approx((1 - trimmed) * density * larger, rel=0.02) and (trimmed > 0) == (larger == 1.04)
 
 
+def test_what_trimmed_weights_took_along_is_corrected(tiny):
+    """With a task batch norm moves, without one it stays; codes are the same."""
+    made, model = Made(Knob("density", 1e-3, 1.0)), tiny.model()
+    one, other = (compress_to_size(made.module, model, task, Budget(size_ratio=0.2), Config(larger=1.04),
+                                   torch.Generator().manual_seed(0)) for task in (tiny.task(), None))
+    assert one.notes["size"]["trimmed"] == other.notes["size"]["trimmed"] > 0
+    assert tiny.same({n: t.codes for n, t in one.weights.items()}, {n: t.codes for n, t in other.weights.items()})
+    assert tiny.same(other.rest, assemble(model, other.weights).rest)
+    assert not torch.equal(one.rest["bn3.running_mean"], other.rest["bn3.running_mean"])
+
+
+@pytest.mark.parametrize("larger, whole_runs", [(1.04, 2), (1.014, 1)])
+def test_without_batch_norm_only_a_little_is_trimmed(larger, whole_runs):
+    torch.manual_seed(0)
+    made, model = Made(Knob("density", 1e-3, 1.0)), torch.nn.Sequential(torch.nn.Linear(60, 90), torch.nn.ReLU(),
+                                                                        torch.nn.Linear(90, 10))
+    found = compress_to_size(made.module, model, None, Budget(size_ratio=0.1), Config(larger=larger),
+                             torch.Generator().manual_seed(0))
+    assert sum(trained for trained, _ in made.calls) == whole_runs
+    assert (found.notes["size"]["trimmed"] > 0) == (whole_runs == 1) and to_bytes(found)[1].total <= 0.1 * 4 * 6400
+
+
 def test_without_training_no_weight_is_trimmed(tiny):
     made = Made(Knob("density", 1e-3, 1.0))
 

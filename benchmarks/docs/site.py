@@ -17,6 +17,7 @@ from methods.core.errors import ConfigError
 from methods.core.file.container import write_file
 
 from ..jobs import Table, all_tables
+from ..networks import label
 from ..report import claims
 from ..report.table import comparable, told_apart
 from ..report.verdicts import ACCURACY, COUNTED, GIVEN
@@ -109,7 +110,9 @@ def build_site(rows_of: RowsOf, out: Path, *, headline: str, api: bool, say: Cal
 
 
 def part_of(entry: Table, rows: Sequence[Row]) -> dict:
-    """A table that a configuration makes."""
+    """A table that a configuration makes, in its order."""
+    places = {(job.name, label(job.network)): i for i, job in enumerate(entry.rows)}
+    rows = sorted(rows, key=lambda row: places.get((row["name"], row["network"]), len(places)))
     return table_part(rows, entry.name, entry.title, command_in(entry.path), story(entry.path), entry.others,
                       entry.first)
 

@@ -24,7 +24,8 @@ from .gated import thresholded, to_codes
 from .network import GatedNetwork
 
 EVERY, AHEAD, FALLING, POWER = 8, 64, 0.5, 0.2  # see above
-AIM = 0.95  # of the budget: what codes take goes on rising by a few percent when the gates are set
+AIM = 0.9  # of the budget: what codes take goes on rising when the gates are set, and weights that have to go after the
+# training cost more than bytes that are left
 SET = 12.0  # |logit| of a gate that is set: closed in 1 draw of 800,000, open in 1 of 30,000
 
 

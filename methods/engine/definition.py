@@ -5,6 +5,7 @@ float. Of its numbers: the integers, gains and shifts of every layer, in numpy. 
 `IntegerNetwork`, so that a mistake in one shows beside the other; the graph, and the table of operations, are shared.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,8 +98,9 @@ class Definition:
 def integers_of(tensor: CompressedTensor) -> tuple[np.ndarray, np.ndarray]:
     """int64 [C_out, ...] and the float64 [C_out] value of one: codes less the code of 0, levels, or a table's entries.
 
-    The table of a codebook has 8 bits, or 16 where two entries in use would be one, or one would be 0; its largest
-    entry in use is the largest integer, and one below half a step is a step.
+    The table of a codebook has 8 bits, or 16 where with 127 for the largest entry in use two of them would be one, or
+    one would be 0. Of 8 bits the largest is 127 to 64, whichever has the least squared error over the weights among
+    those that keep entries apart, too; of 16 it is 32,767, and an entry below half a step is a step.
     """
     codes, mask, channels = tensor.codes.numpy().astype(np.int64), tensor.mask.numpy(), tensor.codes.shape[0]
     grid = tensor.grid
@@ -108,18 +110,35 @@ def integers_of(tensor: CompressedTensor) -> tuple[np.ndarray, np.ndarray]:
     if isinstance(grid, Levels):
         return np.where(mask, grid.levels.numpy().astype(np.int64)[codes], 0), np.broadcast_to(
             _float64(grid.scale), (channels,))
-    values, used = _float64(grid.values), np.unique(codes[mask])
+    used, counts = np.unique(codes[mask], return_counts=True)
     if len(used) == 0:
         return np.zeros_like(codes), np.ones(channels)
-    for top in (127, 32767):
-        scale = np.abs(values[used]).max() / top
-        table = {code: int(np.rint(values[code] / scale)) for code in used}
-        if 0 not in table.values() and len(set(table.values())) == len(np.unique(values[used])):
-            break
-    whole = np.zeros(len(values), np.int64)
-    for code, entry in table.items():
-        whole[code] = entry or int(np.sign(values[code]))
+    table, scale = _table(dict(zip(used.tolist(), _float64(grid.values)[used].tolist(), strict=True)), counts.tolist())
+    whole = np.zeros(len(grid.values), np.int64)
+    whole[list(table)] = list(table.values())
     return np.where(mask, whole[codes], 0), np.full(channels, scale)
+
+
+def _table(values: dict[int, float], counts: list[int]) -> tuple[dict[int, int], float]:
+    """{code: integer} and the value of one, of a codebook's entries in use and how many weights have each."""
+    peak = max(map(abs, values.values()))
+
+    def entries(top: int) -> dict[int, int]:
+        return {code: int(np.rint(value / (peak / top))) for code, value in values.items()}
+
+    def apart(top: int) -> bool:
+        table = entries(top)
+        return 0 not in table.values() and len(set(table.values())) == len(set(values.values()))
+
+    def error(top: int) -> float:
+        table = entries(top)
+        off = [table[code] * (peak / top) - value for code, value in values.items()]
+        return math.fsum(x * x * count for x, count in zip(off, counts, strict=True))
+
+    if apart(127):
+        top = min(filter(apart, range(127, 63, -1)), key=error)
+        return entries(top), peak / top
+    return {code: entry or (1 if values[code] > 0 else -1) for code, entry in entries(32767).items()}, peak / 32767
 
 
 def _float64(tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Decoded weights as the signed integers a kernel multiplies by."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ def integer_weight(tensor: CompressedTensor) -> IntegerWeight:
     """The integers of a compressed tensor. Uniform grids are taken as they are; a codebook is put on a table
     of 8-bit integers, or of 16-bit ones where two used entries would coincide or a non-zero one would be 0."""
     if isinstance(tensor.grid, Codebook):
-        table, scale, width = integer_table(tensor.grid.values, tensor.codes[tensor.mask].unique())
+        table, scale, width = integer_table(tensor.grid.values, tensor.codes[tensor.mask])
         integers = torch.where(tensor.mask, table[tensor.codes.long()], torch.zeros((), dtype=torch.int32))
         scales = torch.full((tensor.codes.shape[0],), scale, dtype=torch.float64)
     else:
@@ -44,23 +45,47 @@ def operand_bits(tensor: CompressedTensor) -> int:
         return tensor.bits
     if isinstance(tensor.grid, Levels):
         return int(tensor.grid.levels.abs().max()).bit_length() + 1
-    return integer_table(tensor.grid.values, tensor.codes[tensor.mask].unique())[2]
+    return table_width(tensor.grid.values, tensor.codes[tensor.mask].unique())
 
 
-def integer_table(values: Tensor, used: Tensor) -> tuple[Tensor, float, int]:
-    """int32 table of a codebook, its scale, and the operand width (8 or 16).
+def integer_table(values: Tensor, codes: Tensor) -> tuple[Tensor, float, int]:
+    """int32 table of a codebook, its scale, and the operand width (8 or 16); `codes` [n] of the kept weights.
 
-    No used non-zero entry becomes 0: at 16 bits an entry below half a step is moved to one step.
+    The largest entry in use becomes an integer from 64 to 127, the one that leaves the least squared error over all
+    weights: an entry's own error is one of every weight that has it, and as these have a sign that moves what a layer
+    puts out. 16 bits where 127 would make a used non-zero entry 0, or two of them one; then the largest is 32,767, and
+    an entry below half a step is moved to one step.
     """
-    if len(used) == 0:
+    if len(codes) == 0:
         return torch.zeros(len(values), dtype=torch.int32), 1.0, 8
-    peak = float(values[used.long()].double().abs().max())
-    exact = values.double()
-    for width in (8, 16):
-        scale = peak / ((1 << width - 1) - 1)
-        table = torch.round(exact / scale).clamp(-(1 << width - 1) + 1, (1 << width - 1) - 1).to(torch.int32)
-        chosen, distinct = table[used.long()], exact[used.long()].unique()
-        if not bool((chosen == 0).any()) and len(chosen.unique()) == len(distinct):
-            return table, scale, width
-    lost = (table == 0) & (exact != 0)
-    return torch.where(lost, exact.sign().to(torch.int32), table), scale, width
+    used, counts = codes.long().unique(return_counts=True)
+    exact, peak = values.double(), float(values[used].double().abs().max())
+    if table_width(values, used) == 8:
+        scale = min((peak / top for top in range(127, 63, -1) if keeps_apart(exact[used], peak / top)),
+                    key=lambda scale: squared_error(exact[used], counts, scale))
+        return on_scale(exact, scale, 127), scale, 8
+    scale = peak / 32767
+    table = on_scale(exact, scale, 32767)
+    return torch.where((table == 0) & (exact != 0), exact.sign().to(torch.int32), table), scale, 16
+
+
+def table_width(values: Tensor, used: Tensor) -> int:
+    """8 where the finest table of 8 bits keeps the used entries of a codebook apart, and from 0; else 16."""
+    kept = values[used.long()].double()
+    return 8 if len(kept) == 0 or keeps_apart(kept, float(kept.abs().max()) / 127) else 16
+
+
+def on_scale(values: Tensor, scale: float, largest: int) -> Tensor:
+    return torch.round(values / scale).clamp(-largest, largest).to(torch.int32)
+
+
+def keeps_apart(values: Tensor, scale: float) -> bool:
+    """Whether no value becomes 0 on a scale, and no two of them one."""
+    table = torch.round(values / scale)
+    return not bool((table == 0).any()) and len(table.unique()) == len(values.unique())
+
+
+def squared_error(values: Tensor, counts: Tensor, scale: float) -> float:
+    """Of weights that have these values so often; the sum is exact, so that equal files have equal tables anywhere."""
+    off = torch.round(values / scale) * scale - values
+    return math.fsum((off * off * counts).tolist())
