@@ -80,7 +80,7 @@ def test_wanted_falls_to_the_budget_and_stays():
 
 
 def test_mu_is_turned_after_where_the_gates_are_going():
-    network, found = steer()
+    network, found = steer(limit=1056)
     for _ in range(7):
         found.step(network)
     assert found.mu == 1.0
