@@ -1,14 +1,16 @@
 """What a method is: any module, or object, with these three; and the check of what it is called with."""
 
 import sys
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .artifact import CompressedModel
 from .budget import Budget
-from .errors import BudgetError, ConfigError
+from .errors import BudgetError, CompressError, ConfigError
+from .graph.positions import check_positions
 from .graph.wrapped import check_network
 from .settings import is_a
 from .train.loaders import describe
@@ -61,6 +63,16 @@ def check_call(module: str, model: Any, task: Any, budget: Any, config: Any, gen
         raise ConfigError(f"task = None: with these settings {name} needs a task, such as {maker}")
     if task is not None and not is_a(task, Task):
         raise ConfigError(f"task = {describe(task)}: {name} takes a Task, such as {maker}")
+    if task is not None:
+        check_positions(model, _inputs(task))
+
+
+def _inputs(task: Task) -> Iterator[Tensor]:
+    """Two inputs, where they are tensors."""
+    try:
+        yield task.calibration_inputs(2)
+    except (CompressError, ConfigError):
+        return
 
 
 def check_budget(budget: Any, name: str) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..errors import GraphError
 from . import recognise
 from .nodes import Node
-from .operations import SIZE_ATTRIBUTES, SIZE_METHODS, changes_its_input
+from .operations import COPIES, SIZE_ATTRIBUTES, SIZE_METHODS, changes_its_input
 
 Value = Any
 
@@ -60,7 +60,8 @@ class Converter:
         self.names[node] = made.name
         writes = changes_its_input(*self._call(node)) if node.op.startswith("call") else False
         first = next((arg for arg in node.args if isinstance(arg, fx.Node) and arg in self.names), None)
-        if first is None or not (writes or made.kind.aliases):
+        aliases = made.kind.aliases and not (node.op != "call_module" and node.target in COPIES)
+        if first is None or not (writes or aliases):
             self.maker[node] = node, True
             return
         root, whole = self.maker[first]

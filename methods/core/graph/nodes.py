@@ -133,9 +133,13 @@ class Graph:
         return found
 
     def norm_after(self, layer: str) -> str | None:
-        """The batch norm that alone consumes `layer`'s output, or None."""
+        """The batch norm that alone consumes `layer`'s output, or None; of a linear layer on positions [N, T, C] it
+        may normalise the positions, which are no channels of the layer."""
         after = self.consumers(layer)
-        return after[0].name if len(after) == 1 and after[0].op == "bn" and layer != self.output else None
+        if len(after) != 1 or after[0].op != "bn" or layer == self.output:
+            return None
+        made, norm = self.nodes[layer].module, after[0].module
+        return None if isinstance(made, nn.Linear) and made.out_features != norm.num_features else after[0].name
 
     def nonnegative(self) -> set[str]:
         """The values that are never below 0, whatever the input."""

@@ -96,6 +96,9 @@ _BY_TYPE = {kind: row for row in TABLE for kind in row.modules}
 _BY_FUNCTION = {function: row for row in TABLE for function in row.functions}
 _BY_METHOD = {method: row for row in TABLE for method in row.methods}
 _BY_NAME = {name: row for row in TABLE for name in row.named}
+# Never the memory of what they are given, though `aliases` of their row.
+COPIES = ("clone", "roll", "flip", "repeat", "repeat_interleave", "tile", torch.clone, torch.roll, torch.flip,
+          torch.tile, torch.repeat_interleave)
 SIZE_METHODS = ("size", "dim", "ndimension", "numel", "nelement")  # what a tensor says of its shape alone
 SIZE_ATTRIBUTES = ("shape", "ndim", "dtype")
 
