@@ -187,6 +187,21 @@ def test_without_batch_norm_only_a_little_is_trimmed(larger, whole_runs):
     assert (found.notes["size"]["trimmed"] > 0) == (whole_runs == 1) and to_bytes(found)[1].total <= 0.1 * 4 * 6400
 
 
+def test_what_is_allowed_is_more_than_what_was_refused(tiny):
+    """Training makes the file four times as large whatever the knob is: cheap runs would fit, whole ones never do."""
+    class Grown(Made):
+        def compress(self, model, task, budget, config, generator, *, run=None):
+            found = super().compress(model, task, budget, replace(config, larger=1.0), generator, run=run)
+            more = {"grown": torch.randn(1500)} if config.recipe.epochs > 0 else {}
+            return replace(found, rest={**found.rest, **more})
+
+    made = Grown(Knob("density", 1e-2, 1.0))
+    with pytest.raises(BudgetError, match="allowed are numbers of about") as caught:
+        compress_to_size(made.module, tiny.model(), None, Budget(size_ratio=0.3), Config(),
+                         torch.Generator().manual_seed(0))
+    assert float(str(caught.value).rsplit("about ", 1)[1].split()[0]) > 0.3 and "density" in str(caught.value)
+
+
 def test_without_training_no_weight_is_trimmed(tiny):
     made = Made(Knob("density", 1e-3, 1.0))
 

@@ -198,7 +198,9 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
             break
         correction = trained_size / search.cheap_bytes(value)
     if best is None:
-        smallest = int(min([smallest, *search.sizes.values()]))
+        least = min(map(search.cheap_bytes, search.sizes))
+        if least > limit or not seen:  # else whole runs said better
+            smallest = min(smallest, least)
         raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that {knob.name} "
                           f"reaches is about {smallest:,} bytes: allowed are numbers of about "
                           f"{rounded_up(smallest / (1.0 if search.exact else AIM) / float_bytes(model))} or more")
