@@ -13,12 +13,12 @@ from benchmarks.citations import bibtex, entries, link, short
 from benchmarks.docs import readme
 from benchmarks.docs.content import command_in, story, table_part
 from benchmarks.docs.papers import papers, said
-from benchmarks.docs.site import build_site, marked, table_page
+from benchmarks.docs.site import build_site, marked, part_of, table_page
 from benchmarks.docs.tables import COLUMNS, comma_separated, latex, markdown, table_of
 from benchmarks.docs.words import count, metric, plain, size, times
 from benchmarks.foreign import in_words
 from benchmarks.jobs import CONFIGS, all_tables
-from benchmarks.rows import RESULTS
+from benchmarks.rows import RESULTS, read_rows
 from methods import method_names
 from methods.core.errors import CompressError, ConfigError
 from tests.made_rows import EVIL, full
@@ -268,6 +268,14 @@ def test_no_part_of_the_command_stays_in_a_story(entry):
 def test_a_story_goes_on_after_the_command(command, tmp_path):
     (tmp_path / "t.toml").write_text(f"# Before #1. {command}\n#   After.\n\nmethod = 1\n# no\n")
     assert story(tmp_path / "t.toml") == "Before #1. After."
+
+
+def test_rows_stand_in_the_order_of_their_configuration():
+    """Whatever place they had in it when they were made."""
+    entry = next(one for one in all_tables() if one.name == "smallest_lenet5")
+    rows = read_rows(RESULTS / "rows" / entry.name, lambda line: None)
+    names = [row["name"] for row in part_of(entry, rows[::-1])["rows"]]
+    assert names == [job.name for job in entry.rows if job.name in names] and len(names) == len(rows) > 3
 
 
 @pytest.mark.parametrize("name, command", [
