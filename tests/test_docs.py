@@ -270,6 +270,14 @@ def test_a_story_goes_on_after_the_command(command, tmp_path):
     assert story(tmp_path / "t.toml") == "Before #1. After."
 
 
+def test_the_share_of_trimmed_weights_is_shown():
+    column = next(column for column in COLUMNS if column.header == "trimmed")
+    size_note = {"knob": "density", "trimmed": 0.025}
+    assert column.show(column.value({**full("a"), "notes": {"size": size_note}})) == "2.5 %"
+    assert [column.value({**full("a"), **more}) for more in ({}, {"notes": {}}, {"notes": {"size": {"trimmed": 0.0}}})] == [
+        None, None, None]
+
+
 def test_rows_stand_in_the_order_of_their_configuration():
     """Whatever place they had in it when they were made."""
     entry = next(one for one in all_tables() if one.name == "smallest_lenet5")
