@@ -272,10 +272,10 @@ def test_a_story_goes_on_after_the_command(command, tmp_path):
 
 def test_the_share_of_trimmed_weights_is_shown():
     column = next(column for column in COLUMNS if column.header == "trimmed")
-    size_note = {"knob": "density", "trimmed": 0.025}
-    assert column.show(column.value({**full("a"), "notes": {"size": size_note}})) == "2.5 %"
-    assert [column.value({**full("a"), **more}) for more in ({}, {"notes": {}}, {"notes": {"size": {"trimmed": 0.0}}})] == [
-        None, None, None]
+    shown = column.show(column.value({**full("a"), "notes": {"size": {"knob": "density", "trimmed": 0.025}}}))
+    assert shown == "2.50 %"
+    for more in ({}, {"notes": {}}, {"notes": {"size": {"trimmed": 0.0}}}):
+        assert column.value({**full("a"), **more}) is None
 
 
 def test_rows_stand_in_the_order_of_their_configuration():
