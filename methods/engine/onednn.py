@@ -101,12 +101,13 @@ class Int8Layer:
         """`x` with the inputs that are read again behind each group's own."""
         if self.again is None:
             return x
-        last = x.movedim(1, -1)
+        channels = -1 if self.geometry is None else 1
+        last = x.movedim(channels, -1)
         groups = getattr(self.module, "groups", 1)
-        inside = last.reshape(-1, groups, x.shape[1] // groups)
+        inside = last.reshape(-1, groups, x.shape[channels] // groups)
         every = torch.equal(self.again, torch.arange(inside.shape[2]))
         more = inside if every else inside.index_select(2, self.again)
-        return torch.cat([inside, more], 2).reshape(*last.shape[:-1], -1).movedim(-1, 1)
+        return torch.cat([inside, more], 2).reshape(*last.shape[:-1], -1).movedim(-1, channels)
 
     def _is_safe(self, x: Tensor) -> bool:
         """Whether oneDNN computes this layer rightly on pictures of this size."""
