@@ -1,10 +1,12 @@
 """Opened files of networks that are none of this project: transformers, tokens, several outputs, wrapped ones."""
 
+import pytest
 import torch
 from torch import nn
 
-from methods import Budget, Task, encode, open_file
+from methods import Budget, Task, calibrate, encode, open_file
 from methods import prune_then_quantize as PQ
+from methods.core.errors import CompressError
 
 
 def generator():
@@ -29,3 +31,43 @@ def test_integers_beyond_a_byte_on_tokens(tmp_path):
     assert max(int(layer.weight.integers.abs().max()) for layer in opened.exact.layers.values()) > 128
     assert torch.equal(opened(x), opened.exact(x))
     assert torch.equal(opened(x[:, 0]), opened.exact(x[:, 0]))
+
+
+class Remembers(nn.Module):
+    """Keeps what it computed last in an attribute, and has a batch norm that is frozen while it trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), nn.Linear(4, 2)
+        self.features = None
+
+    def forward(self, x):
+        self.features = self.body(x).mean((2, 3))
+        return self.head(self.features)
+
+
+def frozen():
+    torch.manual_seed(0)
+    net = Remembers().train()
+    net.body[1].eval()
+    return net, [module.training for module in net.modules()]
+
+
+def test_the_network_is_not_modified(tmp_path):
+    net, modes = frozen()
+    x = torch.randn(8, 3, 6, 6)
+    path = stored(net, x, tmp_path / "a.jc")
+    for look in (lambda: open_file(path, net, (3, 6, 6)).dense, lambda: open_file(path, net, (3, 6, 6)).hardware(x),
+                 lambda: calibrate(net, x), lambda: open_file(path, net, (3, 6, 6)).costs()):
+        net.features = None
+        look()
+        assert net.features is None
+        assert [module.training for module in net.modules()] == modes
+
+
+def test_the_network_is_not_modified_by_an_error():
+    net, modes = frozen()
+    for inputs in (torch.randn(8, 3, 2, 2), torch.full((8, 3, 6, 6), torch.nan)):
+        with pytest.raises((RuntimeError, CompressError)):
+            calibrate(net, inputs)
+        assert [module.training for module in net.modules()] == modes and net.features is None

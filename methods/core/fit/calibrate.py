@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..artifact import MAX_BITS, ActivationQuantizer
 from ..errors import CompressError, ConfigError
 from ..graph.graph import Graph, Node, trace
+from ..graph.wrapped import copy_inside
 from .ranges import find_observer
 
 BATCH = 128
@@ -46,19 +47,17 @@ class EdgeRanges:
 @torch.no_grad()
 def calibrate(model: nn.Module, inputs: Tensor, bits: int = 8,
               method: str = "minmax") -> dict[str, ActivationQuantizer]:
-    """{edge: quantizer} from the float activations of `model` on `inputs` [n, ...] in eval mode.
+    """{edge: quantizer} from the float activations of a copy of `model` on `inputs` [n, ...] in eval mode.
 
     For every edge but those where an add takes the accumulators of the conv before it.
     """
     check_calibration(bits, len(inputs), method)
-    was_training = model.training
-    model.eval()
+    model = copy_inside(model).eval()
     graph = trace(model)
     ranges = EdgeRanges(graph, bits, method)
-    device = next(model.parameters()).device
+    device = next((parameter.device for parameter in model.parameters()), inputs.device)
     for start in range(0, len(inputs), BATCH):
         graph.run(inputs[start:start + BATCH].to(device), ranges.see)
-    model.train(was_training)
     return ranges.quantizers()
 
 

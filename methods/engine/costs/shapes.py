@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ...core.graph.graph import Graph, Node, trace
+from ...core.graph.wrapped import copy_inside
 
 Pair = tuple[int, int]
 
@@ -62,8 +63,11 @@ class Traced:
 
     @classmethod
     def of(cls, model: nn.Module, input_shape: tuple[int, ...], graph: Graph | None = None) -> "Traced":
-        """Traced now, unless its graph is given."""
-        graph, sizes = sizes_of(model, input_shape, graph)
+        """A copy of `model`, traced now; the model itself, as it is, where its graph is given."""
+        if graph is None:
+            model = copy_inside(model).eval()
+            graph = trace(model)
+        sizes = _sizes(model, graph, input_shape)
         return cls(model, graph, sizes, layer_shapes(graph, sizes))
 
     @property
@@ -72,18 +76,20 @@ class Traced:
         return {name: shape.macs for name, shape in self.shapes.items()}
 
 
+def sizes_of(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dict[str, tuple[int, ...]]]:
+    """The graph of a copy of `model`, and {node: shape of its output} for one input of `input_shape`, without the
+    batch."""
+    traced = Traced.of(model, input_shape)
+    return traced.graph, traced.sizes
+
+
 @torch.no_grad()
-def sizes_of(model: nn.Module, input_shape: tuple[int, ...],
-             graph: Graph | None = None) -> tuple[Graph, dict[str, tuple[int, ...]]]:
-    """The graph of `model` (traced now, unless it is given), and {node: shape of its output} for one input of
-    `input_shape`, without the batch."""
-    was_training = model.training
-    graph = trace(model.eval()) if graph is None else graph
+def _sizes(model: nn.Module, graph: Graph, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     sizes = {next(iter(graph.nodes)): tuple(input_shape)}
-    x = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
+    device = next((parameter.device for parameter in model.parameters()), None)
+    x = torch.zeros(1, *input_shape, device=device)
     graph.run(x, lambda node, inputs, output: sizes.update({node.name: tuple(output.shape[1:])}))
-    model.train(was_training)
-    return graph, sizes
+    return sizes
 
 
 def layer_shapes(graph: Graph, sizes: dict[str, tuple[int, ...]]) -> dict[str, LayerShape]:
