@@ -82,8 +82,11 @@ class Opened:
     def hardware(self, sample: Tensor | None = None, **setting) -> dict:
         """Every hardware model (see `costs.hardware_costs`); effective operations are counted on `sample`."""
         network = None if sample is None else self.exact
-        return hardware_costs(self.compressed, self.skeleton, self.shape, network, sample,
-                              traced=(self.traced, self.dense), **setting)
+        try:
+            return hardware_costs(self.compressed, self.skeleton, self.shape, network, sample,
+                                  traced=(self.traced, self.dense), **setting)
+        except (RuntimeError, IndexError) as error:
+            raise self._refusal(sample, error) from error
 
     def verify(self, batches: Iterable[Batch], inputs: int, reference_inputs: int = 0) -> Verdict:
         """Fast kernels against exact ones, and those against int64 arithmetic, code by code."""
@@ -106,8 +109,14 @@ class Opened:
         try:
             return network(x)
         except (RuntimeError, IndexError) as error:
-            raise ConfigError(f"{type(self.skeleton).__name__} cannot take inputs {describe(x)}: "
-                              f"{self._why_not(x, error)}") from error
+            raise self._refusal(x, error) from error
+
+    def _refusal(self, x: Tensor | None, error: Exception) -> ConfigError:
+        """Of inputs that the network cannot take; where it takes them, or there are none, the error is raised as is."""
+        if x is None:
+            raise error
+        return ConfigError(f"{type(self.skeleton).__name__} cannot take inputs {describe(x)}: "
+                           f"{self._why_not(x, error)}")
 
     def _why_not(self, x: Tensor, error: Exception) -> str:
         """What the float network says of `x`, in the words of its layers; where it takes `x`, the error as it is."""

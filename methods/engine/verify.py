@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..core.train.task import Batch
 from .bytecodes import to_float
 from .exact import Form, IntegerNetwork
 from .fast import FastNetwork
+from .outputs import tensors_in
 from .reference import ReferenceRun
 
 
@@ -34,8 +36,8 @@ class Verdict:
 Recorded = dict[tuple[str, Form], Tensor]
 
 
-def recorded(network: IntegerNetwork | FastNetwork, x: Tensor) -> tuple[Tensor, Recorded]:
-    """Output, and {(node, form): a copy of the value in float32}."""
+def recorded(network: IntegerNetwork | FastNetwork, x: Tensor) -> tuple[Any, Recorded]:
+    """Output (a tensor, or several), and {(node, form): a copy of the value in float32}."""
     seen, step = {}, network._step
 
     def watched(node, given, values):
@@ -62,7 +64,8 @@ def verify(fast: FastNetwork, batches: Iterable[Batch], inputs: int, reference_i
         got, found = (want, codes) if fast.unsupported else recorded(fast, x)
         verdict.inputs += len(x)
         verdict.values = len(codes)
-        verdict.wrong_outputs += int((got != want).sum())
+        verdict.wrong_outputs += sum(int((one != other).sum()) for one, other in zip(
+            tensors_in(got), tensors_in(want), strict=True))
         verdict.codes += sum(value.numel() for value in codes.values())
         verdict.wrong += sum(int((found[key] != value).sum()) for key, value in codes.items())
         some = min(reference_inputs - verdict.reference_inputs, len(x))

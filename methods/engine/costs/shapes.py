@@ -1,12 +1,16 @@
 """The sizes that every hardware model starts from, taken from one run of the traced graph."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...core.errors import CompressError, ConfigError
 from ...core.graph.graph import Graph, Node, trace
 from ...core.graph.wrapped import copy_inside
+from ...core.train.loaders import first_line
+from ..outputs import tensors_in
 
 Pair = tuple[int, int]
 
@@ -85,11 +89,38 @@ def sizes_of(model: nn.Module, input_shape: tuple[int, ...]) -> tuple[Graph, dic
 
 @torch.no_grad()
 def _sizes(model: nn.Module, graph: Graph, input_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    sizes = {next(iter(graph.nodes)): tuple(input_shape)}
+    """Of zeros in float32; in int64, where the network takes only those (tokens)."""
+    if not input_shape:
+        raise ConfigError("shape = (): costs need that of one input, without the batch, such as (3, 32, 32)")
     device = next((parameter.device for parameter in model.parameters()), None)
-    x = torch.zeros(1, *input_shape, device=device)
-    graph.run(x, lambda node, inputs, output: sizes.update({node.name: tuple(output.shape[1:])}))
-    return sizes
+    failed: list[tuple[int, Exception]] = []  # (how many operations were seen, why no more)
+    for dtype in (torch.float32, torch.int64):
+        sizes = {next(iter(graph.nodes)): tuple(input_shape)}
+        error = _fill(sizes, graph, torch.zeros(1, *input_shape, dtype=dtype, device=device))
+        if error is None:
+            return sizes
+        failed.append((len(sizes), error))
+    error = max(failed, key=lambda pair: pair[0])[1]
+    raise ConfigError(f"shape = {tuple(input_shape)}: {type(model).__name__} cannot take one input of that shape: "
+                      f"{first_line(error)}") from error
+
+
+def _fill(sizes: dict[str, tuple[int, ...]], graph: Graph, x: Tensor) -> Exception | None:
+    """The sizes of all that the network makes of `x`, or of what comes before the error."""
+    try:
+        graph.run(x, lambda node, inputs, output: sizes.update({node.name: _size(output)}))
+    except CompressError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a network raises what it likes
+        return error
+    return None
+
+
+def _size(output: Any) -> tuple[int, ...]:
+    """Without the batch; (elements,) of several tensors."""
+    if isinstance(output, Tensor):
+        return tuple(output.shape[1:])
+    return (sum(elements(tuple(tensor.shape[1:])) for tensor in tensors_in(output)),)
 
 
 def layer_shapes(graph: Graph, sizes: dict[str, tuple[int, ...]]) -> dict[str, LayerShape]:

@@ -54,6 +54,9 @@ def hardware_costs(compressed: CompressedModel, skeleton: nn.Module, input_shape
     if traced is None:
         traced = Traced.of(apply(compressed, skeleton), input_shape), Traced.of(skeleton, input_shape)
     stored, dense = traced
+    if not stored.shapes:
+        raise ConfigError(f"hardware costs are those of convs and linears inside a network: {stored.graph.why_opaque()}"
+                          f"{type(stored.model).__name__} has none")
     in_float = () if integer_network is None else integer_network.float_nodes
     layers = {name: _layer(compressed, stored.model, shape, in_float) for name, shape in stored.shapes.items()}
     skips = {} if sample is None else skipping.count_network(integer_network, [sample], lanes)
