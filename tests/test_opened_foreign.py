@@ -1,12 +1,15 @@
 """Opened files of networks that are none of this project: transformers, tokens, several outputs, wrapped ones."""
 
+import dataclasses
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from methods import Budget, Task, calibrate, encode, open_file
+from methods import Budget, Task, apply, calibrate, decode, encode, open_file
 from methods import prune_then_quantize as PQ
-from methods.core.errors import CompressError, ConfigError
+from methods.core.errors import CompressError, ConfigError, GraphError
 from methods.engine import verify
 
 
@@ -181,3 +184,16 @@ def test_hardware_refuses_a_sample_in_one_line(tmp_path):
     opened = open_file(stored(net, x, tmp_path / "a.jc"), net, (3, 6, 6))
     with pytest.raises(ConfigError, match="^Sequential cannot take inputs float32 .8, 3, 5, 5.: "):
         opened.hardware(x[:, :, 1:, 1:])
+
+
+def test_a_file_without_ranges_says_how_to_get_them(tmp_path):
+    """And what it says is done here."""
+    network, inputs = body(), torch.randn(8, 3, 6, 6)
+    encode(dataclasses.replace(decode(stored(network, inputs, tmp_path / "a.jc")), activations={}), tmp_path / "a.jc")
+    told = r"^the input of 0 has no activation quantizer: calibrate, and encode (.*) of c = decode.path.$"
+    with pytest.raises(GraphError, match=told) as raised:
+        open_file(tmp_path / "a.jc", network, (3, 6, 6))(inputs)
+    names = {"dataclasses": dataclasses, "calibrate": calibrate, "apply": apply, "network": network, "x": inputs}
+    encode(eval(re.match(told, str(raised.value))[1], names | {"c": decode(tmp_path / "a.jc")}), tmp_path / "b.jc")
+    opened = open_file(tmp_path / "b.jc", network, (3, 6, 6))
+    assert torch.equal(opened(inputs), opened.exact(inputs)) and not opened.exact.float_nodes

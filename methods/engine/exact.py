@@ -124,7 +124,8 @@ class IntegerNetwork:
                       if (norm := self.graph.norm_after(node.name)) is not None}
         coded = [node for node in self.graph.layers() if node.name in compressed.weights]
         if coded and not any(node.name in self.ranges for node in coded):
-            raise GraphError(f"the input of {coded[0].name} has no activation quantizer: calibrate the model first")
+            raise GraphError(f"the input of {coded[0].name} has no activation quantizer: calibrate, and encode "
+                             "dataclasses.replace(c, activations=calibrate(apply(c, network), x)) of c = decode(path)")
         self.layers = {node.name: self._layer(node, compressed) for node in coded
                        if node.name in self.ranges and node.name not in float_policy}
         self.pending = self._pending()
