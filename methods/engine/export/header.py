@@ -30,8 +30,9 @@ from ...core.file.container import write_file
 from ...core.graph.build import apply
 from ...core.graph.fold import norm_ratio
 from ...core.graph.graph import Graph, Node, trace
+from .facts import pair
 from .onnx import Exported
-from .operations import conv_pads, pair
+from .operations import conv_pads
 
 PER_LINE = 16
 C_TYPES = {torch.int8: "int8_t", torch.uint8: "uint8_t", torch.bool: "uint8_t", torch.int16: "int16_t"}

@@ -1,32 +1,20 @@
 """The operations of a graph in ONNX: one function each, from names of real tensors to the name of the result."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from ...core.errors import GraphError
 from ...core.graph.graph import Node
+from .facts import Facts, int64, shown
+from .pools import average_pool, max_pool
 from .writer import Writer
 
 MOVING = ("maxpool", "flatten", "identity", "cat")  # codes come out as they went in, or the largest of them
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Shapes of a node's inputs and of its output, without the batch."""
-
-    inputs: tuple[tuple[int, ...], ...]
-    output: tuple[int, ...]
-
-
 Emit = Callable[[Writer, Node, list[str], Facts], str]
-
-
-def pair(value: int | tuple[int, ...]) -> list[int]:
-    """The two sides of a window."""
-    return [value, value] if isinstance(value, int) else list(value)
 
 
 def multiply(write: Writer, node: Node, x: str, weight: str, bias: str | None, facts: Facts) -> str:
@@ -69,53 +57,13 @@ def batch_norm(write: Writer, node: Node, inputs: list[str], facts: Facts | None
     return write.add("BatchNormalization", *inputs, *map(write.real, values), epsilon=norm.eps)
 
 
-def _max_pool(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
-    pool = node.module
-    if pool is None:
-        raise GraphError(f"{node.name} is a max pool called as a function: use nn.MaxPool2d to export it")
-    stride = pool.kernel_size if pool.stride is None else pool.stride
-    return write.add("MaxPool", *inputs, kernel_shape=pair(pool.kernel_size), strides=pair(stride),
-                     pads=pair(pool.padding) * 2, dilations=pair(pool.dilation), ceil_mode=int(pool.ceil_mode))
-
-
-def _average_pool(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
-    pool = node.module
-    if pool is None:
-        return _mean(write, node, inputs, facts)
-    if isinstance(pool, nn.AdaptiveAvgPool2d):
-        (height, width), (rows, columns) = facts.inputs[0][-2:], facts.output[-2:]
-        if (rows, columns) == (1, 1):
-            return write.add("GlobalAveragePool", *inputs)
-        if height % rows or width % columns:
-            raise GraphError(f"{node.name} averages {height} x {width} into {rows} x {columns} windows of several "
-                             "sizes: ONNX has no operation for that")
-        sides = [height // rows, width // columns]
-        return write.add("AveragePool", *inputs, kernel_shape=sides, strides=sides)
-    if pool.divisor_override is not None:
-        raise GraphError(f"{node.name} has a divisor of its own: ONNX has no operation for that")
-    stride = pool.kernel_size if pool.stride is None else pool.stride
-    return write.add("AveragePool", *inputs, kernel_shape=pair(pool.kernel_size), strides=pair(stride),
-                     pads=pair(pool.padding) * 2, ceil_mode=int(pool.ceil_mode),
-                     count_include_pad=int(pool.count_include_pad))
-
-
-def _mean(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
-    """A mean over whole pictures."""
-    channels = facts.inputs[0][:1]
-    if len(facts.inputs[0]) != 3 or facts.output not in (channels, (*channels, 1, 1)):
-        raise GraphError(f"ONNX export knows means over whole pictures: {node.name} makes {list(facts.output)} of "
-                         f"{list(facts.inputs[0])}")
-    y = write.add("GlobalAveragePool", *inputs)
-    return y if len(facts.output) == 3 else _flatten(write, node, [y], facts)
-
-
 def _clamp(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
     return write.add("Clip", *inputs, *(write.real(torch.tensor(end)) for end in node.bounds))
 
 
 def _flatten(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
     """To the shape that it has for one input; the batch stays free."""
-    return write.add("Reshape", *inputs, write.constant(_int64([0, *facts.output])))
+    return write.add("Reshape", *inputs, write.constant(int64([0, *facts.output])))
 
 
 def _concat(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
@@ -125,16 +73,12 @@ def _concat(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
             and facts.output[i] == sum(shape[i] for shape in facts.inputs)]
     if not axes:
         raise GraphError(f"ONNX export knows concatenations of parts of an input: {node.name} makes "
-                         f"{list(facts.output)} of {' and '.join(str(list(shape)) for shape in facts.inputs)}")
+                         f"{shown(facts.output)} of {shown(*facts.inputs)}")
     return write.add("Concat", *inputs, axis=axes[0] + 1)
 
 
-def _int64(values: list[int]):
-    return torch.tensor(values, dtype=torch.int64).numpy()
-
-
 EMITTERS: dict[str, Emit] = {
-    "conv": _float_layer, "linear": _float_layer, "bn": batch_norm, "maxpool": _max_pool, "avgpool": _average_pool,
+    "conv": _float_layer, "linear": _float_layer, "bn": batch_norm, "maxpool": max_pool, "avgpool": average_pool,
     "relu": lambda write, node, inputs, facts: write.add("Relu", *inputs),
     "clamp": _clamp,
     "identity": lambda write, node, inputs, facts: inputs[0],

@@ -4,9 +4,11 @@ from abc import ABC, abstractmethod
 
 import torch
 
+from ...core.errors import GraphError
 from ...core.graph.graph import Node
 from ..exact import IntegerNetwork
 from . import operations
+from .facts import BATCH, Facts, shown
 from .writer import IR_VERSIONS, Writer, onnx_library
 
 
@@ -41,14 +43,18 @@ class Walk(ABC):
 
     @torch.no_grad()
     def _shapes(self, shape: tuple[int, ...]) -> None:
-        """{node: shape of its value without the batch}."""
+        """{node: shape of its value without the batch}; two batches tell a batch from another dimension."""
         def see(node, inputs, output):
-            self.shapes[node.name] = tuple(output.shape[1:])
+            if len(output) != batch or self.shapes.setdefault(node.name, tuple(output.shape[1:])) != output.shape[1:]:
+                raise GraphError(f"{node.name} makes {shown(output.shape)} of {batch} inputs: ONNX export knows values "
+                                 "whose first dimension is the batch")
         self.shapes[next(iter(self.graph.nodes))] = tuple(shape)
-        self.graph.run(torch.zeros(1, *shape), see)
+        for batch in (BATCH, BATCH + 1):
+            self.graph.run(torch.zeros(batch, *shape), see)
 
-    def facts(self, node: Node) -> operations.Facts:
-        return operations.Facts(tuple(self.shapes[name] for name in node.inputs), self.shapes[node.name])
+    def facts(self, node: Node) -> Facts:
+        whole = node.at({name: torch.Size([BATCH, *self.shapes[name]]) for name in node.shaped_by})
+        return Facts(tuple(self.shapes[name] for name in node.inputs), self.shapes[node.name], whole.run)
 
     def with_norm(self, node: Node, y: str) -> str:
         """`y`, what a node made, through the batch norm that a layer in float takes along."""

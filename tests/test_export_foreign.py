@@ -1,0 +1,82 @@
+"""Networks as other people write them: an ONNX file says what the integers here say, or there is no file."""
+
+import pytest
+import torch
+from torch import nn
+
+from methods.core.errors import GraphError
+from methods.core.fit.calibrate import calibrate
+from methods.core.fit.quantize import fit_symmetric, quantize
+from methods.core.graph.build import apply, assemble, weight_layers
+from methods.engine.export import onnx_session
+from methods.engine.opened import Opened
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+
+class Between(nn.Module):
+    """`between`, a function of a tensor, between two layers."""
+
+    def __init__(self, first, between, last):
+        super().__init__()
+        self.first, self.last, self.between = first, last, between
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x)))
+
+
+def opened(net, x):
+    """`net` with weights and activations of 8 bits."""
+    net.eval()
+    weights = {name: quantize(layer.weight, fit_symmetric(layer.weight, 8), 8)
+               for name, layer in weight_layers(net).items()}
+    ranges = calibrate(apply(assemble(net, weights), net), x, 8)
+    return Opened(assemble(net, weights, activations=ranges), net, tuple(x.shape[1:]))
+
+
+def agrees(net, x, path):
+    """Both arithmetics, in both opsets, against the integers here; the operations of the file."""
+    found = opened(net, x)
+    want = found.exact(x)
+    for opset in (13, 21):
+        found.to_onnx(path, arithmetic="exact", opset=opset)
+        assert torch.equal(onnx_session(path)(x), want)
+        found.to_onnx(path, opset=opset)
+        assert float((onnx_session(path)(x) - want).abs().max()) < 0.02 * float(want.abs().max())
+    return [node.op_type for node in onnx.load(path).graph.node]
+
+
+def is_refused(net, x, path, match, **options):
+    for arithmetic in ("qdq", "exact"):
+        with pytest.raises(GraphError, match=match) as caught:
+            opened(net, x).to_onnx(path, arithmetic=arithmetic, **options)
+        assert "\n" not in str(caught.value) and not path.exists()
+
+
+@pytest.mark.parametrize("dims, keep", [((1, 2), False), ((-2, -3), False), ((1,), False), (2, True), ((1, 3), True),
+                                        ((1, 2, 3), True)])
+def test_means_are_over_the_dimensions_that_were_named(tmp_path, dims, keep):
+    torch.manual_seed(0)
+    width = 1 if keep and dims == (1, 2, 3) or dims == (1, 3) else 8
+    net = Between(nn.Linear(8, 8), lambda x: x.mean(dims, keep), nn.Linear(width, 4))
+    assert "ReduceMean" in agrees(net, torch.rand(4, 8, 8, 8), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("mean", [lambda x: x.mean((2, 3)), lambda x: torch.mean(x, dim=[3, 2])])
+def test_means_over_pictures_stay_pools(tmp_path, mean):
+    torch.manual_seed(0)
+    net = Between(nn.Conv2d(3, 6, 3), mean, nn.Linear(6, 4))
+    assert "GlobalAveragePool" in agrees(net, torch.rand(4, 3, 8, 8), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool2d(1), nn.AvgPool2d((6, 8)), nn.MaxPool2d(2, 1, 1)])
+def test_pools_over_inputs_without_channels_are_refused(tmp_path, pool):
+    net = Between(nn.Linear(8, 8), pool, nn.Linear(9 if isinstance(pool, nn.MaxPool2d) else 1, 4))
+    is_refused(net, torch.rand(4, 6, 8), tmp_path / "net.onnx", r"between pools inputs of \[6, 8\]")
+
+
+@pytest.mark.parametrize("moved", [lambda x: x.view(-1, 16), lambda x: x.mean(0, True), lambda x: x.transpose(0, 1)])
+def test_values_without_a_batch_are_refused(tmp_path, moved):
+    net = Between(nn.Linear(8, 8), moved, nn.Linear(8 if moved(torch.ones(1, 2, 8)).shape[-1] == 8 else 16, 4))
+    is_refused(net, torch.rand(4, 4, 8), tmp_path / "net.onnx", "whose first dimension is the batch")
