@@ -80,3 +80,14 @@ def test_pools_over_inputs_without_channels_are_refused(tmp_path, pool):
 def test_values_without_a_batch_are_refused(tmp_path, moved):
     net = Between(nn.Linear(8, 8), moved, nn.Linear(8 if moved(torch.ones(1, 2, 8)).shape[-1] == 8 else 16, 4))
     is_refused(net, torch.rand(4, 4, 8), tmp_path / "net.onnx", "whose first dimension is the batch")
+
+
+@pytest.mark.parametrize("pool, size", [
+    (nn.AvgPool2d(2, ceil_mode=True), 7), (nn.AvgPool2d(3, 4, ceil_mode=True), 5),
+    (nn.AvgPool2d((2, 3), 2, 1, ceil_mode=True), 6), (nn.AvgPool2d(4, 2, 1, ceil_mode=True), 5),
+    (nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), 6), (nn.AvgPool2d(2, 4, 1, ceil_mode=True), 7),
+    (nn.AvgPool2d(3, 2, 1), 7), (nn.MaxPool2d(3, 2, 1, ceil_mode=True), 6)])
+def test_windows_that_go_beyond_the_edge(tmp_path, pool, size):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), pool, nn.Conv2d(8, 4, 1))
+    agrees(net, torch.rand(8, 3, size, size), tmp_path / "net.onnx")

@@ -1,5 +1,6 @@
 """Pools and means in ONNX."""
 
+import torch
 from torch import nn
 
 from ...core.errors import GraphError
@@ -40,10 +41,17 @@ def average_pool(write: Writer, node: Node, inputs: list[str], facts: Facts) -> 
         return write.add("AveragePool", *inputs, kernel_shape=sides, strides=sides)
     if pool.divisor_override is not None:
         raise GraphError(f"{node.name} has a divisor of its own: ONNX has no operation for that")
-    stride = pool.kernel_size if pool.stride is None else pool.stride
-    return write.add("AveragePool", *inputs, kernel_shape=pair(pool.kernel_size), strides=pair(stride),
-                     pads=pair(pool.padding) * 2, ceil_mode=int(pool.ceil_mode),
-                     count_include_pad=int(pool.count_include_pad))
+    stride = pair(pool.kernel_size if pool.stride is None else pool.stride)
+    sides, padding, counted = pair(pool.kernel_size), pair(pool.padding), pool.count_include_pad
+    size = zip(facts.inputs[0][1:], facts.output[1:], sides, stride, padding, strict=True)
+    beyond = [max((many - 1) * step + side - (whole + 2 * pad), 0) for whole, many, side, step, pad in size]
+    if any(beyond) and any(padding) and counted:  # zeros count, what a ceil goes beyond does not
+        ends = write.constant(int64([0, 0, *padding] * 2)), write.real(torch.zeros(()))
+        inputs, padding = [write.add("Pad", *inputs, *ends)], [0, 0]
+    # without padding ONNX Runtime's integer pool would count what a ceil goes beyond
+    return write.add("AveragePool", *inputs, kernel_shape=sides, strides=stride, ceil_mode=0,
+                     pads=[*padding, *(pad + over for pad, over in zip(padding, beyond, strict=True))],
+                     count_include_pad=int(counted and any(padding)))
 
 
 def _mean(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
