@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from methods.core.errors import GraphError
@@ -91,3 +92,33 @@ def test_windows_that_go_beyond_the_edge(tmp_path, pool, size):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), pool, nn.Conv2d(8, 4, 1))
     agrees(net, torch.rand(8, 3, size, size), tmp_path / "net.onnx")
+
+
+def pictures(between, last=None):
+    torch.manual_seed(0)
+    return Between(nn.Conv2d(3, 8, 1), between, nn.Conv2d(8, 4, 1) if last is None else last)
+
+
+@pytest.mark.parametrize("pool, kind", [
+    (nn.AdaptiveMaxPool2d(1), "GlobalMaxPool"), (nn.AdaptiveMaxPool2d((2, None)), "MaxPool"),
+    (lambda x: F.adaptive_max_pool2d(x, (1, 1)), "GlobalMaxPool"), (lambda x: F.max_pool2d(x, 2), "MaxPool"),
+    (lambda x: F.max_pool2d(x, [3, 2], 1, padding=1, dilation=(1, 2)), "MaxPool"),
+    (lambda x: torch.max_pool2d(x, (3,), 2, ceil_mode=True), "MaxPool")])
+def test_max_pools_over_pictures(tmp_path, pool, kind):
+    assert kind in agrees(pictures(pool), torch.rand(8, 3, 8, 8), tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("pool, shape", [
+    (nn.MaxPool1d(2), (6, 8)), (nn.MaxPool1d(3, 2, ceil_mode=True), (6, 8)), (lambda x: F.max_pool1d(x, 2), (6, 8)),
+    (nn.MaxPool3d(2), (4, 6, 6, 8)), (lambda x: F.max_pool3d(x, (1, 2, 2), padding=(0, 1, 0)), (4, 6, 6, 8))])
+def test_max_pools_over_one_and_three_dimensions(tmp_path, pool, shape):
+    torch.manual_seed(0)
+    net = Between(nn.Linear(8, 8), pool, nn.Linear(4, 4))
+    assert "MaxPool" in agrees(net, torch.rand(8, *shape), tmp_path / "net.onnx")
+
+
+def test_max_pools_that_onnx_does_not_know_are_refused(tmp_path):
+    is_refused(pictures(nn.AdaptiveMaxPool2d(3)), torch.rand(4, 3, 8, 8), tmp_path / "net.onnx",
+               "between makes 3 x 3 of 8 x 8 in windows of several sizes")
+    net = Between(nn.Linear(8, 8), nn.MaxPool1d(2), nn.Linear(4, 4))
+    is_refused(net, torch.rand(4, 8), tmp_path / "net.onnx", r"between pools inputs of \[8\]")

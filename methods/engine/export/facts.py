@@ -19,13 +19,18 @@ class Facts:
     output: tuple[int, ...]
     run: Callable[..., Any]
 
-    def called(self, *names: str) -> dict[str, Any]:
-        """The arguments after the tensor with which a node of one input calls torch, by name, as far as given."""
+    def call(self) -> tuple[str, tuple, dict[str, Any]]:
+        """The name of the function of torch that a node of one input calls, the arguments after it, keywords."""
         probe = torch.zeros(BATCH, *self.inputs[0])
         with _Calls() as calls:
             self.run(probe)
-        _, args, kwargs = calls.seen[0]
-        return dict(zip(names, args[1:], strict=False)) | {key: kwargs[key] for key in names if key in kwargs}
+        function, args, kwargs = calls.seen[0]
+        return function.__name__, args[1:], kwargs
+
+    def called(self, *names: str) -> dict[str, Any]:
+        """The arguments of the call by name, as far as they are given."""
+        _, args, kwargs = self.call()
+        return dict(zip(names, args, strict=False)) | {key: kwargs[key] for key in names if key in kwargs}
 
 
 class _Calls(TorchFunctionMode):
