@@ -122,3 +122,44 @@ def test_max_pools_that_onnx_does_not_know_are_refused(tmp_path):
                "between makes 3 x 3 of 8 x 8 in windows of several sizes")
     net = Between(nn.Linear(8, 8), nn.MaxPool1d(2), nn.Linear(4, 4))
     is_refused(net, torch.rand(4, 8), tmp_path / "net.onnx", r"between pools inputs of \[8\]")
+
+
+@pytest.mark.parametrize("moved, kind", [
+    (nn.Upsample(scale_factor=2), "Resize"), (lambda x: F.interpolate(x, size=(24, 8)), "Resize"),
+    (lambda x: F.interpolate(x, scale_factor=1.5, mode="nearest-exact"), "Gather"), (nn.Upsample(size=5), "Gather"),
+    (nn.ZeroPad2d((1, 0, 2, 3)), "Pad"), (lambda x: F.pad(x, (1, 1)), "Pad"), (nn.ReflectionPad2d(2), "Gather"),
+    (nn.CircularPad2d(1), "Gather"), (lambda x: x.permute(0, 1, 3, 2), "Transpose"),
+    (lambda x: x.unsqueeze(2).squeeze(2).flip(3), "Gather"), (lambda x: x[:, :, 1:-1, ::2], "Gather"),
+    (nn.ChannelShuffle(2), "Gather"), (lambda x: x.roll(1, 2).repeat(1, 1, 2, 1), "Gather")])
+def test_moves_over_pictures(tmp_path, moved, kind):
+    net = pictures(moved)
+    nn.init.constant_(net.first.bias, 0.5)  # a 0 is then no code 0
+    assert kind in agrees(net, torch.randn(8, 3, 8, 8), tmp_path / "net.onnx")
+
+
+class Moves(nn.Module):
+    """Parts that are moved apart and joined again, read by several layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 4, 1)
+        self.fc = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.pad(torch.relu(self.a(x)), (1, 1, 1, 1)), 2)
+        left, right = x.chunk(2, 1)
+        x = torch.cat([right, left], 1)
+        x = (self.b(x) + self.c(F.pad(x, (0, 0)))).permute(0, 2, 3, 1)
+        return self.fc(x).mean((1, 2), keepdim=True).squeeze(1).squeeze(1)
+
+
+def test_moves_in_a_network(tmp_path):
+    torch.manual_seed(0)
+    assert {"Pad", "Gather", "Transpose", "ReduceMean"} <= set(
+        agrees(Moves(), torch.randn(16, 3, 10, 10), tmp_path / "net.onnx"))
+
+
+@pytest.mark.parametrize("moved, last", [(nn.PixelShuffle(2), nn.Conv2d(2, 4, 1)),
+                                         (lambda x: F.pad(x, (-1, 1)), nn.Conv2d(8, 4, 1))])
+def test_other_moves_are_refused(tmp_path, moved, last):
+    is_refused(pictures(moved, last), torch.rand(4, 3, 8, 8), tmp_path / "net.onnx", "and is none of them")

@@ -13,11 +13,15 @@ BATCH = 2  # of the probes
 
 @dataclass(frozen=True)
 class Facts:
-    """Shapes of a node's inputs and of its output, without the batch; `run` computes it on BATCH inputs at once."""
+    """Shapes of a node's inputs and of its output, without the batch; `run` computes it on BATCH inputs at once.
+
+    zero  what stands for the real number 0
+    """
 
     inputs: tuple[tuple[int, ...], ...]
     output: tuple[int, ...]
     run: Callable[..., Any]
+    zero: float = 0.0
 
     def call(self) -> tuple[str, tuple, dict[str, Any]]:
         """The name of the function of torch that a node of one input calls, the arguments after it, keywords."""

@@ -7,11 +7,12 @@ from torch import nn
 
 from ...core.errors import GraphError
 from ...core.graph.graph import Node
-from .facts import Facts, int64, shown
+from .facts import Facts, shown
+from .moves import move
 from .pools import average_pool, max_pool
 from .writer import Writer
 
-MOVING = ("maxpool", "flatten", "identity", "cat")  # codes come out as they went in, or the largest of them
+MOVING = ("maxpool", "flatten", "view", "resize", "pad", "identity", "cat")  # codes come out as they went in
 
 
 Emit = Callable[[Writer, Node, list[str], Facts], str]
@@ -61,11 +62,6 @@ def _clamp(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
     return write.add("Clip", *inputs, *(write.real(torch.tensor(end)) for end in node.bounds))
 
 
-def _flatten(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
-    """To the shape that it has for one input; the batch stays free."""
-    return write.add("Reshape", *inputs, write.constant(int64([0, *facts.output])))
-
-
 def _concat(write: Writer, node: Node, inputs: list[str], facts: Facts) -> str:
     """Along the one dimension in which the output is as long as all inputs together."""
     ranks = {len(shape) for shape in (*facts.inputs, facts.output)}
@@ -82,7 +78,7 @@ EMITTERS: dict[str, Emit] = {
     "relu": lambda write, node, inputs, facts: write.add("Relu", *inputs),
     "clamp": _clamp,
     "identity": lambda write, node, inputs, facts: inputs[0],
-    "flatten": _flatten, "cat": _concat,
+    "flatten": move, "view": move, "resize": move, "pad": move, "cat": _concat,
     "add": lambda write, node, inputs, facts: write.add("Add", *inputs),
 }
 

@@ -6,6 +6,8 @@ float32 tensors that hold integers, exact up to 2^24, and each multiplication an
 its own. Weights are stored as integers. Engines run it at the speed of float: it is a reference, not a fast form.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -55,7 +57,8 @@ class Spelled(Walk):
             return inputs[0]
         if form != REAL and node.bounds is not None:
             return self._clip(inputs[0], code_bounds(node.bounds, form))
-        return operations.find(node)(self.write, node, inputs, self.facts(node))
+        zero = 0.0 if form == REAL else float(form.zero)
+        return operations.find(node)(self.write, node, inputs, replace(self.facts(node), zero=zero))
 
     def _float(self, node: Node, inputs: list[Named]) -> str:
         edges = node.edges() or [None] * len(inputs)
