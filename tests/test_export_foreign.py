@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from methods.core.errors import GraphError
+from methods.core.errors import ConfigError, GraphError
 from methods.core.fit.calibrate import calibrate
 from methods.core.fit.quantize import fit_symmetric, quantize
 from methods.core.graph.build import apply, assemble, weight_layers
-from methods.engine.export import onnx_session
+from methods.engine.export import onnx_session, to_onnx
 from methods.engine.opened import Opened
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -163,3 +163,48 @@ def test_moves_in_a_network(tmp_path):
                                          (lambda x: F.pad(x, (-1, 1)), nn.Conv2d(8, 4, 1))])
 def test_other_moves_are_refused(tmp_path, moved, last):
     is_refused(pictures(moved, last), torch.rand(4, 3, 8, 8), tmp_path / "net.onnx", "and is none of them")
+
+
+@pytest.mark.parametrize("shape", [(), None, 5, (3, -1, 8), (3, 8, "8"), (0, 8, 8), (True, 8, 8)])
+def test_a_shape_is_needed(tmp_path, shape):
+    found = opened(pictures(nn.ReLU()), torch.rand(4, 3, 8, 8))
+    with pytest.raises(ConfigError) as caught:
+        to_onnx(found.compressed, found.skeleton, tmp_path / "net.onnx", shape)
+    assert str(caught.value) == f"shape = {shape!r}: to_onnx needs that of one input, such as (3, 32, 32)"
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 8, 8), (3, 8), (3, 1, 1)])
+def test_a_wrong_shape_is_named(tmp_path, shape):
+    found = opened(pictures(nn.AvgPool2d(2)), torch.rand(4, 3, 8, 8))
+    with pytest.raises(ConfigError, match=r"^shape = \(.*\): Between cannot take a batch of 2 such float inputs: .*$"):
+        to_onnx(found.compressed, found.skeleton, tmp_path / "net.onnx", shape)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_shape_may_be_a_list(tmp_path):
+    found = opened(pictures(nn.ReLU()), torch.rand(4, 3, 8, 8))
+    for shape in ([3, 8, 8], torch.Size([3, 8, 8])):
+        assert to_onnx(found.compressed, found.skeleton, tmp_path / "net.onnx", shape).bytes
+
+
+class Several(nn.Module):
+    def __init__(self, packed):
+        super().__init__()
+        self.fc, self.packed = nn.Linear(8, 4), packed
+
+    def forward(self, x):
+        return self.packed(self.fc(x))
+
+
+@pytest.mark.parametrize("packed, kind", [(lambda y: (y, y + y), "tuple"), (lambda y: {"y": y}, "dict"),
+                                          (lambda y: [y, y], "list")])
+def test_outputs_of_several_tensors_are_refused(tmp_path, packed, kind):
+    is_refused(Several(packed), torch.rand(4, 8), tmp_path / "net.onnx",
+               f"output is a {kind}: to_onnx needs a network of one tensor")
+
+
+def test_tokens_and_operations_without_a_form_are_refused(tmp_path):
+    is_refused(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 4)), torch.randint(0, 9, (4, 5)), tmp_path / "net.onnx",
+               r"input of 0 \(Embedding\) is integers: to_onnx needs a network of one float input")
+    is_refused(nn.Sequential(nn.Conv2d(3, 8, 1), nn.GroupNorm(2, 8), nn.Conv2d(8, 4, 1)), torch.rand(4, 3, 8, 8),
+               tmp_path / "net.onnx", r"no form for the operation '1' \(GroupNorm\)")

@@ -53,7 +53,8 @@ def to_onnx(compressed: CompressedModel, skeleton: nn.Module, path: str | Path, 
     arithmetic  "qdq", which engines run in integers of their own, or "exact": the codes that it has here, spelled out
               in float32 (see `spelled`); `residual` is then "float"
     A weight on a table or grid that 8 bits do not hold exactly is stored as float32, and named so in the result.
-    Raises GraphError naming the operation that has no ONNX form, ConfigError for an option or a missing package.
+    Raises GraphError naming the operation that has no ONNX form, or an input or output that is not one tensor of real
+    numbers; ConfigError for an option, a missing package, or a shape that the network cannot take.
 
     >>> import tempfile
     >>> from ...core.artifact import Affine, CompressedTensor

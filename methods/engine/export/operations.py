@@ -87,8 +87,13 @@ def has(node: Node) -> bool:
     return node.op in EMITTERS
 
 
+def without_form(node: Node) -> str:
+    kind = node.op if node.op != "barrier" or node.module is None else type(node.module).__name__
+    return f"ONNX export has no form for the operation {node.name!r} ({kind})"
+
+
 def find(node: Node) -> Emit:
     """The function for a node; GraphError, naming it, if there is none."""
     if not has(node):
-        raise GraphError(f"ONNX export has no form for the operation {node.name!r} ({node.op})")
+        raise GraphError(without_form(node))
     return EMITTERS[node.op]

@@ -1,11 +1,15 @@
 """The walk over an integer network that writes an ONNX graph; what a node becomes is said by who inherits."""
 
 from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any
 
 import torch
+from torch import nn
 
-from ...core.errors import GraphError
+from ...core.errors import CompressError, ConfigError, GraphError
 from ...core.graph.graph import Node
+from ...core.train.loaders import first_line
 from ..exact import IntegerNetwork
 from . import operations
 from .facts import BATCH, Facts, shown
@@ -28,6 +32,7 @@ class Walk(ABC):
     def model(self, shape: tuple[int, ...]):
         """The checked ONNX model."""
         onnx = onnx_library()
+        self._check(shape)
         self._shapes(shape)
         for node in self.graph:
             self.reals[node.name] = self.emit(node)
@@ -41,16 +46,40 @@ class Walk(ABC):
         onnx.checker.check_model(model)
         return model
 
+    def _check(self, shape: tuple[int, ...]) -> None:
+        """ConfigError where `shape` is none, GraphError where an operation has no form."""
+        sizes = shape if isinstance(shape, (tuple, list)) else ()
+        if not sizes or not all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in sizes):
+            raise ConfigError(f"shape = {shape!r}: to_onnx needs that of one input, such as (3, 32, 32)")
+        for node in self.graph:
+            tokens = isinstance(node.module, nn.Embedding) and self.graph.nodes[node.inputs[0]].op == "input"
+            if tokens:
+                raise GraphError(f"the input of {node.name} (Embedding) is integers: to_onnx needs a network of one "
+                                 "float input")
+            if node.op != "input" and node.name != self.graph.output and not operations.has(node):
+                raise GraphError(f"{self.graph.why_opaque()}{operations.without_form(node)}")
+
     @torch.no_grad()
     def _shapes(self, shape: tuple[int, ...]) -> None:
         """{node: shape of its value without the batch}; two batches tell a batch from another dimension."""
-        def see(node, inputs, output):
-            if len(output) != batch or self.shapes.setdefault(node.name, tuple(output.shape[1:])) != output.shape[1:]:
-                raise GraphError(f"{node.name} makes {shown(output.shape)} of {batch} inputs: ONNX export knows values "
-                                 "whose first dimension is the batch")
         self.shapes[next(iter(self.graph.nodes))] = tuple(shape)
         for batch in (BATCH, BATCH + 1):
-            self.graph.run(torch.zeros(batch, *shape), see)
+            try:
+                self.graph.run(torch.zeros(batch, *shape), partial(self._see, batch))
+            except CompressError:
+                raise
+            except (RuntimeError, IndexError, TypeError, ValueError) as error:
+                raise ConfigError(f"shape = {tuple(shape)}: {type(self.network.given[1]).__name__} cannot take a batch "
+                                  f"of {batch} such float inputs: {first_line(error)}") from error
+
+    def _see(self, batch: int, node: Node, inputs: tuple, output: Any) -> None:
+        if not isinstance(output, torch.Tensor):
+            raise GraphError(f"{node.name} is a {type(output).__name__.removeprefix('immutable_')}: to_onnx needs a "
+                             "network of one tensor as its output")
+        here = tuple(output.shape[1:])
+        if output.shape[:1] != (batch,) or self.shapes.setdefault(node.name, here) != here:
+            raise GraphError(f"{node.name} makes {shown(output.shape)} of {batch} inputs: ONNX export knows values "
+                             "whose first dimension is the batch")
 
     def facts(self, node: Node) -> Facts:
         whole = node.at({name: torch.Size([BATCH, *self.shapes[name]]) for name in node.shaped_by})
