@@ -10,6 +10,7 @@ from .writer import Writer
 
 MAX_POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 
+
 def _pictures(node: Node, facts: Facts, sides: int = 2) -> None:
     """GraphError where a pool over so many sides does not read the channels of a batch."""
     if len(facts.inputs[0]) != sides + 1:
