@@ -78,3 +78,15 @@ def test_a_norm_over_as_many_positions_as_channels_is_refused():
     check_positions(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8)), [x])  # behind no layer: left alone
     check_positions(nn.Sequential(nn.Conv1d(8, 8, 1), nn.BatchNorm1d(8)), [x])
     check_positions(net, [torch.ones(2, 3)])  # what it cannot take is not said here
+
+
+def test_a_norm_of_pictures_behind_a_linear_layer_is_not_its(tmp_path):
+    """[N, 8, 5, 8]: dimension 1 is normalised, channels are in the last one, as many."""
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm2d(8), nn.Linear(8, 4)), torch.rand(32, 8, 5, 8)
+    net[1].running_mean.copy_(torch.randn(8))
+    net.eval()
+    assert trace(net).norm_after("0") is None
+    encode(rptq.compress(net, Task.from_inputs(x), Budget(size_ratio=0.9), rptq.Config(), seeded()), tmp_path / "a.jc")
+    want, found = net(x), open_file(tmp_path / "a.jc", net, (8, 5, 8))(x)
+    assert (found - want).norm() < 0.05 * want.norm()

@@ -198,12 +198,7 @@ def compress_to_size(method: ModuleType, model: nn.Module, task: Task | None, bu
             break
         correction = trained_size / search.cheap_bytes(value)
     if best is None:
-        least = min(map(search.cheap_bytes, search.sizes))
-        if least > limit or not seen:  # else whole runs said better
-            smallest = min(smallest, least)
-        raise BudgetError(f"size_ratio = {budget.size_ratio:g} is {limit:,} bytes; the smallest file that {knob.name} "
-                          f"reaches is about {smallest:,} bytes: allowed are numbers of about "
-                          f"{rounded_up(smallest / (1.0 if search.exact else AIM) / float_bytes(model))} or more")
+        raise BudgetError(search.too_small(limit, smallest))
     size, found, value, less = best
     said = {"knob": knob.name, "value": value, "limit": limit, "bytes": size, "cheap_runs": len(search.sizes),
             "whole_runs": len(seen), "trimmed": less}
@@ -250,6 +245,15 @@ class _Search:
         if self.exact:
             return self.cheap_run(value)
         return self._call(self.config, value, self.run.stage(f"at {self.knob.name} {value:.6g}"))
+
+    def too_small(self, limit: int, smallest: float) -> str:
+        """Why no file of `limit` bytes was made; `smallest`: the bytes of the smallest whole run."""
+        least = min(map(self.cheap_bytes, self.sizes))
+        if least > limit or math.isinf(smallest):  # else whole runs said better
+            smallest = min(smallest, least)
+        needed = smallest / (1.0 if self.exact else AIM) / float_bytes(self.model)
+        return (f"size_ratio = {self.budget.size_ratio:g} is {limit:,} bytes; the smallest file that {self.knob.name} "
+                f"reaches is about {smallest:,} bytes: allowed are numbers of about {rounded_up(needed)} or more")
 
     def most_trimmed(self, found: CompressedModel) -> float:
         """The share of the limit by which a result of a whole run may be too large."""

@@ -139,7 +139,9 @@ class Graph:
         if len(after) != 1 or after[0].op != "bn" or layer == self.output:
             return None
         made, norm = self.nodes[layer].module, after[0].module
-        return None if isinstance(made, nn.Linear) and made.out_features != norm.num_features else after[0].name
+        channels = not isinstance(made, nn.Linear) or (
+            isinstance(norm, nn.BatchNorm1d) and norm.num_features == made.out_features)
+        return after[0].name if channels else None
 
     def nonnegative(self) -> set[str]:
         """The values that are never below 0, whatever the input."""
