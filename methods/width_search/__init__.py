@@ -70,7 +70,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     check_call(__name__, model, task, budget, config, generator)
     run = NullRun() if run is None else run
     check_budget(budget, config)
-    model = own_copy(model)
+    model = own_copy(model).eval()
     graph, coded = trace(model), coded_layers(model, budget)
     channels, groups = find_open(model, graph, coded)
     task = prepared(model, task, config)
