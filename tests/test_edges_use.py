@@ -1,11 +1,16 @@
 """How methods are called: a network in training mode, without gradients, with inputs or settings that do not fit."""
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from methods import width_search
+from methods import deep_compression, width_search
 from methods.core.budget import Budget
+from methods.core.errors import ConfigError
 from methods.core.file.storage import to_bytes
+from methods.core.train.finetune import train
+from methods.core.train.recipe import Recipe
 from methods.core.train.task import Task
 from tests.edge_networks import seeded
 
@@ -26,3 +31,36 @@ def test_a_width_search_takes_a_network_in_training_mode():
         assert torch.equal(torch.get_rng_state(), before)
         files.append(to_bytes(made)[0])
     assert files[0] == files[1]
+
+
+def lone(norm=nn.BatchNorm1d, shape=(24,), **options):
+    """A network with a norm behind [N, 24], and a loader of 33 samples in batches of 8."""
+    net = nn.Sequential(nn.Linear(16, 24), nn.Unflatten(1, shape), norm(shape[0]), nn.ReLU(), nn.Flatten(),
+                        nn.Linear(24, 4))
+    samples = [(torch.rand(16, generator=seeded(i)), i % 4) for i in range(33)]
+    return net, DataLoader(samples, batch_size=8, **options)
+
+
+def test_a_last_batch_of_one_example_is_said_before_the_first_step():
+    net, loader = lone()
+    before = net[0].weight.clone()
+    with pytest.raises(ConfigError, match="^a batch of 1 example: batch norm needs 2 or more; allowed is drop_last"):
+        train(net, Task.from_loader(loader, loader), Recipe(epochs=1, lr=0.1), seeded())
+    assert torch.equal(net[0].weight, before)
+    with pytest.raises(ConfigError, match="^a batch of 1 example"):
+        deep_compression.compress(net, Task.from_loader(loader, loader), Budget(density=0.3, bits=4),
+                                  deep_compression.Config(), seeded())
+
+
+def test_a_batch_of_one_example_among_others_is_said_where_it_comes():
+    batches = list(lone()[1])
+    with pytest.raises(ConfigError, match="^a batch of 1 example"):
+        train(lone()[0], Task.from_loader(batches, batches), Recipe(epochs=1, lr=0.1), seeded())
+
+
+@pytest.mark.parametrize("given", [lone(drop_last=True), lone(nn.BatchNorm2d, (6, 2, 2)), lone(nn.LayerNorm)],
+                         ids=["dropped", "maps", "layer norm"])
+def test_a_last_batch_of_one_example_is_taken_where_it_can_be(given):
+    net, loader = given
+    assert len(train(net, Task.from_loader(loader, loader), Recipe(epochs=1, lr=0.1), seeded())) == 1
+    assert not any(module._forward_pre_hooks for module in net.modules())

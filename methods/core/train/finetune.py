@@ -21,6 +21,7 @@ from .loss import smoothed
 from .metric import Metric, values_of
 from .recipe import SCHEDULES, Recipe, decay_groups
 from .run import NullRun, Run
+from .single import watching_norms
 from .task import Task
 
 __all__ = ["SCHEDULES", "Hooks", "Recipe", "check_trainable", "check_trained", "decay_groups", "train", "training_step"]
@@ -56,9 +57,10 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     task.placed(model)
     objective = smoothed(task.loss, recipe.label_smoothing)
     if recipe.distill is None or not recipe.distill.listens or recipe.epochs == 0:
-        return _train(model, task, recipe, generator, as_hooks(hooks), objective, run)
+        with watching_norms(model, task.train):
+            return _train(model, task, recipe, generator, as_hooks(hooks), objective, run)
     lesson = Distillation(model, task, recipe.distill)
-    with lesson.watching(model):
+    with watching_norms(model, task.train), lesson.watching(model):
         return _train(model, task, recipe, generator, as_hooks(hooks, lesson), lesson.objective(objective), run)
 
 
