@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from methods import deep_compression, width_search
+from methods import deep_compression, rptq, width_search
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
 from methods.core.file.storage import to_bytes
@@ -64,3 +64,28 @@ def test_a_last_batch_of_one_example_is_taken_where_it_can_be(given):
     net, loader = given
     assert len(train(net, Task.from_loader(loader, loader), Recipe(epochs=1, lr=0.1), seeded())) == 1
     assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+TUNED = deep_compression.Config(rounds=1, retrain=Recipe(epochs=1, lr=0.1), tune=Recipe(epochs=1, lr=0.1))
+
+
+def call(name):
+    """A method on a small network; returns the bytes of the file."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = torch.rand(32, 3, 4, 4, generator=seeded())
+    if name == "rptq":
+        made = rptq.compress(net, Task.from_inputs(x), Budget(size_ratio=0.3), rptq.Config(), seeded())
+    else:
+        task = Task.from_loader([(x, torch.arange(32) % 4)], [])
+        made = deep_compression.compress(net, task, Budget(density=0.3, bits=4), TUNED, seeded())
+    return to_bytes(made)[0]
+
+
+@pytest.mark.parametrize("name", ["rptq", "deep_compression"])
+def test_a_call_without_gradients_gives_the_same_file_or_one_true_line(name):
+    wanted = call(name)
+    with torch.no_grad():
+        assert call(name) == wanted and not torch.is_grad_enabled()
+    with torch.inference_mode(), pytest.raises(ConfigError, match=r"^called inside torch\.inference_mode\(\): "):
+        call(name)

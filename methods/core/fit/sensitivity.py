@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressError
 from ..graph.build import weight_layers
+from ..train.gradients import gradients
 
 
 def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> dict[str, float]:
@@ -28,7 +29,7 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
     layers = weight_layers(model)
     weights = [layer.weight for layer in layers.values()]
     total = dict.fromkeys(layers, 0.0)
-    with torch.enable_grad(), thawed(weights):
+    with gradients(), thawed(weights):
         for x in inputs.contiguous().split(1):  # channels_last: see `needs_contiguous` of the training
             y = model(x)
             if not isinstance(y, Tensor):

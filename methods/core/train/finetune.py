@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TrainingDiverged
 from .average import Average
 from .distill import Distillation
+from .gradients import gradients
 from .hooks import Hooks, as_hooks
 from .loaders import Batch, call, map_tensors, size_of
 from .loss import smoothed
@@ -57,10 +58,10 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     task.placed(model)
     objective = smoothed(task.loss, recipe.label_smoothing)
     if recipe.distill is None or not recipe.distill.listens or recipe.epochs == 0:
-        with watching_norms(model, task.train):
+        with gradients(), watching_norms(model, task.train):
             return _train(model, task, recipe, generator, as_hooks(hooks), objective, run)
     lesson = Distillation(model, task, recipe.distill)
-    with watching_norms(model, task.train), lesson.watching(model):
+    with gradients(), watching_norms(model, task.train), lesson.watching(model):
         return _train(model, task, recipe, generator, as_hooks(hooks, lesson), lesson.objective(objective), run)
 
 

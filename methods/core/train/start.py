@@ -4,12 +4,12 @@ import copy
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..errors import ConfigError
 from .distill import Distillation
 from .finetune import Objective, check_trainable
+from .gradients import gradients
 from .loaders import call, describe, first_batch, first_line, fixed_order
 from .loss import smoothed, try_loss
 from .metric import evaluating, values_of
@@ -31,6 +31,7 @@ def ready(model: nn.Module, task: Task, config: Any) -> Task:
     One batch goes through the network and the losses. ConfigError in one line where a batch cannot be read, the network
     cannot take it, a loss cannot take what comes out, or a recipe cannot work with it. The network is not changed.
 
+    >>> import torch
     >>> model = nn.Linear(3, 2)
     >>> task = Task.from_loader([(torch.zeros(4, 3), torch.zeros(4).long())], [])
     >>> ready(model, task, Recipe(epochs=1, lr=0.1)) is task
@@ -50,7 +51,7 @@ def ready(model: nn.Module, task: Task, config: Any) -> Task:
     if task.teacher is None and any(recipe.distill is not None for recipe in recipes):
         task = replace(task, teacher=copy.deepcopy(model).eval().requires_grad_(False))
     inputs, targets = task.suited_to(model).placed_batch(batch)
-    with evaluating(model), fixed_order(), torch.enable_grad():
+    with evaluating(model), fixed_order(), gradients():
         for distill, smoothing in dict.fromkeys((recipe.distill, recipe.label_smoothing) for recipe in recipes):
             loss = smoothed(task.loss, smoothing)
             if distill is None:
