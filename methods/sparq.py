@@ -57,6 +57,7 @@ from .core.graph.graph import Graph, trace
 from .core.graph.weights import layer_of
 from .core.method import check_call
 from .core.settings import check_idle
+from .core.train.loaders import check_inputs
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
 
@@ -115,7 +116,9 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     budget.require("sparq", optional=("bits",))
     model = task.placed(own_copy(model)).eval()
     graph, window = trace(model), config.window()
-    chosen, left = quantized_layers(graph, task.calibration_inputs(1).to(task.device))
+    first = task.calibration_inputs(1).to(task.device)
+    check_inputs(model, first)
+    chosen, left = quantized_layers(graph, first)
     bits = weight_bits(budget, config, list(weight_layers(model)), chosen)
     acted, chosen = chosen, [name for name in chosen if name in bits]
     if not chosen:

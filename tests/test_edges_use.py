@@ -1,11 +1,12 @@
 """How methods are called: a network in training mode, without gradients, with inputs or settings that do not fit."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from methods import deep_compression, rptq, width_search
+from methods import deep_compression, rptq, sparq, width_search
 from methods.core.budget import Budget
 from methods.core.errors import ConfigError
 from methods.core.file.storage import to_bytes
@@ -89,3 +90,42 @@ def test_a_call_without_gradients_gives_the_same_file_or_one_true_line(name):
         assert call(name) == wanted and not torch.is_grad_enabled()
     with torch.inference_mode(), pytest.raises(ConfigError, match=r"^called inside torch\.inference_mode\(\): "):
         call(name)
+
+
+IMAGES = torch.rand(32, 3, 8, 8, generator=seeded())
+CANNOT_TAKE = {"whole numbers": IMAGES.mul(60).byte(), "one image": IMAGES[0], "channels last": IMAGES.transpose(1, 3)}
+
+
+def pictures() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(128, 4))
+
+
+@pytest.mark.parametrize("kind", CANNOT_TAKE)
+@pytest.mark.parametrize("method, budget", [(rptq, Budget(size_ratio=0.3)), (sparq, Budget())], ids=["rptq", "sparq"])
+def test_inputs_that_the_network_cannot_take_are_named(method, budget, kind):
+    with pytest.raises(ConfigError, match=r"^Sequential cannot take the calibration inputs, \w+ \[") as said:
+        method.compress(pictures(), Task.from_inputs(CANNOT_TAKE[kind]), budget, method.Config(), seeded())
+    assert "\n" not in str(said.value)
+
+
+def test_held_out_inputs_that_the_network_cannot_take_are_named():
+    task = Task.from_inputs(IMAGES, held_out=IMAGES.transpose(1, 3))
+    with pytest.raises(ConfigError, match="^Sequential cannot take the held-out inputs"):
+        rptq.compress(pictures(), task, Budget(), rptq.Config(), seeded())
+
+
+def test_an_array_of_inputs_is_taken_like_a_tensor():
+    assert torch.equal(Task.from_inputs(IMAGES.double().numpy()).calibration_inputs(30), IMAGES[:30])
+    with pytest.raises(ConfigError, match="^a batch of inputs must be a tensor"):
+        Task.from_inputs(np.array([None, None])).calibration_inputs(1)
+
+
+def test_inputs_are_unpacked():
+    loader = [{"image": IMAGES[:16]}, {"image": IMAGES[16:]}]
+    for unpack in (lambda batch: batch["image"], lambda batch: (batch["image"], None)):
+        assert torch.equal(Task.from_inputs(loader, unpack=unpack).calibration_inputs(32), IMAGES)
+    with pytest.raises(ConfigError, match="^unpack cannot read a dict of image: 'label'$"):
+        Task.from_inputs(loader, unpack=lambda batch: batch["label"]).calibration_inputs(1)
+    with pytest.raises(ConfigError, match="^unpack must return a tensor, or a tuple whose first part is one, not"):
+        Task.from_inputs(loader, unpack=str).calibration_inputs(1)

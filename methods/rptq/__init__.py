@@ -64,6 +64,7 @@ from ..core.graph.fold import fold_batchnorm
 from ..core.graph.graph import trace
 from ..core.method import check_call
 from ..core.settings import check_idle
+from ..core.train.loaders import try_call
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
 from .search import Trial, search_agreement, search_size
@@ -201,7 +202,7 @@ class Quantizer:
         ConfigError where outputs are no classes [N, C] or [N, C, ...].
         """
         batches = inputs.split(64)
-        shape = tuple(self.folded(batches[0][:1]).shape)
+        shape = tuple(try_call(self.folded, batches[0][:1], "held-out inputs").shape)
         if len(shape) < 2 or shape[1] < 2:
             raise ConfigError(f"without a budget, inputs are counted that change their class, and outputs of shape "
                               f"{list(shape)} have none: allowed is a budget size_ratio")

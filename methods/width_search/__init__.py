@@ -37,7 +37,7 @@ from ..core.graph.build import NORMS, own_copy
 from ..core.graph.graph import trace
 from ..core.method import check_call
 from ..core.train.finetune import check_trainable, train
-from ..core.train.loaders import first_batch
+from ..core.train.loaders import check_inputs, first_batch
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import First, Task
@@ -74,9 +74,11 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     graph, coded = trace(model), coded_layers(model, budget)
     channels, groups = find_open(model, graph, coded)
     task = prepared(model, task, config)
+    first = task.calibration_inputs(1).cpu()
+    check_inputs(model, first)
     order = rank(model, task, groups, config, generator)
     space = Space(graph, channels, groups, order, coded, config.bits, config.multiple, config.levels)
-    costs = Costs(space, model, task.calibration_inputs(1).cpu(), config.activation_bits)
+    costs = Costs(space, model, first, config.activation_bits)
     handing = Handing(space, config.inner, task, budget, costs.dense)
     sizes = rehearse(handing, costs, model, config)
     limits = make_limits(budget, costs, sizes)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import CompressError
 from ..graph.build import weight_layers
 from ..train.gradients import gradients
+from ..train.loaders import try_call
 
 
 def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) -> dict[str, float]:
@@ -31,7 +32,7 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
     total = dict.fromkeys(layers, 0.0)
     with gradients(), thawed(weights):
         for x in inputs.contiguous().split(1):  # channels_last: see `needs_contiguous` of the training
-            y = model(x)
+            y = try_call(model, x, "calibration inputs")
             if not isinstance(y, Tensor):
                 raise CompressError(f"the network puts out a {type(y).__name__}: needed is one tensor")
             signs = torch.randint(0, 2, y.shape, generator=generator).to(y) * 2 - 1

@@ -52,30 +52,33 @@ class LoaderBatches:
 
 
 class InputBatches(LoaderBatches):
-    """A user's loader of inputs without labels as `Batches`: its targets are None, for none are read."""
+    """A user's loader of inputs without labels as `Batches`: its targets are None, for none are read.
+
+    loader  may be all inputs in one tensor or array
+    unpack  from what the loader yields to inputs, or to (inputs, what is not read)
+    """
+
+    def __init__(self, loader: Iterable | Tensor | np.ndarray, unpack: Unpack | None = None, steps: int | None = None):
+        super().__init__([loader] if isinstance(loader, (Tensor, np.ndarray)) else loader, unpack, steps)
 
     def epoch(self, generator):
         for _, batch in zip(range(self.steps), self.loader, strict=False):
-            yield read_inputs(batch), None
+            yield read_inputs(batch, self.unpack), None
 
 
-def read_inputs(batch: Any) -> Any:
+def read_inputs(batch: Any, unpack: Callable[[Any], Any] | None = None) -> Any:
     """The inputs of a loader's batch: a tensor or an array, or the first part of a tuple or a list; as float32."""
+    batch = _unpacked(batch, unpack)
     inputs = _tensors(batch[0] if isinstance(batch, (tuple, list)) and batch else batch)
     if not isinstance(inputs, Tensor):
-        raise ConfigError("a batch of inputs must be a tensor, or a tuple whose first part is one, not "
-                          f"{describe(batch)}")
+        what = "a batch of inputs must be" if unpack is None else "unpack must return"
+        raise ConfigError(f"{what} a tensor, or a tuple whose first part is one, not {describe(batch)}")
     return _float32(inputs)
 
 
 def read_batch(batch: Any, unpack: Unpack | None = None) -> Batch:
     """(inputs, targets) of a loader's batch: arrays as tensors, floats as float32, integers of targets as int64."""
-    given = batch
-    if unpack is not None:
-        try:
-            batch = unpack(batch)
-        except Exception as error:  # noqa: BLE001 - the user's function raises what it likes
-            raise ConfigError(f"unpack cannot read {describe(given)}: {first_line(error)}") from error
+    batch = _unpacked(batch, unpack)
     pair = isinstance(batch, (tuple, list)) and len(batch) == 2
     inputs, targets = (_tensors(part) for part in batch) if pair else (None, None)
     if not pair or _first_tensor(inputs) is None or _first_tensor(targets) is None:
@@ -85,6 +88,13 @@ def read_batch(batch: Any, unpack: Unpack | None = None) -> Batch:
     if unpack is None and isinstance(inputs, list):
         inputs = tuple(inputs)  # a DataLoader's collation makes lists of tuples
     return map_tensors(_float32, inputs), map_tensors(_float32_int64, targets)
+
+
+def _unpacked(batch: Any, unpack: Callable[[Any], Any] | None) -> Any:
+    try:
+        return batch if unpack is None else unpack(batch)
+    except Exception as error:  # noqa: BLE001 - the user's function raises what it likes
+        raise ConfigError(f"unpack cannot read {describe(batch)}: {first_line(error)}") from error
 
 
 def _tensors(part: Any) -> Any:
@@ -186,6 +196,21 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, tuple):
         return model(*inputs)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def try_call(model: nn.Module, inputs: Any, what: str) -> Any:
+    """The model on a batch; ConfigError in one line where it cannot take the inputs, which `what` names."""
+    try:
+        return call(model, inputs)
+    except Exception as error:  # noqa: BLE001 - a network raises what it likes
+        raise ConfigError(f"{type(model).__name__} cannot take the {what}, {describe(inputs)}: "
+                          f"{first_line(error)}") from error
+
+
+@torch.no_grad()
+def check_inputs(model: nn.Module, inputs: Any) -> None:
+    """ConfigError where `model`, in eval mode, cannot take the first of the calibration inputs."""
+    try_call(model, cut(inputs, 1), "calibration inputs")
 
 
 def describe(value: Any) -> str:

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from .distill import Distillation
 from .finetune import Objective, check_trainable
 from .gradients import gradients
-from .loaders import call, describe, first_batch, first_line, fixed_order
+from .loaders import first_batch, fixed_order, try_call
 from .loss import smoothed, try_loss
 from .metric import evaluating, values_of
 from .recipe import Recipe
@@ -68,11 +68,7 @@ def ready(model: nn.Module, task: Task, config: Any) -> Task:
 
 def _try(model: nn.Module, loss: Objective, inputs: Any, targets: Any) -> Any:
     """The network's outputs on a batch, after a look at their loss."""
-    try:
-        outputs = call(model, inputs)
-    except Exception as error:  # noqa: BLE001 - a network raises what it likes
-        raise ConfigError(f"{type(model).__name__} cannot take the inputs of the training data, {describe(inputs)}: "
-                          f"{first_line(error)}") from error
+    outputs = try_call(model, inputs, "inputs of the training data")
     found = try_loss(loss, outputs, targets, inputs)
     if not found.requires_grad and any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("the loss has no gradient: needed is one computed from the outputs in torch")

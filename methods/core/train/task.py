@@ -82,19 +82,20 @@ class Task:
 
     @classmethod
     def from_inputs(cls, inputs: Iterable | Tensor, held_out: Iterable | Tensor | None = None, *,
-                    steps: int | None = None, **fields) -> "Task":
+                    unpack: Callable[[Any], Any] | None = None, steps: int | None = None, **fields) -> "Task":
         """A task without labels, for methods that calibrate: DATA = "calibration", or "none".
 
-        inputs    a tensor [N, ...], or a loader of tensors [n, ...] or of tuples whose first part is one; what else is
-                  in a tuple is not read
+        inputs    a tensor or array [N, ...], or a loader of those [n, ...] or of tuples whose first part is one; what
+                  else is in a tuple is not read
         held_out  other inputs, for choices that need no labels; None: the same
+        unpack    from what the loaders yield to inputs: lambda batch: batch["image"]
         steps     batches of one pass over a loader without a length
         ConfigError where a batch has no tensor; methods that train or choose by labels refuse the task.
 
         >>> Task.from_inputs(torch.rand(40, 3, 8, 8)).calibration_inputs(30).shape
         torch.Size([30, 3, 8, 8])
         """
-        plain, other = (InputBatches([given] if isinstance(given, Tensor) else given, steps=steps)
+        plain, other = (InputBatches(given, unpack, steps)
                         for given in (inputs, inputs if held_out is None else held_out))
         return cls(None, other, calibration=plain, **fields)
 
