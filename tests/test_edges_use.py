@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils.data import DataLoader
 
-from methods import deep_compression, rptq, sparq, width_search
+from methods import clip_q, deep_compression, rptq, sparq, width_search
 from methods.core.budget import Budget
-from methods.core.errors import ConfigError
+from methods.core.errors import CompressError, ConfigError
 from methods.core.file.storage import to_bytes
 from methods.core.train.finetune import train
-from methods.core.train.recipe import Recipe
+from methods.core.train.recipe import Distill, Recipe
 from methods.core.train.task import Task
 from tests.edge_networks import seeded
 
@@ -129,3 +130,65 @@ def test_inputs_are_unpacked():
         Task.from_inputs(loader, unpack=lambda batch: batch["label"]).calibration_inputs(1)
     with pytest.raises(ConfigError, match="^unpack must return a tensor, or a tuple whose first part is one, not"):
         Task.from_inputs(loader, unpack=str).calibration_inputs(1)
+
+
+class Keeping(nn.Module):
+    """Leaves in attributes what its last forward pass computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.seen, self.log = nn.Linear(48, 16), nn.Linear(16, 4), None, {}
+
+    def forward(self, x):
+        self.seen = torch.relu(self.first(x.flatten(1)))
+        self.log["all"] = [self.seen, (self.seen[:1],)]
+        return self.last(self.seen)
+
+
+KEPT = {
+    "rptq": (rptq, Budget(size_ratio=0.3), rptq.Config()),
+    "deep_compression": (deep_compression, Budget(density=0.3, bits=4), TUNED),
+    "clip_q": (clip_q, Budget(), clip_q.Config(evaluations=2, initial=1, probe=1, finetune=Recipe(epochs=1, lr=0.1))),
+    "width_search": (width_search, Budget(mac_ratio=0.6, bits=8), width_search.Config(
+        evaluations=3, population=3, recipe=Recipe(epochs=1, lr=0.1), criterion="taylor")),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_a_network_that_keeps_its_activations_gives_the_same_file(name):
+    method, budget, config = KEPT[name]
+    batch = torch.rand(32, 3, 4, 4, generator=seeded()), torch.arange(32) % 4
+    task, files = Task.from_loader([batch], [batch]), []
+    for used in (False, True):
+        torch.manual_seed(0)
+        net = Keeping()
+        if used:
+            net(batch[0])
+        files.append(to_bytes(method.compress(net, task, budget, config, seeded()))[0])
+        assert net.seen is None or net.seen.grad_fn is not None
+    assert files[0] == files[1]
+
+
+def test_a_teacher_that_keeps_its_activations_is_copied():
+    torch.manual_seed(0)
+    teacher, batch = Keeping(), (torch.rand(32, 3, 4, 4), torch.arange(32) % 4)
+    teacher(batch[0])
+    task = Task.from_loader([batch], [], teacher=teacher)
+    train(Keeping(), task, Recipe(epochs=1, lr=0.1, distill=Distill()), seeded())
+
+
+COMPUTED = {
+    "the weight of 1": lambda net: prune.l1_unstructured(net[1], "weight", 0.5),
+    "the bias of 1": lambda net: prune.l1_unstructured(net[1], "bias", 0.5),
+    "the weight of 3": lambda net: weight_norm(net[3]),
+    "the weight of 1 ": lambda net: parametrizations.weight_norm(net[1]),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("what", COMPUTED)
+def test_a_tensor_that_hooks_compute_is_named(what):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 16), nn.ReLU(), nn.Linear(16, 4))
+    COMPUTED[what](net)
+    with pytest.raises(CompressError, match=f"^{what.strip()} is computed from other tensors .*: make it permanent"):
+        rptq.compress(net, Task.from_inputs(torch.rand(8, 48)), Budget(size_ratio=0.3), rptq.Config(), seeded())

@@ -30,7 +30,7 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
     layers = weight_layers(model)
     weights = [layer.weight for layer in layers.values()]
     total = dict.fromkeys(layers, 0.0)
-    with gradients(), thawed(weights):
+    with gradients(model), thawed(weights):
         for x in inputs.contiguous().split(1):  # channels_last: see `needs_contiguous` of the training
             y = try_call(model, x, "calibration inputs")
             if not isinstance(y, Tensor):

@@ -19,7 +19,6 @@ Departures  FitNets trains in two stages, FSP likewise; here every link is a ter
 """
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigError
+from ..graph.wrapped import copy_detached
 from .hooks import Hooks
 from .loaders import call, cut, describe, first_batch, fixed_order
 from .metric import evaluating
@@ -101,7 +101,7 @@ class Distillation(Hooks):
         if task.teacher is None:
             raise ConfigError("recipe.distill needs a teacher: give Task(teacher=network)")
         self.task, self.distill = task, distill
-        self.teacher = task.placed(copy.deepcopy(task.teacher)).eval().requires_grad_(False)
+        self.teacher = task.placed(copy_detached(task.teacher)).eval().requires_grad_(False)
         self.found: Values = {}
         self.wanted: Values = {}
         self.translators = nn.ModuleList()

@@ -51,7 +51,7 @@ def ready(model: nn.Module, task: Task, config: Any) -> Task:
     if task.teacher is None and any(recipe.distill is not None for recipe in recipes):
         task = replace(task, teacher=copy.deepcopy(model).eval().requires_grad_(False))
     inputs, targets = task.suited_to(model).placed_batch(batch)
-    with evaluating(model), fixed_order(), gradients():
+    with evaluating(model), fixed_order(), gradients(model):
         for distill, smoothing in dict.fromkeys((recipe.distill, recipe.label_smoothing) for recipe in recipes):
             loss = smoothed(task.loss, smoothing)
             if distill is None:
