@@ -60,6 +60,7 @@ from .core.settings import check_idle
 from .core.train.loaders import check_inputs
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
+from .core.typed import check_types
 
 DATA = "calibration"
 SIZE_KNOB = Knob("bits", 2, 8, whole=True)
@@ -87,6 +88,7 @@ class Config:
     recalibrations: int = 2
 
     def __post_init__(self):
+        check_types(self)
         check_calibration(self.activation_bits, self.calibration_inputs)
         if self.windows not in ("none", *OPTIONS):
             raise ConfigError(f"windows = {self.windows!r}: allowed are none, {', '.join(OPTIONS)}")

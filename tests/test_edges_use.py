@@ -1,5 +1,9 @@
 """How methods are called: a network in training mode, without gradients, with inputs or settings that do not fit."""
 
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +12,14 @@ from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils.data import DataLoader
 
 from methods import clip_q, deep_compression, rptq, sparq, width_search
+from methods import prune_then_quantize as ptq
 from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
 from methods.core.file.storage import to_bytes
 from methods.core.train.finetune import train
 from methods.core.train.recipe import Distill, Recipe
 from methods.core.train.task import Task
+from methods.core.typed import check_types
 from tests.edge_networks import seeded
 
 
@@ -192,3 +198,56 @@ def test_a_tensor_that_hooks_compute_is_named(what):
     COMPUTED[what](net)
     with pytest.raises(CompressError, match=f"^{what.strip()} is computed from other tensors .*: make it permanent"):
         rptq.compress(net, Task.from_inputs(torch.rand(8, 48)), Budget(size_ratio=0.3), rptq.Config(), seeded())
+
+
+WRONG = {
+    "epochs = 1.5: allowed is a whole number": lambda: Recipe(epochs=1.5, lr=0.01),
+    "epochs = '2': allowed is a whole number": lambda: Recipe(epochs="2", lr=0.1),
+    "lr = None: allowed is a number": lambda: Recipe(epochs=1, lr=None),
+    "distill = True: allowed is a Distill or None": lambda: Recipe(epochs=1, lr=0.1, distill=True),
+    "links = 'conv1': allowed is a tuple of a Link": lambda: Distill(links="conv1"),
+    "calibration_inputs = '512': allowed is a whole number": lambda: rptq.Config(calibration_inputs="512"),
+    "excluded_bits = 4.0: allowed is a whole number or None": lambda: sparq.Config(excluded_bits=4.0),
+    "bits = 4: allowed is a tuple of a whole number": lambda: width_search.Config(bits=4),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_setting_of_a_wrong_type_is_refused(said):
+    with pytest.raises(ConfigError) as refused:
+        WRONG[said]()
+    assert str(refused.value) == said
+
+
+@pytest.mark.parametrize("said, method, config", [
+    ("retrain = None: allowed is a Recipe", deep_compression, {"retrain": None}),
+    ("rounds = 1.5: allowed is a whole number", deep_compression, {"rounds": 1.5}),
+    ("per_channel = 'no': allowed is True or False", ptq, {"per_channel": "no"}),
+], ids=["recipe", "rounds", "switch"])
+def test_a_setting_of_a_wrong_type_is_refused_by_the_call(said, method, config):
+    with pytest.raises(ConfigError) as refused:
+        method.compress(nn.Linear(2, 2), None, Budget(density=0.5, bits=4), method.Config(**config), seeded())
+    assert str(refused.value) == said
+
+
+def test_settings_of_related_types_are_taken():
+    recipe = Recipe(epochs=np.int64(2), lr=np.float32(0.1), weight_decay=0)
+    check_types(deep_compression.Config(rounds=np.int32(2), retrain=recipe))
+    check_types(width_search.Config(bits=range(3, 5)))
+
+    @dataclass
+    class Config:
+        way: Literal["a", "b"] = "a"
+        rates: dict[str, float] = field(default_factory=dict)
+        shape: tuple[int, float] = (1, 1)
+        inner: Any = None
+        other: torch.dtype = torch.float32
+
+    check_types(Config(rates=MappingProxyType({"a": 1}), shape=[2, 3], inner=recipe))
+    for wrong, said in ((Config(way="c"), "way = 'c': allowed is one of 'a', 'b'"),
+                        (Config(rates=1.0), "rates = 1.0: allowed is a dict"),
+                        (Config(inner=Config(shape=(1.5, 1))),
+                         "inner.shape = (1.5, 1): allowed is a tuple of a whole number, a number")):
+        with pytest.raises(ConfigError) as refused:
+            check_types(wrong)
+        assert str(refused.value) == said

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +17,7 @@ from .settings import is_a
 from .train.loaders import describe
 from .train.run import Run
 from .train.task import Task
+from .typed import check_types
 
 MAKERS = {"calibration": "Task.from_inputs(inputs)"}  # of a task, by the data that a method sees; else from_loader
 
@@ -42,8 +44,8 @@ class Method(Protocol):
 def check_call(module: str, model: Any, task: Any, budget: Any, config: Any, generator: Any) -> None:
     """What `compress` in the method `module` (its `__name__`) is called with, before any of it is used.
 
-    ConfigError, or BudgetError for the budget, in one line for an argument of another type, and for no task where the
-    settings need one (`DATA`, or `config.data`).
+    ConfigError, or BudgetError for the budget, in one line for an argument or a setting of another type, and for no
+    task where the settings need one (`DATA`, or `config.data`).
 
     >>> from .. import dfq
     >>> check_call(dfq.__name__, nn.Linear(2, 2), None, {"bits": 8}, None, None)
@@ -56,6 +58,8 @@ def check_call(module: str, model: Any, task: Any, budget: Any, config: Any, gen
     check_budget(budget, name)
     if not isinstance(config, method.Config):
         raise ConfigError(f"config = {describe(config)}: {name} takes its own Config, such as {name}.Config()")
+    if is_dataclass(config):
+        check_types(config)
     check_generator(generator, name)
     data = getattr(config, "data", method.DATA)
     maker = MAKERS.get(data, "Task.from_loader(train, held_out)")

@@ -67,6 +67,7 @@ from ..core.settings import check_idle
 from ..core.train.loaders import try_call
 from ..core.train.run import NullRun, Run
 from ..core.train.task import Task
+from ..core.typed import check_types
 from .search import Trial, search_agreement, search_size
 
 DATA = "calibration"
@@ -95,6 +96,7 @@ class Config:
     check_inputs: int = 1024
 
     def __post_init__(self):
+        check_types(self)
         least = min(self.sensitivity_inputs, self.calibration_inputs, self.check_inputs)
         check_calibration(self.activation_bits, least, self.range_method)
         check_rounding(self.rounding)

@@ -9,6 +9,7 @@ from ..core.errors import ConfigError
 from ..core.settings import check_idle
 from ..core.train.recipe import Distill, Recipe
 from ..core.train.start import recipes_of
+from ..core.typed import check_types
 from ..pipeline import Config as PipelineConfig
 from .strategies import STRATEGIES
 
@@ -30,6 +31,7 @@ class Inner:
     size_ratio: float | None = None
 
     def __post_init__(self):
+        check_types(self)
         if self.size_ratio is not None and not 0 < self.size_ratio <= 1:
             raise ConfigError(f"inner.size_ratio = {self.size_ratio}: allowed is a number in (0, 1]")
         if self.method == OWN:
@@ -79,6 +81,7 @@ class Config:
     inner: Inner = Inner("pipeline", PipelineConfig(order=("quantize",)))
 
     def __post_init__(self):
+        check_types(self)
         object.__setattr__(self, "bits", tuple(self.bits))
         for name, allowed in (("strategy", STRATEGIES), ("criterion", CRITERIA)):
             if getattr(self, name) not in allowed:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError
+from ..typed import check_types
 from .muon import with_muon
 
 
@@ -57,6 +58,7 @@ class Link:
     distance: str = "mse"
 
     def __post_init__(self):
+        check_types(self)
         for name, allowed in (("kind", LINKS), ("distance", ("mse", "kl"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"link {name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
@@ -88,6 +90,7 @@ class Distill:
     links: tuple[Link, ...] = ()
 
     def __post_init__(self):
+        check_types(self)
         if not 0 < self.temperature < math.inf or not 0 <= self.alpha <= 1:
             raise ConfigError(f"temperature = {self.temperature}, alpha = {self.alpha}: allowed are a number above 0 "
                               "and one in [0, 1]")
@@ -123,6 +126,7 @@ class Recipe:
     distill: Distill | None = field(default=None, metadata={"knob": False})  # any method's: none of its own knobs
 
     def __post_init__(self):
+        check_types(self)
         for name, allowed in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")
