@@ -152,6 +152,8 @@ class Keeping(nn.Module):
 
 
 KEPT = {
+    "prune_then_quantize": (ptq, Budget(density=0.5, bits=4), ptq.Config(
+        retrain=Recipe(epochs=1, lr=0.1), aware=Recipe(epochs=1, lr=0.1), calibration_inputs=24)),
     "rptq": (rptq, Budget(size_ratio=0.3), rptq.Config()),
     "deep_compression": (deep_compression, Budget(density=0.3, bits=4), TUNED),
     "clip_q": (clip_q, Budget(), clip_q.Config(evaluations=2, initial=1, probe=1, finetune=Recipe(epochs=1, lr=0.1))),

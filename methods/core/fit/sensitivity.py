@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressError
 from ..graph.build import weight_layers
-from ..train.gradients import gradients
+from ..train.gradients import look
 from ..train.loaders import try_call
 
 
@@ -30,7 +30,7 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
     layers = weight_layers(model)
     weights = [layer.weight for layer in layers.values()]
     total = dict.fromkeys(layers, 0.0)
-    with gradients(model), thawed(weights):
+    with look(model), thawed(weights):
         for x in inputs.contiguous().split(1):  # channels_last: see `needs_contiguous` of the training
             y = try_call(model, x, "calibration inputs")
             if not isinstance(y, Tensor):

@@ -58,10 +58,10 @@ def train(model: nn.Module, task: Task, recipe: Recipe, generator: torch.Generat
     task.placed(model)
     objective = smoothed(task.loss, recipe.label_smoothing)
     if recipe.distill is None or not recipe.distill.listens or recipe.epochs == 0:
-        with gradients(model), watching_norms(model, task.train):
+        with gradients(), watching_norms(model, task.train):
             return _train(model, task, recipe, generator, as_hooks(hooks), objective, run)
     lesson = Distillation(model, task, recipe.distill)
-    with gradients(model), watching_norms(model, task.train), lesson.watching(model):
+    with gradients(), watching_norms(model, task.train), lesson.watching(model):
         return _train(model, task, recipe, generator, as_hooks(hooks, lesson), lesson.objective(objective), run)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from ..errors import ConfigError
 from .distill import Distillation
 from .finetune import Objective, check_trainable
-from .gradients import gradients
+from .gradients import look
 from .loaders import first_batch, fixed_order, try_call
 from .loss import smoothed, try_loss
 from .metric import evaluating, values_of
@@ -51,7 +51,7 @@ def ready(model: nn.Module, task: Task, config: Any) -> Task:
     if task.teacher is None and any(recipe.distill is not None for recipe in recipes):
         task = replace(task, teacher=copy.deepcopy(model).eval().requires_grad_(False))
     inputs, targets = task.suited_to(model).placed_batch(batch)
-    with evaluating(model), fixed_order(), gradients(model):
+    with evaluating(model), fixed_order(), look(model):
         for distill, smoothing in dict.fromkeys((recipe.distill, recipe.label_smoothing) for recipe in recipes):
             loss = smoothed(task.loss, smoothing)
             if distill is None:
