@@ -69,6 +69,7 @@ from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
 from .core.train.task import First, Task
+from .core.typed import check_types
 
 DATA = "train"
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
@@ -109,6 +110,7 @@ class Config:
     finetune: Recipe = Recipe(epochs=20, lr=2e-2, schedule="step")
 
     def __post_init__(self):
+        check_types(self)
         for name, allowed in (("search", (*SEARCHES, "uniform")), ("split", SPLITS)):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} = {getattr(self, name)!r}: allowed are {', '.join(allowed)}")

@@ -51,6 +51,7 @@ from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
 from .core.train.task import Task
+from .core.typed import check_types
 
 DATA = "train"
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
@@ -66,6 +67,7 @@ class Config:
     tune: Recipe = Recipe(epochs=2, lr=1e-4, weight_decay=0.0)
 
     def __post_init__(self):
+        check_types(self)
         if self.rounds < 1:
             raise ConfigError(f"rounds = {self.rounds}: at least 1 is needed")
         if self.init not in INITS:

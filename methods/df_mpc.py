@@ -44,6 +44,7 @@ from .core.method import check_call
 from .core.settings import check_idle
 from .core.train.run import Run
 from .core.train.task import Task
+from .core.typed import check_types
 
 DATA = "none"
 SIZE_KNOB = Knob("bits", 2, 8, whole=True)
@@ -74,6 +75,7 @@ class Config:
         return needed_data(self.batchnorm, DATA)
 
     def __post_init__(self):
+        check_types(self)
         check_mode(self.batchnorm)
         if not 2 <= self.low_bits <= 16:
             raise ConfigError(f"low_bits = {self.low_bits}: allowed is 2..16")

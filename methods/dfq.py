@@ -58,6 +58,7 @@ from .core.method import check_call
 from .core.settings import check_idle
 from .core.train.run import Run
 from .core.train.task import Task
+from .core.typed import check_types
 
 DATA = "none"
 SIZE_KNOB = Knob("bits", 2, 8, whole=True)
@@ -89,6 +90,7 @@ class Config:
         return needed_data(self.batchnorm, DATA)
 
     def __post_init__(self):
+        check_types(self)
         check_mode(self.batchnorm)
         if not 0 < self.sigmas < math.inf:
             raise ConfigError(f"sigmas = {self.sigmas!r}: allowed is a number above 0")

@@ -32,8 +32,10 @@ from .core.graph.build import assemble, own_copy, weight_layers
 from .core.graph.fold import fold_batchnorm
 from .core.graph.graph import Graph, Node, trace
 from .core.method import check_call
+from .core.train.loaders import check_inputs
 from .core.train.run import NullRun, Run
 from .core.train.task import First, Task
+from .core.typed import check_types
 
 DATA = "held_out"
 SIZE_KNOB = Knob("config.bops_percent", 0.4, 25.0, step=0.02)
@@ -58,6 +60,7 @@ class Config:
     range_method: str = "minmax"
 
     def __post_init__(self):
+        check_types(self)
         check_calibration(INPUT_BITS, self.calibration_inputs, self.range_method)
         if self.order not in ORDERS:
             raise ConfigError(f"order = {self.order!r}: allowed are {', '.join(ORDERS)}")
@@ -77,6 +80,7 @@ def compress(model: nn.Module, task: Task, budget: Budget, config: Config, gener
     folded, topology = fold_batchnorm(model)
     if config.held_out > 0:
         task = replace(task, held_out=First(task.held_out, examples=config.held_out))
+    check_inputs(folded, task.calibration_inputs(1))
     network = Rounded(folded, task.calibration_inputs(config.calibration_inputs), config.range_method)
     bits = network.start()
     narrowest = 4 if config.order == "once" else WIDTHS[-1]

@@ -60,6 +60,7 @@ from .core.method import check_call
 from .core.settings import check_idle
 from .core.train.run import Run
 from .core.train.task import Task
+from .core.typed import check_types
 
 DATA = "none"
 SIZE_KNOB = Knob("channel_density", 0.02, 1.0)
@@ -90,6 +91,7 @@ class Config:
         return needed_data(self.batchnorm, DATA)
 
     def __post_init__(self):
+        check_types(self)
         check_mode(self.batchnorm)
         check_criterion(self.criterion)
         for name, allowed in (("mode", MODES), ("target", tuple(TARGETS))):

@@ -45,6 +45,7 @@ from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
 from .core.train.task import Task
+from .core.typed import check_types
 from .pipeline.curves import pruning_curves, quantization_curves
 
 DATA = "train"  # at most; Config.data
@@ -74,6 +75,7 @@ class Config:
     range_method: str = "minmax"
 
     def __post_init__(self):
+        check_types(self)
         check_rounding(self.rounding)
         for name in ("rates", "widths"):
             if getattr(self, name) not in ("budget", "sensitivity"):

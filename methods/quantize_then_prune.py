@@ -35,6 +35,7 @@ from .core.train.finetune import Recipe, train
 from .core.train.run import NullRun, Run
 from .core.train.start import ready
 from .core.train.task import Task
+from .core.typed import check_types
 
 DATA = "train"  # at most; Config.data
 SIZE_KNOB = Knob("density", 1e-3, 1.0)
@@ -52,6 +53,7 @@ class Config:
     range_method: str = "minmax"
 
     def __post_init__(self):
+        check_types(self)
         check_calibration(self.activation_bits, self.calibration_inputs, self.range_method)
 
     @property

@@ -54,6 +54,7 @@ from .core.method import check_call
 from .core.settings import check_idle_without
 from .core.train.run import NullRun, Run
 from .core.train.task import Task
+from .core.typed import check_types
 
 DATA = "none"
 SIZE_KNOB = Knob("channel_density", 0.02, 1.0)
@@ -82,6 +83,7 @@ class Config:
     image_size: int | None = None
 
     def __post_init__(self):
+        check_types(self)
         check_criterion(self.criterion)
         check_grid(self.scheme)
         for name, least in (("images", 8), ("steps", 1)):

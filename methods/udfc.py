@@ -70,6 +70,7 @@ from .core.method import check_call
 from .core.settings import check_idle, check_idle_without
 from .core.train.run import Run
 from .core.train.task import Task
+from .core.typed import check_types
 
 DATA = "none"
 SIZE_KNOB = Knob("channel_density", 0.02, 1.0)
@@ -104,6 +105,7 @@ class Config:
         return needed_data(self.batchnorm, DATA)
 
     def __post_init__(self):
+        check_types(self)
         check_mode(self.batchnorm)
         check_criterion(self.criterion)
         if self.form not in FORMS:

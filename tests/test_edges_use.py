@@ -1,5 +1,7 @@
 """How methods are called: a network in training mode, without gradients, with inputs or settings that do not fit."""
 
+import dataclasses
+import re
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -11,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.utils.data import DataLoader
 
-from methods import clip_q, deep_compression, rptq, sparq, width_search
+from methods import clip_q, deep_compression, find_method, method_names, rptq, sparq, width_search
 from methods import prune_then_quantize as ptq
 from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
@@ -253,3 +255,20 @@ def test_settings_of_related_types_are_taken():
         with pytest.raises(ConfigError) as refused:
             check_types(wrong)
         assert str(refused.value) == said
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_every_setting_of_another_type_is_one_line_from_every_method(name):
+    """A text for a number, a number for a text: when the settings are made, whatever else they are checked for."""
+    config = find_method(name).Config()
+    wrong = {int: "3", float: "0.1", bool: "yes", str: 3.5}
+    tried = 0
+    for one in dataclasses.fields(config):
+        value = wrong.get(type(getattr(config, one.name)))
+        if value is None:
+            continue
+        with pytest.raises(ConfigError, match=rf"^{one.name} = {re.escape(repr(value))}: allowed is") as caught:
+            dataclasses.replace(config, **{one.name: value})
+        assert "\n" not in str(caught.value)
+        tried += 1
+    assert tried > 0

@@ -64,6 +64,7 @@ from ..core.train.finetune import Hooks, Recipe, train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import Task
+from ..core.typed import check_types
 from .hooks import AdmmHooks, HoldHooks, Projection, TieHooks, Weights
 
 DATA = "train"
@@ -104,6 +105,7 @@ class Config:
     batchnorm: str = "keep"
 
     def __post_init__(self):
+        check_types(self)
         check_mode(self.batchnorm)
         if self.grid not in GRIDS:
             raise ConfigError(f"grid = {self.grid!r}: allowed are {', '.join(GRIDS)}")

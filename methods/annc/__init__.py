@@ -68,6 +68,7 @@ from ..core.train.finetune import Hooks, Recipe, check_trained, train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import Task
+from ..core.typed import check_types
 from .codebooks import finetune, store
 from .knapsack import choose_options, keep_worthiest
 
@@ -104,6 +105,7 @@ class Config:
     batchnorm: str = "keep"
 
     def __post_init__(self):
+        check_types(self)
         check_mode(self.batchnorm)
         if self.mode not in MODES:
             raise ConfigError(f"mode = {self.mode!r}: allowed are {', '.join(MODES)}")

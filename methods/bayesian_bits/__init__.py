@@ -66,6 +66,7 @@ from ..core.train.finetune import Hooks, Recipe, check_trainable, train
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import First, Task
+from ..core.typed import check_types
 from .costs import gate_costs, regulariser, relative_bops
 from .gated import WIDTHS
 from .network import LEAST_RANGE, GatedNetwork, fix_gates, survey
@@ -124,6 +125,7 @@ class Config:
     calibration_inputs: int = 1024
 
     def __post_init__(self):
+        check_types(self)
         check_calibration(INPUT_BITS, min(self.calibration_inputs, self.range_inputs))
         for name in ("gate_lr", "range_lr", "fixed_range_lr"):
             if not getattr(self, name) > 0:

@@ -11,6 +11,7 @@ from ..core.fit.size import Knob
 from ..core.fit.weight_quantizers import QUANTIZERS, find_quantizer
 from ..core.settings import check_idle
 from ..core.train.recipe import Distill, Recipe
+from ..core.typed import check_types
 
 FLOAT16 = "float16"
 ON_GRIDS = ("rtn", "qat", "lsq", "lsq+")
@@ -55,6 +56,7 @@ class Prune:
     before: Recipe | None = None
 
     def __post_init__(self):
+        check_types(self)
         find_criterion(self.criterion, self.granularity)
         find_schedule(self.schedule)
         if self.scope not in SCOPES:
@@ -131,6 +133,7 @@ class Quantize:
     recipe: Recipe | None = None
 
     def __post_init__(self):
+        check_types(self)
         if self.quantizer not in (*QUANTIZERS, FLOAT16):
             raise ConfigError(f"quantizer = {self.quantizer!r}: allowed are {', '.join((*QUANTIZERS, FLOAT16))}")
         find_scheme(self.scheme)
@@ -176,6 +179,7 @@ class Config:
     range_method: str = "minmax"
 
     def __post_init__(self):
+        check_types(self)
         object.__setattr__(self, "order", tuple(self.order))
         wrong = [stage for stage in self.order if stage not in STAGES or self.order.count(stage) > 1]
         if wrong or "quantize" not in self.order:

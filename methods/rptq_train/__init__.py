@@ -85,6 +85,7 @@ from ..core.train.recipe import Distill, Recipe
 from ..core.train.run import NullRun, Run
 from ..core.train.start import ready
 from ..core.train.task import Task
+from ..core.typed import check_types
 from ..rptq import width, with_half_biases
 from .rated import RateAware
 from .start import begin
@@ -120,6 +121,7 @@ class Config:
     calibration_inputs: int = 1024
 
     def __post_init__(self):
+        check_types(self)
         check_calibration(self.activation_bits, min(self.calibration_inputs, self.sensitivity_inputs),
                           self.range_method)
         for name in ("c", "start"):
