@@ -57,7 +57,8 @@ def test_layers_in_float_are_compared_too():
                                                             2),
     (Codebook(torch.tensor([0, 0.5, -1.0, 0.25])), 2), (Codebook(torch.tensor([0, 1.0, 0.003, 1e-9])), 2),
     (Codebook(torch.tensor([0, 1.0, 0.9995, -0.3])), 2), (Codebook(torch.tensor([0, 1.0, 0.61, -0.3])), 2),
-    (Codebook(torch.randn(16)), 4), (Codebook(torch.randn(200) ** 3), 8)])
+    (Codebook(torch.tensor([0, 1.0, 0.713, 0.4317, -0.557, 0.2711, -0.3333, -0.871])), 3),
+    (Codebook(torch.randn(200) ** 3), 8)])
 def test_integers_are_those_of_the_kernels(grid, bits):
     generator = torch.Generator().manual_seed(0)
     low, high = grid.code_range(bits)
