@@ -25,7 +25,7 @@ def trimmed(compressed: CompressedModel, limit: int, most: float, finish: Change
 
     most     share of the kept weights; where that is too few, it is what goes
     finish   what is done to the result before it is written
-    correct  what is done to the result, once, in a trade for the weights that went (correction.py)
+    correct  what makes up for the weights that went (correction.py); should that take bytes, more of them go
     """
     goal = limit
     for _ in range(ROUNDS):
