@@ -246,6 +246,13 @@ def test_the_readme_shows_answers_and_counts_the_rest():
         {"text": "Second", "verdict": MISSING, "pairs": "", "note": "not seen",
          "lines": [{**line, "verdict": MISSING}]}])
     assert "| First \\| claim | yes (2 of 3 pairs) | +1.00, (+1.00) at 0.48x bytes | digits \\| net |" in text
+    other = claim_lines([{"text": "Two", "verdict": NO, "pairs": "", "note": "", "lines": [
+        {**line, "better": name, "verdict": word} for name, word in (("A, 20x", NO), ("B, 20x", CANNOT_TELL),
+                                                                    ("A, 40x", NO))]}])
+    assert "| Two | no | A +1.00, +1.00; B (+1.00) |" in other
+    orders = claim_lines([{"text": "Three", "verdict": NO, "pairs": "", "note": "", "lines": [
+        {**line, "better": name, "verdict": NO} for name in ("order: x, y", "order: y, x")]}])
+    assert "| Three | no | +1.00, +1.00 |" in orders
     assert "- First \\| claim: of a kind\n" in text and "Second" not in text and "not seen" not in text
     assert "1 more claim without rows yet." in text
 

@@ -105,16 +105,25 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
     answered = [one for one in found if one not in open_ones]
     for one in answered:
         there = [line for line in one["lines"] if line["verdict"] not in claims.SILENT]
-        changes = [line["change"] if line["verdict"] in (claims.YES, claims.NO) else f"({line['change']})"
-                   for line in there]
-        shown = [f"{change} at {line['unequal']}x bytes" if line["unequal"] else change
-                 for change, line in zip(changes, there, strict=True)]
         answer = f"{one['verdict']} ({one['pairs']})" if one["pairs"] else one["verdict"]
         on = "; ".join(dict.fromkeys(line["on"] for line in there))
-        out += f"| {in_markdown(one['text'])} | {answer} | {', '.join(shown)} | {in_markdown(on)} |\n"
+        out += f"| {in_markdown(one['text'])} | {answer} | {in_markdown(changes(there))} | {in_markdown(on)} |\n"
     notes = "".join(f"- {in_markdown(one['text'])}: {in_markdown(one['note'])}\n" for one in answered if one["note"])
     waiting = f"\n{len(open_ones)} more claim{'s' * (len(open_ones) > 1)} without rows yet.\n" if open_ones else ""
     return out + (f"\n{notes}" if notes else "") + waiting
+
+
+def changes(lines: Sequence[Mapping[str, str]]) -> str:
+    """The changes of a claim's pairs; by method, the first words of the better rows, where there are several. Names that
+    list settings ("order: ...") name none."""
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        told = line["change"] if line["verdict"] in (claims.YES, claims.NO) else f"({line['change']})"
+        unequal = f" at {line['unequal']}x bytes" if line["unequal"] else ""
+        name = line["better"].split(", ")[0]
+        groups.setdefault("" if ":" in name else name, []).append(told + unequal)
+    texts = {name: ", ".join(found) for name, found in groups.items()}
+    return "; ".join(texts.values() if len(texts) == 1 else (f"{name} {text}" for name, text in texts.items()))
 
 
 def baseline_lines(trained: Sequence[Mapping[str, Any]]) -> str:
