@@ -114,8 +114,8 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def changes(lines: Sequence[Mapping[str, str]]) -> str:
-    """The changes of a claim's pairs; by method, the first words of the better rows, where there are several. Names that
-    list settings ("order: ...") name none."""
+    """The changes of a claim's pairs; by method, the first words of the better rows, where there are several. Names
+    that list settings ("order: ...") name none."""
     groups: dict[str, list[str]] = {}
     for line in lines:
         told = line["change"] if line["verdict"] in (claims.YES, claims.NO) else f"({line['change']})"
