@@ -49,7 +49,7 @@ def correction_of(whole: CompressedModel, model: nn.Module, task: Task | None, s
 def corrected(less: CompressedModel, whole: CompressedModel, model: nn.Module, inputs: Tensor) -> CompressedModel:
     """`less` with its batch norms moved by what sets it apart from `whole` on inputs [N, ...], or its biases."""
     before, after = apply(whole, model), apply(less, model)
-    if has_norms(less, model):
+    if tracked(after):
         found = {f"{name}.running_{part}": value for name, statistics in carried_over(before, after, inputs, {}).items()
                  for part, value in zip(("mean", "var"), statistics, strict=True)}
     else:
