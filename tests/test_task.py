@@ -11,7 +11,8 @@ from methods.core.budget import Budget
 from methods.core.errors import CompressError, ConfigError
 from methods.core.file.storage import to_bytes
 from methods.core.train.finetune import Recipe, train
-from methods.core.train.task import First, Task, needs_contiguous, top1
+from methods.core.train.layout import needs_contiguous
+from methods.core.train.task import First, Task, top1
 
 
 def loader(tiny, n=96, **settings):
@@ -105,6 +106,25 @@ class TestNarrowStridedConvs:
         task = Task.from_loader([(inputs, data.targets)], [], channels_last=True)
         train(model, task, Recipe(1, 0.1), torch.Generator().manual_seed(0))
         assert seen[0].is_contiguous(memory_format=expected) and needs_contiguous(model) == (channels == 4)
+
+    @pytest.mark.parametrize("given", [torch.contiguous_format, torch.channels_last])
+    def test_pictures_and_weights_of_one_channel_say_so_by_their_strides(self, given):
+        """They are in both layouts, whatever the strides, which are what oneDNN goes by: the whole network follows."""
+        model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Conv2d(4, 8, 1, 2)).to(memory_format=given)
+        x = torch.randn(2, 1, 9, 9).contiguous(memory_format=torch.channels_last).to(memory_format=given)
+        x = x.as_strided(x.shape, (81, 1, 9, 1)) if given is torch.channels_last else x
+        task = Task(None, [], channels_last=True).suited_to(model)
+        (seen, _), placed = task.placed_batch((x, torch.zeros(2))), task.placed(model)
+        assert seen.stride() == (81, 81, 9, 1) and torch.equal(seen, x)
+        assert [p.stride() for p in placed.parameters() if p.ndim == 4] == [(9, 9, 3, 1), (4, 1, 1, 1)]
+        assert placed[0](seen).stride()[1:] == (49, 7, 1)
+
+    def test_a_tensor_that_others_share_keeps_its_layout(self):
+        """Buffers, such as masks, can be a method's own tensors."""
+        mask, layer = torch.ones(4, 3, 2, 2), nn.Conv2d(3, 4, 2)
+        layer.register_buffer("mask", mask)
+        Task(None, [], channels_last=True).placed(layer)
+        assert mask.stride() == (12, 4, 2, 1) and layer.mask.stride() == layer.weight.stride() == (12, 1, 6, 3)
 
     def test_a_step_is_that_of_float64(self):
         """With two threads the wrong gradient ended the process."""

@@ -296,6 +296,22 @@ def test_a_step_sums_the_gradients_of_all_widths(tiny):
         assert bool((found[name][~rows] == 0).all()), name
 
 
+def test_a_width_of_few_channels_is_trained_in_the_layout_that_suits_it(tiny):
+    """The whole network has 16 channels in front of its strided 1x1 convolution; oneDNN is wrong below that."""
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 4, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    task, seen = Task(None, [], channels_last=True), []
+    sandwich = Sandwich(task.placed(net), task.suited_to(net), space_of(net, multiple=4))
+    sandwich.points = lambda: [sandwich.space.smallest]
+    looking = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda layer, given: seen.extend((given[0], layer.weight)) if isinstance(layer, nn.Conv2d) else None)
+    with looking:
+        net.train()(task.placed_batch((torch.randn(8, 3, 8, 8), torch.zeros(8)))[0])
+        sandwich.after_backward(net, 0.1)
+    assert [t.shape[1] for t in seen] == [3, 3, 16, 16, 3, 3, 4, 4]
+    assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen[:4])
+    assert all(t.stride() == torch.empty(t.shape).stride() for t in seen[4:])
+
+
 def test_slimmable_training_helps_the_narrow(tiny):
     recipe = Recipe(4, 0.01, optimizer="adam")
     errors = [compress(tiny, {"mac_ratio": 0.4, "bits": 8}, slimmable=slimmable, multiple=2).notes["error"]

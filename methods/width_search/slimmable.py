@@ -14,6 +14,7 @@ from ..core.errors import ConfigError
 from ..core.train.distill import soft_loss
 from ..core.train.finetune import train
 from ..core.train.hooks import Hooks
+from ..core.train.layout import laid_out
 from ..core.train.loaders import call, cut, describe, first_batch
 from ..core.train.metric import evaluating
 from ..core.train.recipe import Recipe
@@ -50,9 +51,11 @@ class Sandwich(Hooks):
 
     def at_width(self, model: nn.Module, point: Point, x: Tensor) -> Tensor:
         """Outputs of the part of `model` at `point` in training mode; gradients flow to the parameters of `model`."""
-        network = self.task.placed(self.space.network(self.form, point)).train()
+        network = self.space.network(self.form, point)
+        task = self.task.suited_to(network)
         parts = self.space.channels.cut(dict(model.named_parameters()), self.space.kept(point))
-        return functional_call(network, parts, (x,))
+        parts = {name: laid_out(part, task.channels_last) for name, part in parts.items()}
+        return functional_call(task.placed(network).train(), parts, (laid_out(x, task.channels_last),))
 
 
 def train_slimmable(model: nn.Module, task: Task, space: Space, recipe: Recipe, generator: torch.Generator, run: Run

@@ -6,15 +6,14 @@ y are the outputs (logits). To second order in the outputs an error dW_l of inde
 E |dy|^2 = v F_l: F_l is the trace of the Gauss-Newton matrix, and asks for no labels.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from ..errors import CompressError
 from ..graph.build import weight_layers
-from ..train.gradients import look
+from ..graph.wrapped import copy_inside
+from ..train.gradients import gradients
+from ..train.layout import laid_out, lay_out
 from ..train.loaders import try_call
 
 
@@ -25,13 +24,12 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
     F = C_out E|x|^2 exactly, whatever the draw. A layer that no output depends on has 0; CompressError where F is not
     finite.
     """
-    was_training = model.training
-    model.eval()
+    model = lay_out(copy_inside(model).eval(), channels_last=False)  # see `needs_contiguous`
     layers = weight_layers(model)
-    weights = [layer.weight for layer in layers.values()]
+    weights = [layer.weight.requires_grad_(True) for layer in layers.values()]
     total = dict.fromkeys(layers, 0.0)
-    with look(model), thawed(weights):
-        for x in inputs.contiguous().split(1):  # channels_last: see `needs_contiguous` of the training
+    with gradients():
+        for x in laid_out(inputs, channels_last=False).split(1):
             y = try_call(model, x, "calibration inputs")
             if not isinstance(y, Tensor):
                 raise CompressError(f"the network puts out a {type(y).__name__}: needed is one tensor")
@@ -39,21 +37,7 @@ def sensitivities(model: nn.Module, inputs: Tensor, generator: torch.Generator) 
             found = torch.autograd.grad((y * signs).sum(), weights, allow_unused=True)
             for name, grad in zip(layers, found, strict=True):
                 total[name] += 0.0 if grad is None else float(grad.square().sum()) / len(inputs)
-    model.train(was_training)
     for name, value in total.items():
         if not value < float("inf"):
             raise CompressError(f"the outputs' sensitivity to the weights of {name} is {value}: look at the inputs")
     return total
-
-
-@contextmanager
-def thawed(weights: Sequence[Tensor]) -> Iterator[None]:
-    """Gradients for weights that were frozen, too; afterwards these are frozen again."""
-    frozen = [weight for weight in weights if not weight.requires_grad]
-    for weight in frozen:
-        weight.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for weight in frozen:
-            weight.requires_grad_(False)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import CompressError, ConfigError
+from .layout import laid_out, lay_out, needs_contiguous
 from .loaders import (
     Batch,
     Batches,
@@ -29,8 +30,6 @@ from .loaders import (
 )
 from .loss import Loss, try_loss
 from .metric import TOP1, Metric, evaluate, top1
-
-BLOCK = 16  # channels that oneDNN's kernels take together
 
 __all__ = ["Batch", "Batches", "First", "LoaderBatches", "Metric", "Task", "read_batch", "top1"]
 
@@ -139,16 +138,11 @@ class Task:
 
     def placed(self, model: nn.Module) -> nn.Module:
         """`model` moved (in place) to the task's device and memory format."""
-        layout = torch.channels_last if self.suited_to(model).channels_last else torch.contiguous_format
-        return model.to(self.device, memory_format=layout)
+        return lay_out(model.to(self.device), self.suited_to(model).channels_last)
 
     def placed_batch(self, batch: Batch) -> Batch:
         inputs, targets = (map_tensors(lambda x: x.to(self.device, non_blocking=True), part) for part in batch)
-        return map_tensors(self._formatted, inputs), targets
-
-    def _formatted(self, x: Tensor) -> Tensor:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return x.contiguous(memory_format=layout) if x.ndim == 4 else x
+        return map_tensors(functools.partial(laid_out, channels_last=self.channels_last), inputs), targets
 
     def precision(self) -> contextlib.AbstractContextManager:
         """The autocast context for forward passes while training."""
@@ -171,17 +165,6 @@ class Task:
             metric, score = evaluate(model, map(self.placed_batch, self.held_out.epoch(None)), self.metric_of,
                                      functools.partial(try_loss, self.loss))
         return score if metric is None else metric.error(score)
-
-
-def needs_contiguous(model: nn.Module) -> bool:
-    """Whether `model` has a strided 1x1 convolution of few channels.
-
-    In channels_last oneDNN's gradient of its weights writes beyond its workspace (uxlfoundation/oneDNN issue 6035):
-    wrong gradients, or the end of the process; on contiguous pictures it is right.
-    """
-    convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return any(set(conv.kernel_size) == {1} and max(conv.stride) > 1 and conv.in_channels // conv.groups < BLOCK
-               for conv in convs)
 
 
 def _first_inputs(source: Batches | None, n: int, generator: torch.Generator | None) -> Tensor:
