@@ -118,9 +118,9 @@ def make(job: Job, network: nn.Module, dataset: Dataset, setup: Setup, baseline:
     calibration = setup.task(dataset, job.network, torch.device("cpu"))
     spread = spread_of(job, baseline.model)
     asked = budget if spread is None or budget.density is None else replace(budget, density=spread(budget.density))
-    compressed = compress_to_size(method, baseline.model, task_for(method, config, setup, dataset, job.network,
-                                                                   place.device),
-                                  asked, config, torch.Generator().manual_seed(job.seed), run=run, spread=spread,
+    task = task_for(method, config, setup, dataset, job.network, place.device)
+    compressed = compress_to_size(method, baseline.model, task, asked, config, torch.Generator().manual_seed(job.seed),
+                                  run=run, spread=spread,
                                   finish=lambda found: as_stored(found, job, network, calibration))
     cpu, wall = run.clock.seconds()
     small = as_stored(compressed, job, network, calibration)
@@ -131,7 +131,7 @@ def make(job: Job, network: nn.Module, dataset: Dataset, setup: Setup, baseline:
     whole = replace(sixteen_bit(compressed) if job.sixteen_bit else compressed, activations=small.activations,
                     ranges_by=small.ranges_by)
     facts = {"budget": plain(budget), "config": plain(config), "notes": plain(compressed.notes),
-             "device": place.device.type,
+             "device": place.device.type, "precision": "float32" if task is None else task.precision_name,
              "bytes_unshrunk": len(to_bytes(whole)[0]) if job.shrink else path.stat().st_size,
              "difficulty": {"data": data_of(method, config), "knobs": count_knobs(config) + knobs_of(budget),
                             "cpu_seconds": cpu, "wall_seconds": wall}}

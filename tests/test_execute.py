@@ -88,6 +88,15 @@ def test_a_row_describes_its_file(run, tmp_path):
     assert not list((tmp_path / "runs").rglob("*.pt"))
 
 
+@pytest.mark.parametrize("asked, multiplied, found", [
+    (True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")])
+def test_a_row_says_in_which_precision_it_was_trained(asked, multiplied, found, run, monkeypatch):
+    """A CPU that would emulate bf16 trains in float32, whatever the setup asks for."""
+    monkeypatch.setattr("benchmarks.baselines.multiplies_bf16", lambda device: multiplied)
+    row, _ = run(job(setup={"autocast": asked}))
+    assert row["setup"]["autocast"] == asked and row["precision"] == found
+
+
 def test_every_metric_that_a_paper_may_print_is_in_a_row(run):
     row, _ = run(job())
     lacking = [metric for metric in OF_A_ROW if against_paper.lookup(row, metric) is None]

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from methods.engine import fast
+from methods.engine import fast, onednn
 
 from .random_networks import compare
 
@@ -22,4 +22,4 @@ def test_random_networks_are_exact(first, products, monkeypatch):
         layers, slow = layers + found[0], slow + len(found[2])
         if time.process_time() - start > SECONDS:
             break
-    assert layers > 20 and slow < layers  # the int8 kernels have their share
+    assert layers > 20 and (onednn.unsupported() or slow < layers)  # the int8 kernels have their share

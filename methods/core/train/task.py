@@ -150,6 +150,11 @@ class Task:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.autocast)
 
+    @property
+    def precision_name(self) -> str:
+        """Of the numbers that forward passes multiply while training: "float32", or autocast's."""
+        return "float32" if self.autocast is None else str(self.autocast).removeprefix("torch.")
+
     def metric_of(self, outputs: Any, targets: Any) -> Metric | None:
         """The metric, if it applies to these."""
         return self.metric if self.metric is not None and self.metric.applies(outputs, targets) else None

@@ -9,7 +9,9 @@ clipped anyway.
 
 Differs from the integers here: the engine rounds the bias to a whole accumulator, and requantizes in its own order of
 operations; now and then a code differs by one. A deep network makes more of it, as much as its rounding does at all;
-`arithmetic = "exact"` (see `spelled`) has no such code.
+`arithmetic = "exact"` (see `spelled`) has no such code. On an x86 CPU without VNNI, ONNX Runtime's own 16-bit sums
+saturate, so that outputs can be far off, unless the session says
+`options.add_session_config_entry("session.x64quantprecision", "1")`, as `onnx_session` here does.
 """
 
 from dataclasses import dataclass
