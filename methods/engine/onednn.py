@@ -8,10 +8,11 @@ near-tie factors on every kind of layer, and is tried again on each CPU before f
     added codes   fma(code, m1, f32(acc) * m + b): one rounding where `network.Terms` has two, so that it serves only
                   where code * m1 is exact (`exact_product`)
 
-oneDNN multiplies with 16-bit sums that saturate on CPUs without VNNI: there `unsupported` gives a reason. Of windows
-that hold no pixel (padding beyond the kernel's reach, a picture smaller than the dilation) it returns garbage or
-crashes, and of strided ones it errs where they make one column: `takes` refuses the first, and `Int8Layer` sums the
-others by itself.
+Without VNNI the CPU adds two products in 16 bits, which saturate: 2 * 255 * 128 is too much, 2 * 255 * 64 is not. There
+weights beyond 64 are split, and their inputs read again (`largest_weight`), but for depthwise convs, which add no two.
+Of windows that hold no pixel (padding beyond the kernel's reach, a picture smaller than the dilation) oneDNN returns
+garbage or crashes, and of strided ones it errs where they make one column: `takes` refuses the first, and `Int8Layer`
+sums the others by itself.
 """
 
 import functools
@@ -24,7 +25,8 @@ from .accumulate import accumulate, largest_partial_sum
 
 INT32, BITS = 1 << 31, 8
 SHAPES = 3  # of inputs, for which the weights are kept in order
-REPETITIONS = 3  # of an input, at most
+REPETITIONS = 3  # of an input, at most, by weights of 8 bits
+LARGEST = (128, 64)  # weights that `largest_weight` tries
 SIGNIFICAND = 24  # of float32
 SMALLEST = 2.0**-100  # factors far from the subnormal numbers
 
@@ -33,15 +35,18 @@ class Int8Layer:
     """f32(acc) * factor + offset of a conv or linear, acc = sum_k (x_k - zero) w_k over its uint8 inputs.
 
     module    gives the geometry
-    integers  [C_out, ...]; inputs with weights outside -128..127 are read repeatedly, each time with a part of them
+    integers  [C_out, ...]; inputs with weights outside -largest..largest (int8 ends at 127) are read repeatedly, each
+              time with a part of them
     zero      0..255, also what the padding holds
     factor, offset  float32 [C_out]
+    largest   what this CPU multiplies exactly; None: `largest_weight(module)`
     """
 
-    def __init__(self, module: nn.Module, integers: Tensor, zero: int, factor: Tensor, offset: Tensor):
+    def __init__(self, module: nn.Module, integers: Tensor, zero: int, factor: Tensor, offset: Tensor,
+                 largest: int | None = None):
         self.module, self.zero, self.offset = module, zero, offset.contiguous()
         self.channels, self.kernel = len(integers), integers.shape[2:]
-        integers, self.again = in_bytes(integers, getattr(module, "groups", 1))
+        integers, self.again = in_bytes(integers, largest_weight(module) if largest is None else largest)
         self.factor, self.no_zeros = factor.contiguous(), torch.zeros(len(factor), dtype=torch.int32)
         self.integers = integers.to(torch.int8).contiguous()
         self.products = integers.numel()  # for each output pixel
@@ -126,15 +131,15 @@ class Int8Layer:
         return y if y.ndim < 4 else y.contiguous(memory_format=torch.channels_last)
 
 
-def in_bytes(integers: Tensor, groups: int = 1) -> tuple[Tensor, Tensor | None]:
-    """Weights [C_out, C_in / groups + E, ...] of -128..127, and the E inputs of a group that are there again.
+def in_bytes(integers: Tensor, largest: int) -> tuple[Tensor, Tensor | None]:
+    """Weights [C_out, C_in / groups + E, ...] of -largest..largest, and the E inputs of a group that are there again.
 
-    The weights of an input and of its repetitions add up to what they were, and have its sign.
+    The weights of an input and of its repetitions add up to what they were, and have its sign; 127 is the most of int8.
     """
     parts, again, rest = [], [], integers
     inputs = torch.arange(integers.shape[1])
     while True:
-        part = rest.clamp(-128, 127)
+        part = rest.clamp(-largest, min(largest, 127))
         parts.append(part)
         again.append(inputs)
         rest = rest - part
@@ -184,26 +189,46 @@ def _padding(conv: nn.Conv2d) -> list[int] | None:
 TRIALS = (  # layer, zero point, side of the picture: sums of up to 4,608 products, every kind of kernel
     (lambda: nn.Conv2d(512, 32, 3, padding=1), 0, 4), (lambda: nn.Conv2d(64, 32, 3, 2, padding=1), 128, 8),
     (lambda: nn.Conv2d(3, 16, 3, padding=1), 7, 8), (lambda: nn.Conv2d(64, 32, 1), 0, 8),
-    (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32), 9, 6), (lambda: nn.Conv2d(32, 32, 3, groups=2), 0, 6),
-    (lambda: nn.Conv2d(20, 50, 5), 0, 8), (lambda: nn.Linear(4096, 10), 3, None),
+    (lambda: nn.Conv2d(32, 32, 3, groups=2), 0, 6), (lambda: nn.Conv2d(20, 50, 5), 0, 8),
+    (lambda: nn.Linear(4096, 10), 3, None),
+)
+DEPTHWISE = (
+    (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32), 9, 6), (lambda: nn.Conv2d(20, 20, 5, 2, groups=20), 0, 9),
+    (lambda: nn.Conv2d(40, 40, (1, 3), padding=(0, 2), dilation=2, groups=40), 128, 7),
 )
 
 
-@functools.cache
 def unsupported() -> str:
     """Why the int8 kernels of this CPU and torch may not be used; empty where they compute what they should."""
+    return _tried(TRIALS)[1] or _tried(DEPTHWISE)[1]
+
+
+def largest_weight(module: nn.Module) -> int:
+    """128 where the kernel of such a layer is exact for all weights of 8 bits, 64 where only up to that, else 0."""
+    depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
+    return _tried(DEPTHWISE if depthwise else TRIALS)[0]
+
+
+@functools.cache
+def _tried(trials: tuple) -> tuple[int, str]:
+    """The largest weight, or why there is none."""
     if not hasattr(torch.ops.onednn, "qconv2d_pointwise") or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-        return "this torch has no oneDNN int8 kernels"
-    try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            torch.default_generator.manual_seed(0)
-            wrong = [module for make, zero, side in TRIALS if not _is_exact(module := make(), zero, side)]
-    except (RuntimeError, TypeError) as error:  # no such kernel; other arguments than these
-        return f"oneDNN's int8 kernels cannot run here: {str(error).splitlines()[0]}"
-    return f"oneDNN's int8 kernels are not exact on this CPU, for example {wrong[0]}" if wrong else ""
+        return 0, "this torch has no oneDNN int8 kernels"
+    wrong = None
+    for largest in LARGEST:
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.default_generator.manual_seed(0)
+                wrong = next((module for make, zero, side in trials
+                              if not _is_exact(module := make(), zero, side, largest)), None)
+        except (RuntimeError, TypeError) as error:  # no such kernel; other arguments than these
+            return 0, f"oneDNN's int8 kernels cannot run here: {str(error).splitlines()[0]}"
+        if wrong is None:
+            return largest, ""
+    return 0, f"oneDNN's int8 kernels are not exact on this CPU, for example {wrong}"
 
 
-def _is_exact(module: nn.Module, zero: int, side: int | None) -> bool:
+def _is_exact(module: nn.Module, zero: int, side: int | None, largest: int) -> bool:
     """Sums, factors, rounding and added codes of one layer, on extreme and on random operands."""
     shape = (3, module.weight.shape[1]) if side is None else (3, module.in_channels, side, side)
     x = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -215,7 +240,7 @@ def _is_exact(module: nn.Module, zero: int, side: int | None) -> bool:
     factor = (torch.rand(len(w)) + 0.5) * 60 / float(total[1:, 3:].std())
     factor[3::2] *= -1
     offset = torch.randn(len(w)) * 40
-    layer = Int8Layer(module, w, zero, factor, offset)
+    layer = Int8Layer(module, w, zero, factor, offset, largest)
     x = x if side is None else x.contiguous(memory_format=torch.channels_last)
     y = total.float() * factor.reshape(channels) + offset.reshape(channels)
     good = (torch.equal(layer(x, torch.float32), y) and torch.equal(layer(x, torch.uint8), saturated(y, torch.uint8))
