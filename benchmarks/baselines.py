@@ -11,6 +11,7 @@ from torch import nn
 from methods.core.errors import ConfigError
 from methods.core.train.finetune import Recipe, train
 from methods.core.train.task import Task, top1
+from methods.engine.onednn import cpu_flags
 
 from .augment import find_policy
 from .checkpoints import digest_of, load_into, read_checkpoint, read_provenance, rounded, write_checkpoint
@@ -27,10 +28,15 @@ SHIPPED = RESULTS / "baselines"
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 is faster than float32 there: a CPU without the instructions emulates it, slowly."""
+    """Whether bf16 is faster than float32 there: a CPU without the instructions emulates it, slowly.
+
+    On x86 oneDNN says that it supports bf16 where it emulates it with AVX512.
+    """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    flags = cpu_flags()
+    native = [flags[name] for name in ("avx512_bf16", "amx_bf16") if name in flags]
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported() and (not native or any(native))
 
 
 @dataclass(frozen=True)

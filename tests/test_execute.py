@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import execute, jobs, measure
+from benchmarks import baselines, execute, jobs, measure
 from benchmarks.baselines import Baseline
 from benchmarks.chance import unpack
 from benchmarks.data import open_dataset
@@ -95,6 +95,16 @@ def test_a_row_says_in_which_precision_it_was_trained(asked, multiplied, found, 
     monkeypatch.setattr("benchmarks.baselines.multiplies_bf16", lambda device: multiplied)
     row, _ = run(job(setup={"autocast": asked}))
     assert row["setup"]["autocast"] == asked and row["precision"] == found
+
+
+@pytest.mark.parametrize("flags, native", [
+    ({"avx512_f": True, "avx512_bf16": False, "amx_bf16": False}, False), ({"neon": True}, True), ({}, True),
+    ({"avx512_bf16": True, "amx_bf16": False}, True), ({"avx512_bf16": False, "amx_bf16": True}, True)])
+def test_bf16_that_avx512_emulates_is_not_multiplied(flags, native, monkeypatch):
+    """oneDNN says yes to it; of a CPU or a torch that names no such instructions its word is taken."""
+    monkeypatch.setattr("benchmarks.baselines.cpu_flags", lambda: flags)
+    monkeypatch.setattr("torch.ops.mkldnn._is_mkldnn_bf16_supported", lambda: True)
+    assert baselines.multiplies_bf16(CPU) == native
 
 
 def test_every_metric_that_a_paper_may_print_is_in_a_row(run):

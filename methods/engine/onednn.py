@@ -17,6 +17,7 @@ sums the others by itself.
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -260,10 +261,17 @@ def saturated(y: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.round(y).clamp(limits.min, limits.max).to(dtype)
 
 
+def cpu_flags() -> dict[str, Any]:
+    """{instruction set: whether this CPU has it}, as torch names them; empty from a torch that does not say."""
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    return {} if ask is None else ask()
+
+
 def capability() -> str:
     """The instructions that decide the speed: AMX, VNNI or neither, and torch's own level."""
-    flags = torch.cpu.get_capabilities()
+    flags = cpu_flags()
     names = {"amx_int8": "AMX-INT8", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI"}
     found = [name for flag, name in names.items() if flags.get(flag)]
     return f"{flags.get('cpu_name', flags.get('architecture', 'unknown CPU'))}, torch level " \
-           f"{torch.backends.cpu.get_cpu_capability()}, int8: {', '.join(found) or 'no VNNI, no AMX'}"
+           f"{torch.backends.cpu.get_cpu_capability()}, int8: " \
+           f"{', '.join(found) or ('no VNNI, no AMX' if flags else 'unknown')}"
