@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from methods.core.artifact import ActivationQuantizer
+from methods.core.errors import CompressError
 from methods.core.graph.graph import Node
 from methods.engine import bytecodes, onednn, wide
 from methods.engine.accumulate import accumulate_int64, largest_partial_sum
@@ -65,6 +66,13 @@ def test_weights_are_split_where_sums_saturate(instructions):
     assert all(line.split()[1:3] == ["True", "True"] for line in (depthwise, *others))
     if instructions == "AVX2":  # whose depthwise kernels add no two products
         assert depthwise == others[0] == others[1] == "128 True True True"
+
+
+def test_a_kernel_that_is_never_exact_is_not_made(monkeypatch):
+    """No split of its weights would help: the search for one must not begin."""
+    monkeypatch.setattr(onednn, "_tried", lambda trials: (0, "not exact on this CPU"))
+    with pytest.raises(CompressError, match="^not exact on this CPU$"):
+        onednn.Int8Layer(nn.Linear(2, 2), torch.ones(2, 2), 0, torch.ones(2), torch.zeros(2))
 
 
 def test_exact_products():

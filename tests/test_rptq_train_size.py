@@ -150,6 +150,8 @@ def test_a_start_without_codes_is_refused_by_its_name(tiny):
     assert least > without_codes(tiny, tiny.model()) / (0.2 * float_bytes(tiny.model()))
     made = compress(tiny, 0.2, start=least + 0.01, recipe=UNTRAINED)
     assert made.notes["entropy_bits"] > 0  # of codes, before those that reach no output are left out
+    made = compress(tiny, 0.2, start=least + 0.1, recipe=UNTRAINED)
+    assert 0 < sum(tensor.kept for tensor in made.weights.values())
 
 
 def test_a_network_of_zeros_is_refused(tiny):

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import CompressError
 from .accumulate import accumulate, largest_partial_sum
 
 INT32, BITS = 1 << 31, 8
@@ -202,9 +203,15 @@ def unsupported() -> str:
 
 
 def largest_weight(module: nn.Module) -> int:
-    """128 where the kernel of such a layer is exact for all weights of 8 bits, 64 where only up to that, else 0."""
+    """128 where the kernel of such a layer is exact for all weights of 8 bits, 64 where only up to that.
+
+    CompressError where it is not exact at all.
+    """
     depthwise = isinstance(module, nn.Conv2d) and module.groups == module.in_channels == module.out_channels > 1
-    return _tried(DEPTHWISE if depthwise else TRIALS)[0]
+    largest, fault = _tried(DEPTHWISE if depthwise else TRIALS)
+    if fault:
+        raise CompressError(fault)
+    return largest
 
 
 @functools.cache

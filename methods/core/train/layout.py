@@ -18,7 +18,7 @@ def needs_contiguous(model: nn.Module) -> bool:
 
 
 def laid_out(x: Tensor, channels_last: bool) -> Tensor:
-    """`x`, if it is 4-d, in that layout, by its strides too; gradients flow.
+    """`x`, if it is 4-d, in that layout, a contiguous one by its strides too; gradients flow.
 
     A tensor of one channel, or of one pixel, is in both layouts, whatever its strides; what reads it goes by them.
 
@@ -34,7 +34,7 @@ def laid_out(x: Tensor, channels_last: bool) -> Tensor:
 
 
 def lay_out(model: nn.Module, channels_last: bool) -> nn.Module:
-    """`model` with its parameters and buffers so, its parameters by their strides too; in place."""
+    """`model` with its buffers in that layout and its parameters `laid_out`, in place."""
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     for parameter in model.parameters():
         parameter.data = laid_out(parameter.data, channels_last)

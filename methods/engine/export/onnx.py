@@ -9,9 +9,7 @@ clipped anyway.
 
 Differs from the integers here: the engine rounds the bias to a whole accumulator, and requantizes in its own order of
 operations; now and then a code differs by one. A deep network makes more of it, as much as its rounding does at all;
-`arithmetic = "exact"` (see `spelled`) has no such code. On an x86 CPU without VNNI, ONNX Runtime's own 16-bit sums
-saturate, so that outputs can be far off, unless the session says
-`options.add_session_config_entry("session.x64quantprecision", "1")`, as `onnx_session` here does.
+`arithmetic = "exact"` (see `spelled`) has no such code.
 """
 
 from dataclasses import dataclass
@@ -55,6 +53,8 @@ def to_onnx(compressed: CompressedModel, skeleton: nn.Module, path: str | Path, 
     arithmetic  "qdq", which engines run in integers of their own, or "exact": the codes that it has here, spelled out
               in float32 (see `spelled`); `residual` is then "float"
     A weight on a table or grid that 8 bits do not hold exactly is stored as float32, and named so in the result.
+    On x86 CPUs without VNNI ONNX Runtime's sums saturate, and outputs can be far off, unless the session's options say
+    `add_session_config_entry("session.x64quantprecision", "1")`, as those of `onnx_session` do.
     Raises GraphError naming the operation that has no ONNX form, or an input or output that is not one tensor of real
     numbers; ConfigError for an option, a missing package, or a shape that the network cannot take.
 
